@@ -1,0 +1,205 @@
+"""Model and engine configuration, validated on construction.
+
+Everything here raises :class:`InputError` (a ``ValueError``) that names the offending key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llama_engine.errors import InputError
+
+
+def _from_dict(cls: type, data: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise InputError(f"{cls.__name__}: unknown keys {unknown}")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise InputError(f"{cls.__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3 frequency scaling (Llama 3.1 model card, ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
+
+    def __post_init__(self) -> None:
+        if self.rope_type != "llama3":
+            raise InputError(f"rope_scaling.rope_type {self.rope_type!r} is not supported (only 'llama3')")
+        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InputError("rope_scaling: needs factor >= 1 and 0 < low_freq_factor < high_freq_factor")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Geometry of a Llama-architecture decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    name: str = "llama"
+    source: str = "pretrained"
+
+    def __post_init__(self) -> None:
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"model config: {key} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_size % 2:
+            raise InputError(f"model config: head_size {self.head_size} must be even for RoPE")
+        if not (self.rms_norm_eps > 0 and math.isfinite(self.rms_norm_eps)):
+            raise InputError(f"model config: rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
+        if not (self.rope_theta > 0 and math.isfinite(self.rope_theta)):
+            raise InputError(f"model config: rope_theta must be positive, got {self.rope_theta!r}")
+        if self.source not in ("pretrained", "synthetic"):
+            raise InputError(f"model config: source must be 'pretrained' or 'synthetic', got {self.source!r}")
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", _from_dict(RopeScaling, self.rope_scaling))
+        object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in self.eos_token_ids))
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_size
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + 2 * self.kv_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        return _from_dict(cls, data)
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
+        """Build from a Hugging Face ``config.json`` (transformers 4 and 5 spellings of RoPE)."""
+        architectures = hf.get("architectures") or []
+        if "LlamaForCausalLM" not in architectures:
+            raise InputError(f"config.json: architectures is {architectures!r}; only 'LlamaForCausalLM' is supported")
+        for key in ("attention_bias", "mlp_bias"):
+            if hf.get(key):
+                raise InputError(f"config.json: {key}=true is not supported")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise InputError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported (only 'silu')")
+        missing = [
+            key
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            if key not in hf
+        ]
+        if missing:
+            raise InputError(f"config.json: missing keys {missing}")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+        rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+        scaling = None
+        if rope_type != "default":
+            try:
+                scaling = RopeScaling(rope_type=rope_type, **rope)
+            except TypeError as error:
+                raise InputError(f"config.json: rope_type {rope_type!r} is not supported ({error})") from None
+        eos = hf.get("eos_token_id")
+        heads = hf["num_attention_heads"]
+        return cls(
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=hf.get("num_key_value_heads") or heads,
+            head_size=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-5),
+            rope_theta=float(theta),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            name=name,
+            source=source,
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What ``build_engine`` fixes and ``engine.json`` stores.
+
+    ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes). ``num_kv_blocks`` is 0 for
+    "choose at load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of
+    what is free on a GPU, never more than can be used.
+    """
+
+    max_batch_size: int = 16
+    max_seq_len: int = 2048
+    max_num_tokens: int = 2048
+    tokens_per_block: int = 64
+    num_kv_blocks: int = 0
+    kv_cache_free_gpu_memory_fraction: float = 0.9
+    lm_head: str = "checkpoint"
+
+    def __post_init__(self) -> None:
+        for key in ("max_batch_size", "max_seq_len", "max_num_tokens", "tokens_per_block"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"engine config: {key} must be a positive integer, got {value!r}")
+        if self.tokens_per_block & (self.tokens_per_block - 1):
+            raise InputError(f"engine config: tokens_per_block must be a power of two, got {self.tokens_per_block}")
+        if self.max_num_tokens < self.max_batch_size:
+            raise InputError(
+                f"engine config: max_num_tokens {self.max_num_tokens} is below max_batch_size {self.max_batch_size}"
+            )
+        if self.num_kv_blocks < 0:
+            raise InputError(f"engine config: num_kv_blocks must be >= 0, got {self.num_kv_blocks}")
+        if not 0 < self.kv_cache_free_gpu_memory_fraction <= 1:
+            raise InputError("engine config: kv_cache_free_gpu_memory_fraction must be in (0, 1]")
+        if self.lm_head not in ("checkpoint", "int8"):
+            raise InputError(f"engine config: lm_head must be 'checkpoint' or 'int8', got {self.lm_head!r}")
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        return -(-self.max_seq_len // self.tokens_per_block)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EngineConfig:
+        return _from_dict(cls, data)

@@ -1,0 +1,35 @@
+"""Errors a user can cause, and the one place where they become a line on stderr and an exit code.
+
+Exit codes: 0 success, 1 failure while running, 2 usage or input error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what, where and what to do."""
+
+
+class RunError(RuntimeError):
+    """Valid input, but the run failed (server died, disk full, request refused)."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and exit; user-caused errors print one line, never a traceback."""
+    try:
+        code = main() or 0
+    except InputError as error:
+        code = _complain(error, 2)
+    except (RunError, OSError) as error:
+        code = _complain(error, 1)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", 130)
+    sys.exit(code)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

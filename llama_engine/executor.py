@@ -1,0 +1,97 @@
+"""What the engine asks of a device: run one step over a ragged batch of sequences.
+
+The engine knows *positions* ahead of time but learns *tokens* late, so state that depends on tokens lives with the
+executor: each running sequence owns a **slot** (0 .. max_batch_size - 1) whose last sampled token and block-table row
+stay on the device. A decode step then needs nothing from the host but "again".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from llama_engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of one sequence to run in this step.
+
+    ``tokens`` are the input ids at positions ``start .. start + len(tokens) - 1`` (prefill), or None to decode: the
+    one input is the token that the slot sampled last. ``samples`` is true when the chunk ends at the sequence's last
+    known position, so that a new token is sampled from its final logits.
+    """
+
+    slot: int
+    start: int
+    tokens: Sequence[int] | None = None
+    samples: bool = True
+
+    @property
+    def length(self) -> int:
+        return 1 if self.tokens is None else len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: chunks of distinct slots. ``logits`` asks for logits besides the sampled tokens."""
+
+    chunks: tuple[Chunk, ...]
+    logits: Literal["none", "last", "all"] = "none"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+class StepHandle(Protocol):
+    """A submitted step. Both methods wait for the device if they must."""
+
+    def tokens(self) -> list[int]:
+        """Sampled ids, one for each chunk with ``samples``, in chunk order."""
+        ...
+
+    def logits(self) -> torch.Tensor:
+        """float32: ``[sampling chunks, vocab]`` for "last", ``[num_tokens, vocab]`` for "all"."""
+        ...
+
+
+class Executor(Protocol):
+    """A model on a device. Steps run in submission order; later steps see the KV and tokens of earlier ones."""
+
+    asynchronous: bool  # submit() returns before the device is done, so the engine may run one step ahead
+    num_kv_blocks: int  # blocks in the KV cache; block 0 is scratch for padding and never allocated
+    kernels: str  # which implementation runs, for reports: "torch", "cpu-avx512", "cuda-triton", ...
+    step_nbytes: int  # weight bytes one decode step reads
+    kv_nbytes_per_token: int  # KV bytes one position holds over all layers
+
+    def bind(self, slot: int, params: SamplingParams) -> None:
+        """Give ``slot`` to a new sequence with these sampling parameters."""
+        ...
+
+    def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
+        """Set the slot's whole block table; position p lives in ``blocks[p // tokens_per_block]``."""
+        ...
+
+    def submit(self, step: Step) -> StepHandle:
+        """Enqueue one step."""
+        ...
+
+
+@dataclass
+class ReadyHandle:
+    """The handle of an executor that has already finished."""
+
+    sampled: list[int]
+    step_logits: torch.Tensor | None = field(default=None)
+
+    def tokens(self) -> list[int]:
+        return self.sampled
+
+    def logits(self) -> torch.Tensor:
+        if self.step_logits is None:
+            raise ValueError("the step was submitted with logits='none'")
+        return self.step_logits

@@ -1,0 +1,120 @@
+"""The weights of a built engine: what ``build_engine`` packs and every executor reads.
+
+All linear weights are stored ``[out_features, in_features]`` row-major, the order a GEMV streams, on CPU and GPU
+alike. INT8 rows carry one float32 scale a row: ``w[n, k] = scale[n] * q[n, k]``. Fused matrices are stacked rows:
+``qkv = [Q; K; V]`` and ``gate_up = [gate; up]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from llama_engine.config import ModelConfig
+from llama_engine.errors import InputError
+
+WEIGHTS_FILE = "engine.safetensors"
+LINEARS = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass
+class Linear:
+    """A weight matrix ``[N, K]``: int8 with ``scale`` float32 ``[N]``, or floating point with ``scale`` None."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix that the INT8 rows stand for, ``[N, K]`` in ``dtype``."""
+        if self.scale is None:
+            return self.weight.to(dtype)
+        return (self.weight.float() * self.scale[:, None]).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        scale = 0 if self.scale is None else self.scale.nbytes
+        return self.weight.nbytes + scale
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer. Norms are ``[hidden]`` in the checkpoint's dtype."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    o: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass
+class EngineWeights:
+    """All tensors of an engine on one device."""
+
+    embedding: torch.Tensor  # [vocab, hidden], checkpoint dtype
+    layers: list[LayerWeights]
+    final_norm: torch.Tensor  # [hidden]
+    lm_head: Linear  # [vocab, hidden]
+
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes one decode step must read, KV excluded: every linear layer, the norms and lm_head once.
+
+        The embedding is a gather of one row a token and is not counted.
+        """
+        total = self.final_norm.nbytes + self.lm_head.nbytes
+        for layer in self.layers:
+            total += layer.input_norm.nbytes + layer.post_norm.nbytes
+            total += sum(getattr(layer, name).nbytes for name in LINEARS)
+        return total
+
+
+def tensor_names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors in :data:`WEIGHTS_FILE`; INT8 linears also have ``<name>.scale`` ``[N]``."""
+    hidden = config.hidden_size
+    yield "embedding", (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        yield f"layers.{i}.input_norm", (hidden,)
+        yield f"layers.{i}.qkv", (config.qkv_size, hidden)
+        yield f"layers.{i}.o", (hidden, config.q_size)
+        yield f"layers.{i}.post_norm", (hidden,)
+        yield f"layers.{i}.gate_up", (2 * config.intermediate_size, hidden)
+        yield f"layers.{i}.down", (hidden, config.intermediate_size)
+    yield "final_norm", (hidden,)
+    yield "lm_head", (config.vocab_size, hidden)
+
+
+def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | str) -> EngineWeights:
+    """Read ``engine.safetensors`` onto ``device``. Raises :class:`InputError` for a missing or misshapen tensor."""
+    path = Path(engine_dir) / WEIGHTS_FILE
+    if not path.is_file():
+        raise InputError(f"{path} is missing: build the engine again with scripts/build_engine.sh")
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        present = set(file.keys())
+        for name, shape in tensor_names(config):
+            if name not in present:
+                raise InputError(f"{path}: tensor {name!r} is missing")
+            tensors[name] = file.get_tensor(name)
+            if tuple(tensors[name].shape) != shape:
+                raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+            if f"{name}.scale" in present:
+                tensors[f"{name}.scale"] = file.get_tensor(f"{name}.scale")
+
+    def linear(name: str) -> Linear:
+        return Linear(tensors[name], tensors.get(f"{name}.scale"))
+
+    layers = [
+        LayerWeights(
+            input_norm=tensors[f"layers.{i}.input_norm"],
+            post_norm=tensors[f"layers.{i}.post_norm"],
+            **{name: linear(f"layers.{i}.{name}") for name in LINEARS},
+        )
+        for i in range(config.num_layers)
+    ]
+    return EngineWeights(tensors["embedding"], layers, tensors["final_norm"], linear("lm_head"))
