@@ -1,0 +1,212 @@
+"""Files and directories that appear whole or not at all, their hashes, and the progress bar of every long step."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from llama_engine.errors import InputError, RunError
+
+T = TypeVar("T")
+Advance = Callable[[int], None]
+CHUNK_ELEMENTS = 4 << 20  # elements one worker holds at a time: 16 MB in float32, so 16 workers stay below 2 GiB
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside ``target`` that takes its place when the block ends without an error.
+
+    What a killed run left behind is removed by the next one. Raises :class:`InputError` when ``target`` exists and
+    ``force`` is false, or when another process is writing it.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not force:
+        raise InputError(f"{target} already exists: give --force to replace it, or another directory")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, not a directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial"
+    lock_path = target.parent / f".{target.name}.lock"
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {target}: wait for it, or choose another directory") from None
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            old = target.parent / f".{target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(partial, target)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path, advance: Advance = lambda _: None) -> str:
+    """The file's SHA-256 in hexadecimal, as ``sha256sum`` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def sha256_files(paths: Sequence[Path], advance: Advance = lambda _: None) -> dict[str, str]:
+    """SHA-256 of each file by name, one thread a file."""
+    digests: dict[str, str] = {}
+    parallel(lambda path: digests.__setitem__(path.name, sha256_file(path, advance)), paths)
+    return digests
+
+
+def combined_sha256(digests: dict[str, str]) -> str:
+    """One SHA-256 for named files: of the lines ``<sha256>  <name>``, sorted by name."""
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises :class:`InputError` that names the file."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy whatever tokenizer files ``source`` has; a model without a tokenizer is prompted with token ids."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def row_chunks(rows: int, columns: int, multiple: int = 2) -> Iterator[tuple[int, int]]:
+    """Split ``rows`` into ranges of about :data:`CHUNK_ELEMENTS` elements, each starting at a ``multiple``."""
+    step = max(CHUNK_ELEMENTS // max(columns, 1) // multiple, 1) * multiple
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def parallel(function: Callable[[T], None], items: Sequence[T]) -> None:
+    """Run ``function`` over ``items`` on all cores, one torch thread each; the first error stops the rest."""
+    workers = len(os.sched_getaffinity(0))
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def byte_progress(description: str, total: int, show: bool = True) -> Iterator[Advance]:
+    """A progress bar on stderr with rate and time left; yields a thread-safe ``advance(bytes)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+class TensorFileWriter:
+    """Write a .safetensors file row by row, from many threads, without ever holding a whole tensor.
+
+    ``specs`` maps each name to (dtype, shape). The file is allocated in full first, so a full disk shows at once;
+    rows never written are zero.
+    """
+
+    def __init__(
+        self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        self._places: dict[str, tuple[int, int, torch.dtype]] = {}
+        offset = 0
+        for name, (dtype, shape) in specs.items():
+            row = dtype.itemsize
+            for size in shape[1:]:
+                row *= size
+            end = offset + row * shape[0]
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            self._places[name] = (offset, row, dtype)
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self.nbytes = self._base + offset
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.posix_fallocate(self._file, 0, self.nbytes)
+            os.pwrite(self._file, struct.pack("<Q", len(text)) + text, 0)
+        except OSError as error:
+            os.close(self._file)
+            raise RunError(f"cannot write {path} ({self.nbytes / 1e9:.2f} GB): {error.strerror}") from None
+
+    def write(self, name: str, start: int, data: torch.Tensor) -> None:
+        """Write ``data`` as the bytes from row ``start`` of tensor ``name`` on (for 1-D tensors, element)."""
+        offset, row, dtype = self._places[name]
+        if data.dtype.itemsize != dtype.itemsize:
+            raise ValueError(f"{name}: got {data.dtype}, the file holds {dtype}")
+        view = memoryview(data.contiguous().view(torch.uint8).reshape(-1).numpy())
+        position = self._base + offset + start * row
+        while view:
+            written = os.pwrite(self._file, view, position)
+            view, position = view[written:], position + written
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
