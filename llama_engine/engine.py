@@ -1,0 +1,230 @@
+"""The native engine: add requests, step, read tokens. In-flight batching over any executor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llama_engine.build import load_engine_json
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError
+from llama_engine.executor import Executor, Step, StepHandle
+from llama_engine.host_executor import HostExecutor
+from llama_engine.kernels import cpu
+from llama_engine.kv_cache import BlockManager
+from llama_engine.model import TorchModel
+from llama_engine.sampling import SamplingParams
+from llama_engine.scheduler import DrainFirst, Plan, Scheduler
+from llama_engine.scheduler import Sequence as RunningSequence
+from llama_engine.weights import load_weights
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """New tokens of one request. ``reason`` is set when ``finished``."""
+
+    request_id: int
+    token_ids: list[int]
+    finished: bool = False
+    reason: FinishReason | None = None
+
+
+class Engine:
+    """Not thread-safe: one owner calls everything (see :class:`llama_engine.loop.EngineLoop`)."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, executor: Executor) -> None:
+        self.model, self.config, self.executor = model, config, executor
+        self.scheduler = Scheduler(config, BlockManager(executor.num_kv_blocks, config.tokens_per_block))
+        self.tokens_generated = 0
+        self.steps = 0
+        self._requests: dict[int, RunningSequence] = {}
+        self._next_id = 0
+        self._inflight: tuple[Plan, StepHandle] | None = None
+
+    @classmethod
+    def from_dir(
+        cls,
+        engine_dir: str | Path,
+        *,
+        device: str = "auto",
+        kernels: str = "auto",
+        threads: int | None = None,
+        num_kv_blocks: int | None = None,
+        kv_cache_free_gpu_memory_fraction: float | None = None,
+    ) -> Engine:
+        """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference).
+
+        Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
+        """
+        info = load_engine_json(Path(engine_dir))
+        changes = {
+            "num_kv_blocks": num_kv_blocks,
+            "kv_cache_free_gpu_memory_fraction": kv_cache_free_gpu_memory_fraction,
+        }
+        config = EngineConfig.from_dict(
+            info.engine.to_dict() | {key: value for key, value in changes.items() if value is not None}
+        )
+        executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
+        return cls(info.model, config, executor)
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        params: SamplingParams | None = None,
+        stop_token_ids: Iterable[int] = (),
+    ) -> int:
+        """Queue a request and return its id. Raises :class:`InputError` for one that can never run."""
+        self.validate(prompt, max_new_tokens)
+        sequence = RunningSequence(
+            self._next_id, list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
+        )
+        self._next_id += 1
+        self._requests[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+        return sequence.request_id
+
+    def validate(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Raise :class:`InputError`, with the numbers, unless the request can run on this engine."""
+        if not prompt:
+            raise InputError("the prompt is empty: give at least one token id")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        total = len(prompt) + max_new_tokens
+        if total > self.config.max_seq_len:
+            raise InputError(
+                f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
+                f"max_seq_len {self.config.max_seq_len}"
+            )
+        blocks = self.scheduler.blocks
+        if blocks.blocks_for(total) > blocks.usable:
+            raise InputError(
+                f"{total} tokens need {blocks.blocks_for(total)} KV blocks of {self.config.tokens_per_block} tokens; "
+                f"the cache has {blocks.usable}"
+            )
+        bad = next((token for token in prompt if not 0 <= token < self.model.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"token id {bad} is outside the vocabulary of {self.model.vocab_size}")
+
+    def cancel(self, request_id: int) -> bool:
+        """Drop a request and free its blocks; False when it is unknown or already finished."""
+        sequence = self._requests.pop(request_id, None)
+        if sequence is None:
+            return False
+        self.scheduler.finish(sequence)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests) or self._inflight is not None
+
+    def step(self) -> list[Output]:
+        """Run one step and return what became known. On an asynchronous executor that is the step before."""
+        outputs: list[Output] = []
+        try:
+            plan = self.scheduler.schedule()
+        except DrainFirst:
+            outputs = self._collect()
+            plan = self.scheduler.schedule()
+        previous = self._inflight
+        self._inflight = self._submit(plan) if plan else None
+        if not self.executor.asynchronous:
+            return self._collect()
+        return outputs + self._read(previous)
+
+    def check_invariants(self) -> None:
+        """Raise ``AssertionError`` when block tables, slots or positions contradict each other."""
+        scheduler = self.scheduler
+        scheduler.blocks.check(sequence.table for sequence in scheduler.sequences)
+        slots = [sequence.slot for sequence in scheduler.running]
+        if len(set(slots)) != len(slots) or any(slot < 0 for slot in slots):
+            raise AssertionError(f"slots are shared or missing: {slots}")
+        for sequence in scheduler.running:
+            if scheduler.blocks.blocks_for(sequence.computed) > len(sequence.table):
+                raise AssertionError(f"request {sequence.request_id} runs past its block table")
+        if any(sequence.table or sequence.slot >= 0 for sequence in scheduler.waiting):
+            raise AssertionError("a waiting request holds blocks or a slot")
+
+    def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
+        for sequence in plan.bound:
+            self.executor.bind(sequence.slot, sequence.params)
+        for slot, table in plan.tables:
+            self.executor.set_block_table(slot, table)
+        self.steps += 1
+        return plan, self.executor.submit(Step(plan.chunks))
+
+    def _collect(self) -> list[Output]:
+        previous, self._inflight = self._inflight, None
+        return self._read(previous)
+
+    def _read(self, step: tuple[Plan, StepHandle] | None) -> list[Output]:
+        if step is None:
+            return []
+        plan, handle = step
+        sampling = [sequence for sequence, chunk in zip(plan.sequences, plan.chunks) if chunk.samples]
+        outputs = []
+        for sequence, token in zip(sampling, handle.tokens()):
+            if sequence.finished:
+                continue  # cancelled, or stopped while this step was already on its way
+            sequence.output.append(token)
+            self.tokens_generated += 1
+            reason: FinishReason | None = None
+            if token in sequence.stop_token_ids:
+                reason = "stop"
+            elif len(sequence.output) == sequence.max_new_tokens:
+                reason = "length"
+            if reason:
+                self.scheduler.finish(sequence)
+                del self._requests[sequence.request_id]
+            outputs.append(Output(sequence.request_id, [token], reason is not None, reason))
+        return outputs
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve auto, cpu or cuda. Raises :class:`InputError` when CUDA is asked for and absent."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA GPU is visible to PyTorch: use --device cpu, or check nvidia-smi and the torch build")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def make_executor(
+    engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
+) -> Executor:
+    """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
+    if kernels not in ("auto", "torch"):
+        raise InputError(f"kernels must be auto or torch, got {kernels!r}")
+    weights = load_weights(engine_dir, model, device)
+    if device.type == "cuda" and kernels == "auto":
+        from llama_engine.cuda_executor import CudaExecutor
+        from llama_engine.kernels.tuning import load_tuning
+
+        return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir))
+    blocks = config.num_kv_blocks or config.max_batch_size * config.max_blocks_per_sequence + 1
+    sizes = {"num_blocks": blocks, "tokens_per_block": config.tokens_per_block, "max_seq_len": config.max_seq_len}
+    if kernels == "auto" and cpu.supported(model, weights, config.tokens_per_block):
+        library = cpu.compile_library(engine_dir / "kernels")
+        if library is not None:
+            fused = cpu.CpuModel(
+                library,
+                model,
+                weights,
+                **sizes,
+                max_num_tokens=config.max_num_tokens,
+                threads=threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1,
+            )
+            return HostExecutor(fused, model, config, blocks, weights.step_nbytes)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    reference = TorchModel(model, weights, **sizes, dtype=dtype)
+    return HostExecutor(reference, model, config, blocks, weights.step_nbytes)

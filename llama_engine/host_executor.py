@@ -1,0 +1,61 @@
+"""The synchronous executor: any :class:`~llama_engine.model.ForwardModel`, one forward pass a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.executor import ReadyHandle, Step
+from llama_engine.model import ForwardModel
+from llama_engine.sampling import SamplingParams, sample
+
+
+class HostExecutor:
+    """Implements :class:`llama_engine.executor.Executor` for a CPU, and for a GPU without fused kernels."""
+
+    asynchronous = False
+
+    def __init__(
+        self, model: ForwardModel, config: ModelConfig, engine: EngineConfig, num_kv_blocks: int, step_nbytes: int
+    ) -> None:
+        self._model = model
+        self.kernels = model.name
+        self.num_kv_blocks = num_kv_blocks
+        self.step_nbytes = step_nbytes
+        self.kv_nbytes_per_token = 2 * config.num_layers * config.kv_size * 2
+        self._device = getattr(model, "device", torch.device("cpu"))
+        slots = engine.max_batch_size
+        self._last = [0] * slots
+        self._params = [SamplingParams()] * slots
+        self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
+
+    def bind(self, slot: int, params: SamplingParams) -> None:
+        self._params[slot] = params
+
+    def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
+        self._tables[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+
+    def submit(self, step: Step) -> ReadyHandle:
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_rows: list[int] = []
+        for chunk in step.chunks:
+            ids.extend([self._last[chunk.slot]] if chunk.tokens is None else chunk.tokens)
+            positions.extend(range(chunk.start, chunk.start + chunk.length))
+            slots.extend([chunk.slot] * chunk.length)
+            if chunk.samples:
+                last_rows.append(len(ids) - 1)
+        rows = list(range(len(ids))) if step.logits == "all" else last_rows
+        inputs = [torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots)]
+        row_tensor = torch.tensor(rows, dtype=torch.int32, device=self._device)
+        logits = self._model.forward(*inputs, self._tables, row_tensor)
+        sampled = []
+        for chunk, row in zip((chunk for chunk in step.chunks if chunk.samples), last_rows):
+            index = row if step.logits == "all" else len(sampled)
+            token = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
+            self._last[chunk.slot] = token
+            sampled.append(token)
+        return ReadyHandle(sampled, None if step.logits == "none" else logits)

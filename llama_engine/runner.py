@@ -1,0 +1,125 @@
+"""``ModelRunner``: one face for both engines, shaped like TensorRT-LLM's ``ModelRunnerCpp``.
+
+Differences are none that a script can see: ``generate`` takes a list of 1-D int tensors and returns an int32 tensor
+``(batch, beams, max_seq_len)``, prompt included, padded with ``end_id``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_engine.engine import Engine
+from llama_engine.errors import InputError
+from llama_engine.sampling import SamplingParams
+
+
+class ModelRunner:
+    """The native backend. :meth:`from_dir` picks the backend from what ``engine_dir`` holds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def from_dir(cls, engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
+        """Load a native engine; ``options`` go to :meth:`llama_engine.engine.Engine.from_dir`."""
+        return cls(Engine.from_dir(engine_dir, device=device, **options))
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.engine.config.max_batch_size
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.engine.config.max_seq_len
+
+    def generate(
+        self,
+        batch_input_ids: Sequence[torch.Tensor],
+        *,
+        max_new_tokens: int = 1,
+        end_id: int,
+        pad_id: int,
+        temperature: float = 1.0,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        random_seed: int = 0,
+        streaming: bool = False,
+        return_dict: bool = False,
+        output_sequence_lengths: bool = False,
+    ) -> Any:
+        """Generate for each prompt until ``end_id`` or ``max_new_tokens``.
+
+        Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``; with ``return_dict`` and
+        ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32 ``(batch, 1)``. With
+        ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS pass an ``end_id``
+        that cannot occur, such as -1. Raises :class:`InputError`.
+        """
+        for name, value in (("end_id", end_id), ("pad_id", pad_id)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} must be an int, got {value!r}")
+        prompts = [_as_list(ids) for ids in batch_input_ids]
+        if not prompts:
+            raise InputError("batch_input_ids is empty")
+        params = SamplingParams(temperature, top_k, top_p, random_seed)
+        for prompt in prompts:
+            self.engine.validate(prompt, max_new_tokens)
+        stream = self._stream(prompts, max_new_tokens, end_id, params, return_dict, output_sequence_lengths)
+        if streaming:
+            return stream
+        result = None
+        for result in stream:  # noqa: B007 - the last one is the answer
+            pass
+        return result
+
+    def _stream(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        end_id: int,
+        params: SamplingParams,
+        return_dict: bool,
+        output_sequence_lengths: bool,
+    ) -> Iterator[Any]:
+        stop = (end_id,) if end_id >= 0 else ()
+        width = max(map(len, prompts)) + max_new_tokens
+        output_ids = torch.full((len(prompts), 1, width), end_id, dtype=torch.int32)
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts], dtype=torch.int32)
+        row_of = {}
+        for row, prompt in enumerate(prompts):
+            output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+            row_of[self.engine.add_request(prompt, max_new_tokens, params=params, stop_token_ids=stop)] = row
+        try:
+            while row_of:
+                outputs = [output for output in self.engine.step() if output.request_id in row_of]
+                for output in outputs:
+                    row = row_of[output.request_id]
+                    for token in output.token_ids:
+                        output_ids[row, 0, lengths[row, 0]] = token
+                        lengths[row, 0] += 1
+                    if output.finished:
+                        del row_of[output.request_id]
+                if outputs:
+                    yield _result(output_ids, lengths, return_dict, output_sequence_lengths)
+        finally:
+            for request_id in row_of:  # the caller left the iterator early
+                self.engine.cancel(request_id)
+
+
+def _as_list(ids: torch.Tensor) -> list[int]:
+    tensor = torch.as_tensor(ids)
+    if tensor.dim() != 1 or tensor.is_floating_point():
+        raise InputError(f"each prompt must be a 1-D integer tensor, got {tuple(tensor.shape)} {tensor.dtype}")
+    return tensor.tolist()
+
+
+def _result(output_ids: torch.Tensor, lengths: torch.Tensor, return_dict: bool, with_lengths: bool) -> Any:
+    if not return_dict:
+        return output_ids.clone()
+    result = {"output_ids": output_ids.clone()}
+    if with_lengths:
+        result["sequence_lengths"] = lengths.clone()
+    return result
