@@ -193,11 +193,15 @@ class TensorFileWriter:
 
     def write(self, name: str, start: int, data: torch.Tensor) -> None:
         """Write ``data`` as the bytes from row ``start`` of tensor ``name`` on (for 1-D tensors, element)."""
-        offset, row, dtype = self._places[name]
-        if data.dtype.itemsize != dtype.itemsize:
+        _, row, dtype = self._places[name]
+        if data.dtype != dtype:
             raise ValueError(f"{name}: got {data.dtype}, the file holds {dtype}")
+        self.write_bytes(name, start * row, data)
+
+    def write_bytes(self, name: str, start: int, data: torch.Tensor) -> None:
+        """Write ``data`` from byte ``start`` of tensor ``name`` on."""
         view = memoryview(data.contiguous().view(torch.uint8).reshape(-1).numpy())
-        position = self._base + offset + start * row
+        position = self._base + self._places[name][0] + start
         while view:
             written = os.pwrite(self._file, view, position)
             view, position = view[written:], position + written

@@ -1,0 +1,121 @@
+"""Symmetric per-channel INT8 and the byte orders in which TensorRT-LLM's kernels want it.
+
+Weights come as ``[N, K]`` (out, in), one scale a row. A packed matrix is what a checkpoint holds where its shape is
+reported as ``(K, N)``: always N-major, so any even range of rows packs to one contiguous range of bytes.
+
+Sources: ``symmetric_quantize`` and ``preprocess_weights_for_mixed_gemm`` in TensorRT-LLM's cutlass_preprocessors.cpp
+(see docs/TENSORRT_LLM.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llama_engine.errors import InputError
+
+TARGET_ARCHES = ("sm80", "sm86", "sm89", "sm90")
+_LDSM_ROWS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an INT8 matrix lies in a checkpoint.
+
+    ``permuted``: in-rows of every 16 reordered for LDSM; ``interleaved``: pairs of columns alternate every 64 rows;
+    ``biased``: stored as q + 128 with bytes 1 and 2 of every four swapped.
+    """
+
+    name: str
+    permuted: bool
+    interleaved: bool
+    biased: bool
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("column_major", permuted=False, interleaved=False, biased=False),  # sm90, 0.15
+        Layout("column_major_permuted", permuted=True, interleaved=False, biased=False),  # sm90, 0.16
+        Layout("column_major_permuted_biased", permuted=True, interleaved=False, biased=True),  # sm90, 0.17 and later
+        Layout("column_major_interleaved", permuted=True, interleaved=True, biased=True),  # sm75 to sm89
+    )
+}
+
+
+def layout_for(arch: str, version: str) -> Layout:
+    """The layout that TensorRT-LLM ``version`` ("0.15.0") uses on ``arch`` ("sm80")."""
+    if arch not in TARGET_ARCHES:
+        raise InputError(f"target arch {arch!r} is not supported: choose one of {', '.join(TARGET_ARCHES)}")
+    try:
+        release = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        release = ()
+    if len(release) != 2 or release < (0, 15):
+        raise InputError(f"TensorRT-LLM version {version!r} is not supported: 0.15.0 or later, written like 0.15.0")
+    if arch != "sm90":
+        return LAYOUTS["column_major_interleaved"]
+    if release == (0, 15):
+        return LAYOUTS["column_major"]
+    return LAYOUTS["column_major_permuted" if release == (0, 16) else "column_major_permuted_biased"]
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[N, K]`` floating point to int8 ``[N, K]`` and float32 scales ``[N]``.
+
+    scale = max|w| / 128; q = w / scale rounded half away from zero, clamped to [-128, 127]; a zero row gives zeros.
+    The division uses the float32 scale, before it is stored in the model's dtype.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1) / 128
+    ratio = weight / torch.where(scale == 0, 1.0, scale)[:, None]
+    # trunc(x + 0.5) would be off by one just below a half; the fraction left by trunc is exact.
+    whole = ratio.trunc()
+    whole += ratio.sub_(whole).abs_().ge_(0.5).copysign_(weight)
+    return whole.clamp_(-128, 127).to(torch.int8), scale
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``scale[n] * q[n, k]`` in ``dtype``."""
+    return (q.float() * scale.float()[:, None]).to(dtype)
+
+
+def check_packable(n: int, k: int, layout: Layout, name: str) -> None:
+    """Raise :class:`InputError` for a shape that TensorRT-LLM's preprocessing refuses."""
+    k_multiple = 64 if layout.interleaved else 32
+    if k % k_multiple or n % 32:
+        raise InputError(
+            f"{name} is {k} x {n} (in x out): layout {layout.name} needs multiples of {k_multiple} x 32. "
+            "Use --quantize_at_build, another --tp_size or the native engine"
+        )
+
+
+def pack(q: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """int8 ``[N, K]`` to the ``N * K`` bytes (int8) that a checkpoint holds."""
+    n, k = q.shape
+    data = q.contiguous()
+    if layout.permuted:
+        data = data.view(n, k // 16, 16)[:, :, _index(_LDSM_ROWS)]
+    if layout.interleaved:
+        data = data.reshape(n // 2, 2, k // 64, 64).transpose(1, 2)
+    if layout.biased:
+        data = data.reshape(-1, 4)[:, _index((0, 2, 1, 3))] ^ -128
+    return data.reshape(-1)
+
+
+def unpack(data: torch.Tensor, n: int, k: int, layout: Layout) -> torch.Tensor:
+    """The inverse of :func:`pack`: bytes (int8, any shape) to int8 ``[N, K]``."""
+    data = data.reshape(-1)
+    if layout.biased:
+        data = data.view(-1, 4)[:, _index((0, 2, 1, 3))] ^ -128
+    if layout.interleaved:
+        data = data.reshape(n // 2, k // 64, 2, 64).transpose(1, 2)
+    if layout.permuted:
+        inverse = [_LDSM_ROWS.index(i) for i in range(16)]
+        data = data.reshape(n, k // 16, 16)[:, :, _index(inverse)]
+    return data.reshape(n, k).contiguous()
+
+
+def _index(order: tuple[int, ...] | list[int]) -> torch.Tensor:
+    return torch.tensor(order)

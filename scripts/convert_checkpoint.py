@@ -1,0 +1,68 @@
+r"""Convert a Hugging Face Llama to a TensorRT-LLM unified checkpoint, INT8 weight-only if asked.
+
+Purpose: one checkpoint that both TensorRT-LLM and the native engine build from.
+Method:  symmetric per-channel INT8 of every linear layer (max|w| / 128, half away from zero), packed in the byte
+         order of the target GPU; rows stream from the shards, so memory stays small at any model size.
+Output:  OUTPUT_DIR/config.json, rank{N}.safetensors, tokenizer files.
+
+    python scripts/convert_checkpoint.py --model_dir models/smollm2-135m-instruct --output_dir checkpoints/smollm2 \
+        --dtype float16 --use_weight_only --weight_only_precision int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from llama_engine.convert import ConvertOptions, convert
+from llama_engine.errors import InputError, run_cli
+from llama_engine.quantization import TARGET_ARCHES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--dtype", default="float16", help="float16 or bfloat16 (default: float16)")
+    parser.add_argument("--use_weight_only", action="store_true", help="quantize the linear layers' weights")
+    parser.add_argument("--weight_only_precision", choices=["int8"], default="int8")
+    parser.add_argument(
+        "--target_arch", choices=["auto", *TARGET_ARCHES], default="auto", help="auto: the GPU, or sm80"
+    )
+    parser.add_argument("--trtllm_version", default="0.15.0", help="whose byte layout (default: 0.15.0)")
+    parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
+    parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR")
+    args = parser.parse_args()
+
+    options = ConvertOptions(
+        dtype=args.dtype,
+        int8=args.use_weight_only,
+        target_arch=visible_arch() if args.target_arch == "auto" else args.target_arch,
+        trtllm_version=args.trtllm_version,
+        quantize_at_build=args.quantize_at_build,
+        tp_size=args.tp_size,
+    )
+    start = time.perf_counter()
+    convert(args.model_dir, args.output_dir, options, force=args.force)
+    size = sum(path.stat().st_size for path in args.output_dir.glob("rank*.safetensors"))
+    what = f"INT8, layout {options.layout.name}" if options.layout else "16-bit weights"
+    print(f"{args.output_dir}: {size / 1e9:.2f} GB, {what}, {time.perf_counter() - start:.1f} s")
+
+
+def visible_arch() -> str:
+    """The compute capability of the visible GPU as "sm90"; "sm80" where there is none."""
+    if not torch.cuda.is_available():
+        return "sm80"
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"sm{major}{minor}"
+    if arch not in TARGET_ARCHES:
+        raise InputError(f"the visible GPU is {arch}: give --target_arch {' or '.join(TARGET_ARCHES)}")
+    return arch
+
+
+if __name__ == "__main__":
+    run_cli(main)
