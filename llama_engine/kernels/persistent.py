@@ -1,0 +1,288 @@
+"""Decode 1 to 4 sequences with one kernel launch a token: compile, pack pointers, launch ``persistent.cu``.
+
+Interface for an executor::
+
+    if persistent.supported(config, engine, weights) is None:
+        decode = PersistentDecode(config, engine, weights, kv, max_rows=4)
+        decode.launch(slot_ids, last_token, position, block_tables, sampled, logits)
+
+``launch`` enqueues on the current stream, allocates nothing and can be captured into a CUDA graph. Rows must be one of
+:attr:`PersistentDecode.row_counts` (1, 2, 4); pad with the dummy slot (the last row of the slot state), which the
+kernel never moves on. For every other row it reads ``last_token[slot]`` and ``position[slot]`` (where that token will
+stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_token[slot]`` and adds 1 to
+``position[slot]``. Layouts are those of :mod:`llama_engine.kernels`. The reference is
+:class:`llama_engine.model.TorchModel`; the off-switch is not to construct this class.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError, RunError
+from llama_engine.model import rope_tables
+from llama_engine.weights import LINEARS, EngineWeights
+
+SOURCE = Path(__file__).with_name("persistent.cu")
+THREADS = 288
+SHARED_BYTES = 232448
+STAGE_BYTES = 16384
+TRACE_FIELDS = (
+    *("full_qkv", "full_kv", "full_o", "full_gate_up", "full_down", "full_lm_head"),
+    *("barrier_qkv", "barrier_attention", "barrier_o", "barrier_gate_up", "barrier_down"),
+    *("attend", "producer", "total"),
+)
+_POINTERS = (
+    *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
+    *("block_tables", "sampled", "logits", "x", "qkv", "attended", "hidden", "partial", "partial_ml", "sync", "trace"),
+)
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int) for name in ("table_stride", "num_blocks", "dummy_slot")),
+        ("eps", ctypes.c_float),
+    )
+
+
+def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights) -> str | None:
+    """None if this kernel can run the model on the device that holds ``weights``, else the reason why not."""
+    device = weights.embedding.device
+    if device.type != "cuda":
+        return "no CUDA device"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs compute capability 9.0"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < SHARED_BYTES:
+        return f"needs {SHARED_BYTES} bytes of shared memory a block"
+    if config.head_size not in (64, 128):
+        return f"head size {config.head_size} is not 64 or 128"
+    for name, k, most in (
+        ("hidden_size", config.hidden_size, STAGE_BYTES // 2),
+        ("num_heads * head_size", config.q_size, STAGE_BYTES),
+        ("intermediate_size", config.intermediate_size, STAGE_BYTES),
+    ):
+        if k % 1024 or k > most:
+            return f"{name} {k} is not a multiple of 1024 up to {most}"
+    if max(config.intermediate_size, config.qkv_size) > 256 * properties.multi_processor_count:
+        return "more than 256 rows a multiprocessor"
+    if config.num_kv_heads > properties.multi_processor_count:
+        return "more KV heads than multiprocessors"
+    for i, layer in enumerate(weights.layers):
+        for name in LINEARS:
+            if getattr(layer, name).scale is None:
+                return f"layer {i} {name} is not INT8"
+    half = (torch.float16, torch.bfloat16)
+    if weights.embedding.dtype not in half or (
+        weights.lm_head.scale is None and weights.lm_head.weight.dtype != weights.embedding.dtype
+    ):
+        return "embedding and lm_head must be float16 or bfloat16 alike (lm_head may be INT8)"
+    return None
+
+
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "13").split(".")[0]
+    site = Path(torch.__file__).parent.parent / "nvidia"
+    names = [f"libnvrtc.so.{major}", *sorted(map(str, site.glob(f"*/lib/libnvrtc.so.{major}"))), "libnvrtc.so"]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RunError(f"libnvrtc.so.{major}, which PyTorch ships, was not found: reinstall torch, or use --kernels triton")
+
+
+def compile_cubin(macros: dict[str, int], architecture: str) -> bytes:
+    """``persistent.cu`` for one geometry, compiled by NVRTC and cached under ``$XDG_CACHE_HOME/llama_engine``."""
+    source = SOURCE.read_bytes()
+    options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
+    nvrtc = _nvrtc()
+    version = (ctypes.c_int * 2)()
+    nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
+    key = hashlib.sha256(source + repr((options, tuple(version))).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_engine"
+    cached = folder / f"persistent-{key}.cubin"
+    if cached.is_file():
+        return cached.read_bytes()
+    program = ctypes.c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 0, None, None), "NVRTC")
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    if failed:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RunError(f"NVRTC could not compile {SOURCE.name}: {log.value.decode()}")
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
+    cubin = ctypes.create_string_buffer(size.value)
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    try:  # a cache that cannot be written costs only time
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(cubin.raw)
+        os.replace(partial, cached)
+    except OSError:
+        pass
+    return cubin.raw
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise RunError(f"{what} call failed with code {code}")
+
+
+def permute(x: torch.Tensor) -> torch.Tensor:
+    """The order in which the kernel keeps activations ``[..., K]``: ``Split<K>::permuted`` in persistent.cu."""
+    words = x.shape[-1] // 1024
+    vector = 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1
+    return x.unflatten(-1, (-1, 32, vector, 4)).transpose(-2, -3).flatten(-4).contiguous()
+
+
+class PersistentDecode:
+    """Compiled kernels and scratch for one model on one device. Only one launch may be in flight (one stream)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        kv: Sequence[torch.Tensor],
+        max_rows: int = 4,
+        trace: bool = False,
+    ) -> None:
+        """``kv``: per layer fp16 ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``, contiguous.
+
+        Raises :class:`InputError` where :func:`supported` says no, :class:`RunError` if compilation fails.
+        """
+        if reason := supported(config, engine, weights):
+            raise InputError(f"the persistent kernel cannot run this model: {reason}")
+        shape = (2, kv[0].shape[1], config.num_kv_heads, engine.tokens_per_block, config.head_size)
+        if len(kv) != config.num_layers or any(
+            tuple(t.shape) != shape or t.dtype != torch.float16 or not t.is_contiguous() for t in kv
+        ):
+            raise InputError(f"kv must be {config.num_layers} contiguous float16 tensors {shape}")
+        self.device = weights.embedding.device
+        self.grid = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.row_counts = tuple(r for r in (1, 2, 4) if r <= max_rows and r * config.num_kv_heads <= self.grid)
+        self._config, self._max_blocks = config, engine.max_blocks_per_sequence
+        layers = weights.layers
+        pointers = [
+            [t.data_ptr() for name in LINEARS for t in (getattr(layer, name).weight, getattr(layer, name).scale)]
+            + [cache.data_ptr()]
+            for layer, cache in zip(layers, kv)
+        ]
+        if any(pointer % 16 for row in pointers for pointer in row) or weights.lm_head.weight.data_ptr() % 16:
+            raise InputError("the persistent kernel needs weights and KV cache aligned to 16 bytes")
+        norms = [t for layer in layers for t in (layer.input_norm, layer.post_norm)] + [weights.final_norm]
+        rows = max(self.row_counts)
+
+        def floats(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.float32, device=self.device)
+
+        cosine, sine = (t.to(self.device) for t in rope_tables(config, engine.max_seq_len))
+        group = config.num_heads // config.num_kv_heads
+        self.tensors = {
+            "layers": torch.tensor(pointers, dtype=torch.int64, device=self.device),
+            "norms": permute(torch.stack([t.float() for t in norms])),
+            "cosine": cosine,
+            "sine": sine,
+            "x": floats(rows, config.hidden_size),
+            "qkv": floats(rows, config.qkv_size),
+            "attended": floats(rows, config.q_size),
+            "hidden": floats(rows, config.intermediate_size),
+            "partial": floats(self.grid, group * config.head_size),
+            "partial_ml": floats(self.grid, group, 2),
+            "sync": torch.zeros(256 + 2 * rows * config.num_layers, dtype=torch.int32, device=self.device),
+            "trace": torch.zeros((self.grid, len(TRACE_FIELDS)), dtype=torch.int64, device=self.device),
+        }
+        self._keep = (weights, tuple(kv))
+        self._params = _Params(num_blocks=kv[0].shape[1], eps=config.rms_norm_eps)
+        for name, tensor in self.tensors.items():
+            setattr(self._params, name, tensor.data_ptr())
+        self._params.embedding = weights.embedding.data_ptr()
+        self._params.lm_weight = weights.lm_head.weight.data_ptr()
+        macros = {
+            "HIDDEN": config.hidden_size,
+            "INTER": config.intermediate_size,
+            "LAYERS": config.num_layers,
+            "HEADS": config.num_heads,
+            "KV_HEADS": config.num_kv_heads,
+            "HEAD": config.head_size,
+            "VOCAB": config.vocab_size,
+            "TPB": engine.tokens_per_block,
+            "GRID": self.grid,
+        }
+        if weights.embedding.dtype == torch.bfloat16:
+            macros["ELEM_BF16"] = 1
+        if weights.lm_head.scale is not None:
+            macros["LM_INT8"] = 1
+            self._params.lm_scale = weights.lm_head.scale.data_ptr()
+        if trace:
+            macros["TRACE"] = 1
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
+        with torch.cuda.device(self.device):
+            torch.cuda.current_stream().synchronize()  # the primary context must exist
+            self._functions = {
+                r: self._load(compile_cubin(macros | {"ROWS": r}, architecture)) for r in self.row_counts
+            }
+
+    def _load(self, cubin: bytes) -> ctypes.c_void_p:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(self._cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+        _check(self._cuda.cuModuleGetFunction(ctypes.byref(function), module, b"decode"), "cuModuleGetFunction")
+        # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+        _check(self._cuda.cuFuncSetAttribute(function, 8, SHARED_BYTES), "cuFuncSetAttribute")
+        return function
+
+    def launch(
+        self,
+        slot_ids: torch.Tensor,
+        last_token: torch.Tensor,
+        position: torch.Tensor,
+        block_tables: torch.Tensor,
+        sampled: torch.Tensor,
+        logits: torch.Tensor | None = None,
+    ) -> None:
+        """Decode one token for each of ``slot_ids`` (int32 ``[rows]``); see the module docstring.
+
+        ``last_token`` and ``position`` int32 ``[slots]``, ``block_tables`` int32 ``[slots, blocks]``, ``sampled`` int32
+        ``[rows]``, ``logits`` float32 ``[rows, vocab]`` or None; all on the device and contiguous. Raises
+        :class:`InputError` for any other dtype or shape.
+        """
+        rows, slots = slot_ids.numel(), last_token.numel()
+        if rows not in self._functions:
+            raise InputError(f"the persistent kernel decodes {self.row_counts} rows, not {rows}")
+        arguments = {
+            "slot_ids": (slot_ids, (rows,)),
+            "last_token": (last_token, (slots,)),
+            "position": (position, (slots,)),
+            "block_tables": (block_tables, (slots, block_tables.shape[-1])),
+            "sampled": (sampled, (rows,)),
+        }
+        if logits is not None:
+            arguments["logits"] = (logits, (rows, self._config.vocab_size))
+        for name, (tensor, shape) in arguments.items():
+            dtype = torch.float32 if name == "logits" else torch.int32
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                raise InputError(f"{name} must be contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor.device != self.device:
+                raise InputError(f"{name} must be on {self.device}, got {tensor.device}")
+            setattr(self._params, name, tensor.data_ptr())
+        if logits is None:
+            self._params.logits = None
+        self._params.table_stride, self._params.dummy_slot = block_tables.shape[1], slots - 1
+        argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        size = (self.grid, 1, 1, THREADS, 1, 1, SHARED_BYTES)
+        code = self._cuda.cuLaunchCooperativeKernel(self._functions[rows], *size, stream, argument)
+        _check(code, "cuLaunchCooperativeKernel")

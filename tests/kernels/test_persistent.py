@@ -1,0 +1,226 @@
+"""The persistent decode kernel against :class:`TorchModel` on the dequantized weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llama_engine.config import EngineConfig, ModelConfig, RopeScaling
+from llama_engine.errors import InputError
+from llama_engine.kernels.persistent import PersistentDecode, permute, supported
+from llama_engine.model import TorchModel, apply_rope, rms_norm
+from llama_engine.weights import EngineWeights, LayerWeights, Linear
+
+LLAMA_8B = ModelConfig(
+    vocab_size=10000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=1,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    max_position_embeddings=4096,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+)
+LLAMA_1B = dataclasses.replace(
+    LLAMA_8B, hidden_size=2048, intermediate_size=8192, num_layers=4, head_size=64, vocab_size=5000
+)
+LLAMA_3B = dataclasses.replace(LLAMA_8B, hidden_size=3072, intermediate_size=8192, num_heads=24, num_layers=2)
+
+
+def random_linear(n: int, k: int, device: str, generator: torch.Generator) -> Linear:
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device, generator=generator)
+    scale = torch.rand(n, device=device, generator=generator) + 0.5
+    return Linear(weight, scale / (73 * math.sqrt(k)))
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, int8_head: bool, device: str) -> EngineWeights:
+    generator = torch.Generator(device).manual_seed(7)
+    hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    layers = [
+        LayerWeights(
+            input_norm=normal(hidden),
+            qkv=random_linear(config.qkv_size, hidden, device, generator),
+            o=random_linear(hidden, config.q_size, device, generator),
+            post_norm=normal(hidden),
+            gate_up=random_linear(2 * inter, hidden, device, generator),
+            down=random_linear(hidden, inter, device, generator),
+        )
+        for _ in range(config.num_layers)
+    ]
+    head = random_linear(vocab, hidden, device, generator) if int8_head else Linear(normal(vocab, hidden) / 64)
+    return EngineWeights(normal(vocab, hidden), layers, normal(hidden), head)
+
+
+class Case:
+    """A model, slot state with random cached KV, and the reference over a copy of it."""
+
+    def __init__(
+        self, config: ModelConfig, past: list[int], dtype: torch.dtype = torch.float16, int8_head: bool = False
+    ) -> None:
+        self.config = config
+        self.engine = EngineConfig(max_batch_size=8, max_seq_len=2048, tokens_per_block=64)
+        self.weights = random_weights(config, dtype, int8_head, "cuda")
+        generator = torch.Generator("cuda").manual_seed(11)
+        blocks, slots = self.engine.max_blocks_per_sequence, 9
+        count = 1 + len(past) * blocks
+        self.reference = TorchModel(
+            config, self.weights, num_blocks=count, tokens_per_block=64, max_seq_len=self.engine.max_seq_len
+        )
+        for cache in self.reference.kv:
+            cache.copy_(torch.randn(cache.shape, device="cuda", generator=generator))
+        self.kv = [cache.clone() for cache in self.reference.kv]
+        order = torch.randperm(count - 1, device="cuda", generator=generator).int() + 1
+        self.tables = torch.zeros((slots, blocks), dtype=torch.int32, device="cuda")
+        self.slot_ids = torch.tensor([7, 2, 5, 0][: len(past)], dtype=torch.int32, device="cuda")
+        self.last_token = torch.zeros(slots, dtype=torch.int32, device="cuda")
+        self.position = torch.zeros(slots, dtype=torch.int32, device="cuda")
+        for i, slot in enumerate(self.slot_ids.tolist()):
+            self.tables[slot] = order[i * blocks : (i + 1) * blocks]
+            self.last_token[slot] = 100 + 17 * i
+            self.position[slot] = past[i]
+        self.sampled = torch.full((len(past),), -1, dtype=torch.int32, device="cuda")
+        self.logits = torch.full((len(past), config.vocab_size), math.nan, device="cuda")
+        self.decode = PersistentDecode(config, self.engine, self.weights, self.kv, max_rows=len(past))
+
+    def launch(self, logits: bool = True) -> None:
+        state = (self.slot_ids, self.last_token, self.position, self.tables, self.sampled)
+        self.decode.launch(*state, self.logits if logits else None)
+        torch.cuda.synchronize()
+
+    def expect(self) -> torch.Tensor:
+        slots = self.slot_ids.long()
+        rows = torch.arange(len(slots), device="cuda")
+        return self.reference.forward(
+            self.last_token[slots], self.position[slots], self.slot_ids, self.tables, rows.int()
+        )
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    error = (actual.float() - expected.float()).abs().max().item()
+    bound = expected.float().abs().max().item() / 128 * 1.5
+    assert error <= bound, f"{what}: error {error:.4g} above {bound:.4g}"
+
+
+def unpermuted(x: torch.Tensor, rows: int) -> torch.Tensor:
+    order = permute(torch.arange(x.shape[-1], device=x.device))
+    out = torch.empty_like(x[:rows])
+    out[:, order] = x[:rows]
+    return out
+
+
+def test_permute_is_the_order_of_the_kernel() -> None:
+    for k in (1024, 2048, 3072, 4096, 14336):
+        vector = 4 if k % 4096 == 0 else 2 if k % 2048 == 0 else 1
+        order = torch.arange(k)
+        inside = order % (128 * vector)
+        where = order - inside + inside % (4 * vector) // 4 * 128 + inside // (4 * vector) * 4 + order % 4
+        assert torch.equal(permute(order)[where], order)
+
+
+def test_a_cpu_is_not_supported() -> None:
+    config = dataclasses.replace(LLAMA_1B, num_layers=1, hidden_size=1024, intermediate_size=1024, vocab_size=64)
+    weights = random_weights(config, torch.float16, False, "cpu")
+    assert supported(config, EngineConfig(), weights) == "no CUDA device"
+    with pytest.raises(InputError, match="no CUDA device"):
+        PersistentDecode(config, EngineConfig(), weights, [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("past", [[0], [1], [511], [40, 700], [5, 64, 1000, 2047]])
+def test_every_matrix_of_a_layer(past: list[int]) -> None:
+    case = Case(LLAMA_8B, past)
+    config, layer, rows = case.config, case.weights.layers[0], len(past)
+    slots = case.slot_ids.long()
+    x = case.weights.embedding[case.last_token[slots].long()].float()
+    positions = case.position[slots].long()
+    expected = case.expect()
+    case.launch()
+    got = case.decode.tensors
+    qkv = F.linear(rms_norm(x, layer.input_norm, config.rms_norm_eps), layer.qkv.dequantize())
+    close(got["qkv"][:rows], qkv, "qkv")
+    q = qkv[:, : config.q_size].unflatten(-1, (-1, config.head_size))
+    q = apply_rope(q, case.reference.cos[positions], case.reference.sin[positions])
+    cached = case.reference.kv[0]
+    attended = torch.cat(
+        [case.reference._attend(q[i : i + 1], cached, case.tables[slots[i]], past[i]) for i in range(rows)]
+    )
+    close(unpermuted(got["attended"], rows), attended, "attention")
+    x = x + F.linear(attended, layer.o.dequantize())
+    gate, up = F.linear(rms_norm(x, layer.post_norm, config.rms_norm_eps), layer.gate_up.dequantize()).chunk(2, -1)
+    hidden = F.silu(gate) * up
+    close(unpermuted(got["hidden"], rows), hidden, "gate_up")
+    close(unpermuted(got["x"], rows), x + F.linear(hidden, layer.down.dequantize()), "down")
+    close(case.logits, expected, "lm_head")
+    close(case.kv[0], cached, "KV cache")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("config", "dtype", "int8_head", "past"),
+    [
+        (LLAMA_8B, torch.bfloat16, True, [300]),
+        (LLAMA_1B, torch.float16, False, [70, 3]),
+        (LLAMA_1B, torch.bfloat16, True, [511, 0, 9, 1500]),
+        (LLAMA_3B, torch.float16, False, [129]),
+    ],
+)
+def test_a_token_of_every_geometry(config: ModelConfig, dtype: torch.dtype, int8_head: bool, past: list[int]) -> None:
+    case = Case(config, past, dtype, int8_head)
+    slots = case.slot_ids.long()
+    expected, before = case.expect(), case.position.clone()
+    case.launch()
+    close(case.logits, expected, "logits")
+    for ours, theirs in zip(case.kv, case.reference.kv):
+        close(ours, theirs, "KV cache")
+    assert torch.equal(case.sampled, case.logits.argmax(-1).int())
+    assert torch.equal(case.last_token[slots], case.sampled)
+    before[slots] += 1
+    assert torch.equal(case.position, before)
+    assert not case.decode.tensors["sync"].any(), "the counters must be zero for the next launch"
+
+
+@pytest.mark.gpu
+def test_a_graph_repeats_eager_launches_and_the_dummy_slot_stays() -> None:
+    tokens = []
+    for graphed in (False, True):
+        case = Case(dataclasses.replace(LLAMA_1B, num_layers=2), [60, 500])
+        case.slot_ids[1] = 8
+        case.position[8] = 0
+        case.tables[8] = 0
+        if graphed:
+            state = [t.clone() for t in (case.last_token, case.position, *case.kv)]
+            case.launch(False)  # warm up
+            for tensor, saved in zip((case.last_token, case.position, *case.kv), state):
+                tensor.copy_(saved)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                arguments = (case.slot_ids, case.last_token, case.position, case.tables, case.sampled)
+                case.decode.launch(*arguments)
+        run = []
+        for _ in range(16):
+            graph.replay() if graphed else case.launch(False)
+            run.append(int(case.sampled[0]))
+        tokens.append(run)
+        assert case.position[7] == 76
+        assert case.position[8] == 0
+        assert case.last_token[8] == 0
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_are_one_clear_line() -> None:
+    case = Case(dataclasses.replace(LLAMA_1B, num_layers=1), [3])
+    with pytest.raises(InputError, match="decodes"):
+        case.decode.launch(torch.zeros(3).int().cuda(), case.last_token, case.position, case.tables, case.sampled)
+    with pytest.raises(InputError, match="position must be"):
+        case.decode.launch(case.slot_ids, case.last_token, case.position.long(), case.tables, case.sampled)
