@@ -1,0 +1,438 @@
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
+"""Paged attention with grouped queries over fp16 KV: split-KV decode, and prefill tiles over cached and new tokens.
+
+The context of a decode is cut into chunks of a fixed number of positions, whatever the batch, and the chunks' partial
+softmaxes are merged in order; so a row's result does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.kernels.common import launch_options, next_power_of_2
+from llama_engine.kernels.quant import store_digits
+
+MAX_CHUNKS = 64
+QUERY_ROWS = 64  # query tokens times heads of a group in one prefill tile
+
+
+def chunk_size(max_seq_len: int) -> int:
+    """Positions in one decode chunk: 256, or more where that would make over 64 chunks."""
+    return max(256, next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
+
+
+@triton.jit
+def _decode(
+    qkv_ptr,
+    kv_ptr,
+    cos_ptr,
+    sin_ptr,
+    tables_ptr,
+    slots_ptr,
+    position_ptr,
+    part_ptr,
+    stat_ptr,
+    max_blocks,
+    v_offset,
+    scale,
+    KVH: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    TPB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAXC: tl.constexpr,
+    BT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HEAD: tl.constexpr = 2 * HALF
+    HEADS: tl.constexpr = KVH * G
+    row = tl.program_id(0)
+    kvh = tl.program_id(1)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, HALF_P)
+    e = tl.arange(0, HEAD_P)
+    t = tl.arange(0, BT)
+    d_in = d < HALF
+    e_in = e < HEAD
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots_ptr + row)
+    pos = tl.load(position_ptr + slot)
+    table = tables_ptr + slot * max_blocks
+    chunks = pos // CHUNK + 1
+    if tl.program_id(2) < chunks:
+        cos = tl.load(cos_ptr + pos * HALF + d, mask=d_in, other=0.0)
+        sin = tl.load(sin_ptr + pos * HALF + d, mask=d_in, other=0.0)
+        qkv = qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD)
+        q_at = qkv + (kvh * G + g)[:, None] * HEAD + d[None, :]
+        q_in = (g < G)[:, None] & d_in[None, :]
+        q1 = tl.load(q_at, mask=q_in, other=0.0).to(tl.float32)
+        q2 = tl.load(q_at + HALF, mask=q_in, other=0.0).to(tl.float32)
+        q_lo = (q1 * cos[None, :] - q2 * sin[None, :]).to(tl.float16)
+        q_hi = (q2 * cos[None, :] + q1 * sin[None, :]).to(tl.float16)
+        for chunk in range(tl.program_id(2), chunks, tl.num_programs(2)):
+            m = tl.full((GP,), float("-inf"), tl.float32)
+            total = tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, HEAD_P), tl.float32)
+            if chunk == chunks - 1:
+                # The newest position: rotated and cached here, and attended to from registers.
+                k_at = qkv + (HEADS + kvh) * HEAD + d
+                k1 = tl.load(k_at, mask=d_in, other=0.0).to(tl.float32)
+                k2 = tl.load(k_at + HALF, mask=d_in, other=0.0).to(tl.float32)
+                k_lo = (k1 * cos - k2 * sin).to(tl.float16)
+                k_hi = (k2 * cos + k1 * sin).to(tl.float16)
+                v = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
+                block = tl.load(table + pos // TPB).to(tl.int64)
+                new = kv_ptr + ((block * KVH + kvh) * TPB + pos % TPB) * HEAD
+                tl.store(new + d, k_lo, mask=d_in)
+                tl.store(new + HALF + d, k_hi, mask=d_in)
+                tl.store(new + v_offset + e, v, mask=e_in)
+                s_lo = q_lo.to(tl.float32) * k_lo.to(tl.float32)[None, :]
+                s_hi = q_hi.to(tl.float32) * k_hi.to(tl.float32)[None, :]
+                m = tl.sum(s_lo + s_hi, axis=1) * scale
+                total = tl.full((GP,), 1.0, tl.float32)
+                acc += v.to(tl.float32)[None, :]
+            for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, pos), BT):
+                key = start + t
+                key_in = key < pos
+                blocks = tl.load(table + key // TPB, mask=key_in, other=0).to(tl.int64)
+                at = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
+                half_in = key_in[:, None] & d_in[None, :]
+                k_lo_t = tl.load(at[:, None] + d[None, :], mask=half_in, other=0.0)
+                k_hi_t = tl.load(at[:, None] + HALF + d[None, :], mask=half_in, other=0.0)
+                v_t = tl.load(at[:, None] + v_offset + e[None, :], mask=key_in[:, None] & e_in[None, :], other=0.0)
+                s = tl.dot(q_hi, tl.trans(k_hi_t), tl.dot(q_lo, tl.trans(k_lo_t))) * scale
+                s = tl.where(key_in[None, :], s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, axis=1))
+                p = tl.exp2(s - m_new[:, None])
+                shrink = tl.exp2(m - m_new)
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = tl.dot(p.to(tl.float16), v_t, acc * shrink[:, None])
+                m = m_new
+            head = kvh * G + g
+            where = (row * MAXC + chunk) * HEADS + head
+            tl.store(stat_ptr + where * 2, m, mask=g < G)
+            tl.store(stat_ptr + where * 2 + 1, total, mask=g < G)
+            out = part_ptr + where[:, None] * HEAD + e[None, :]
+            tl.store(out, acc, mask=(g < G)[:, None] & e_in[None, :])
+
+
+@triton.jit
+def _merge(
+    part_ptr,
+    stat_ptr,
+    slots_ptr,
+    position_ptr,
+    digits_ptr,
+    scale_ptr,
+    plane,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MAXC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < HEADS * HEAD
+    head = offs // HEAD
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    pos = tl.load(position_ptr + tl.load(slots_ptr + row))
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(0, pos // CHUNK + 1):
+        where = (row * MAXC + chunk) * HEADS
+        m_c = tl.load(stat_ptr + (where + head) * 2, mask=mask, other=0.0)
+        total_c = tl.load(stat_ptr + (where + head) * 2 + 1, mask=mask, other=1.0)
+        acc_c = tl.load(part_ptr + where * HEAD + offs, mask=mask, other=0.0)
+        m_new = tl.maximum(m, m_c)
+        old, new = tl.exp2(m - m_new), tl.exp2(m_c - m_new)
+        total = total * old + total_c * new
+        acc = acc * old + acc_c * new
+        m = m_new
+    store_digits(acc / total, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
+
+
+@triton.jit
+def _rope_cache(
+    qkv_ptr,
+    kv_ptr,
+    cos_ptr,
+    sin_ptr,
+    tables_ptr,
+    slots_ptr,
+    positions_ptr,
+    max_blocks,
+    v_offset,
+    KVH: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    HEADS_P: tl.constexpr,
+    TPB: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HEAD: tl.constexpr = 2 * HALF
+    HEADS: tl.constexpr = KVH * G
+    row = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots_ptr + row)
+    pos = tl.load(positions_ptr + row)
+    block = tl.load(tables_ptr + slot * max_blocks + pos // TPB).to(tl.int64)
+    h = tl.arange(0, HEADS_P)
+    d = tl.arange(0, HALF_P)
+    cos = tl.load(cos_ptr + pos * HALF + d, mask=d < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + pos * HALF + d, mask=d < HALF, other=0.0)[None, :]
+    qkv = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KVH) * HEAD)
+    at = qkv + h[:, None] * HEAD + d[None, :]
+    rotated = (h < HEADS + KVH)[:, None] & (d < HALF)[None, :]
+    x1 = tl.load(at, mask=rotated, other=0.0).to(tl.float32)
+    x2 = tl.load(at + HALF, mask=rotated, other=0.0).to(tl.float32)
+    y1 = (x1 * cos - x2 * sin).to(tl.float16)
+    y2 = (x2 * cos + x1 * sin).to(tl.float16)
+    query = rotated & (h < HEADS)[:, None]
+    tl.store(at, y1, mask=query)
+    tl.store(at + HALF, y2, mask=query)
+    kvh = h - HEADS
+    new = kv_ptr + ((block * KVH + kvh[:, None]) * TPB + pos % TPB) * HEAD + d[None, :]
+    key = rotated & (h >= HEADS)[:, None]
+    tl.store(new, y1, mask=key)
+    tl.store(new + HALF, y2, mask=key)
+    v_at = at + KVH * HEAD
+    tl.store(new + v_offset, tl.load(v_at, mask=key), mask=key)
+    tl.store(new + v_offset + HALF, tl.load(v_at + HALF, mask=key), mask=key)
+
+
+@triton.jit
+def _prefill(
+    qkv_ptr,
+    kv_ptr,
+    out_ptr,
+    tables_ptr,
+    tiles_ptr,
+    max_blocks,
+    v_offset,
+    scale,
+    KVH: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    TPB: tl.constexpr,
+    BQ: tl.constexpr,
+    BT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HEADS: tl.constexpr = KVH * G
+    tile = tl.program_id(0)
+    kvh = tl.program_id(1)
+    r = tl.arange(0, BQ * GP)
+    e = tl.arange(0, HEAD_P)
+    t = tl.arange(0, BT)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first = tl.load(tiles_ptr + tile * 4)
+    count = tl.load(tiles_ptr + tile * 4 + 1)
+    slot = tl.load(tiles_ptr + tile * 4 + 2)
+    start = tl.load(tiles_ptr + tile * 4 + 3)
+    if count > 0:
+        token = r // GP
+        g = r % GP
+        r_in = (token < count) & (g < G)
+        column = (kvh * G + g)[:, None] * HEAD + e[None, :]
+        mask = r_in[:, None] & (e < HEAD)[None, :]
+        row = (first + token).to(tl.int64)[:, None]
+        q = tl.load(qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD) + column, mask=mask, other=0.0)
+        m = tl.full((BQ * GP,), float("-inf"), tl.float32)
+        total = tl.zeros((BQ * GP,), tl.float32)
+        acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
+        length = start + count
+        for at in range(0, length, BT):
+            key = at + t
+            key_in = key < length
+            blocks = tl.load(tables_ptr + slot * max_blocks + key // TPB, mask=key_in, other=0).to(tl.int64)
+            where = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
+            kv_in = key_in[:, None] & (e < HEAD)[None, :]
+            k = tl.load(where[:, None] + e[None, :], mask=kv_in, other=0.0)
+            v = tl.load(where[:, None] + v_offset + e[None, :], mask=kv_in, other=0.0)
+            s = tl.dot(q, tl.trans(k)) * scale
+            s = tl.where(key[None, :] <= (start + token)[:, None], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            p = tl.exp2(s - m_new[:, None])
+            shrink = tl.exp2(m - m_new)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
+            m = m_new
+        tl.store(out_ptr + row * (HEADS * HEAD) + column, (acc / total[:, None]).to(tl.float16), mask=mask)
+
+
+@dataclass
+class PagedAttention:
+    """The attention of one model and engine; holds what all layers share.
+
+    ``cos`` and ``sin`` float32 ``[max_seq_len, head_size / 2]``; ``block_tables`` int32 ``[slots, max_blocks]``.
+    """
+
+    config: ModelConfig
+    engine: EngineConfig
+    block_tables: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    max_rows: int
+
+    def __post_init__(self) -> None:
+        c, device = self.config, self.block_tables.device
+        self.chunk = chunk_size(self.engine.max_seq_len)
+        self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
+        shape = (self.max_rows, self.max_chunks, c.num_heads)
+        self.part = torch.empty((*shape, c.head_size), dtype=torch.float32, device=device)
+        self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
+        self.group = c.num_heads // c.num_kv_heads
+        self.scale = math.log2(math.e) / math.sqrt(c.head_size)
+        self.query_tokens = max(1, QUERY_ROWS // next_power_of_2(self.group))
+        self.options = launch_options(device)
+
+    def decode(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        slots: torch.Tensor,
+        position: torch.Tensor,
+        digits: torch.Tensor,
+        a_scale: torch.Tensor,
+        num_rows: int,
+    ) -> None:
+        """One new token a row: rotate, cache, attend; the result goes quantized to ``digits`` and ``a_scale``.
+
+        ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
+        """
+        c = self.config
+        half = c.head_size // 2
+        # Enough programs to fill the chip; beyond that each walks several chunks.
+        programs = max(1, min(self.max_chunks, 1056 // (num_rows * c.num_kv_heads)))
+        _decode[(num_rows, c.num_kv_heads, programs)](
+            qkv,
+            kv,
+            self.cos,
+            self.sin,
+            self.block_tables,
+            slots,
+            position,
+            self.part,
+            self.stat,
+            self.block_tables.shape[1],
+            kv.stride(0),
+            self.scale,
+            KVH=c.num_kv_heads,
+            G=self.group,
+            GP=max(16, next_power_of_2(self.group)),
+            HALF=half,
+            HALF_P=max(16, next_power_of_2(half)),
+            HEAD_P=max(16, next_power_of_2(c.head_size)),
+            TPB=self.engine.tokens_per_block,
+            CHUNK=self.chunk,
+            MAXC=self.max_chunks,
+            BT=64,
+            num_warps=4,
+            num_stages=3,
+            **self.options,
+        )
+        block = next_power_of_2(c.q_size)
+        _merge[(num_rows,)](
+            self.part,
+            self.stat,
+            slots,
+            position,
+            digits,
+            a_scale,
+            digits.stride(0),
+            HEADS=c.num_heads,
+            HEAD=c.head_size,
+            CHUNK=self.chunk,
+            MAXC=self.max_chunks,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 512)),
+            **self.options,
+        )
+
+    def tiles(self, first_row: int, start: int, length: int, slot: int) -> list[tuple[int, int, int, int]]:
+        """The query tiles (first row, rows, slot, first position) of a chunk of prefill."""
+        step = self.query_tokens
+        return [(first_row + i, min(step, length - i), slot, start + i) for i in range(0, length, step)]
+
+    def prefill(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        tiles: torch.Tensor,
+        out: torch.Tensor,
+        num_rows: int,
+    ) -> None:
+        """New tokens at ``positions`` of ``slots`` (int32 a row): rotate and cache them, then attend causally.
+
+        ``tiles`` int32 ``[n, 4]`` from :meth:`tiles` (rows of zero do nothing); ``out`` fp16 ``[*, q_size]``; ``qkv``
+        is rotated in place.
+        """
+        c = self.config
+        half = c.head_size // 2
+        _rope_cache[(num_rows,)](
+            qkv,
+            kv,
+            self.cos,
+            self.sin,
+            self.block_tables,
+            slots,
+            positions,
+            self.block_tables.shape[1],
+            kv.stride(0),
+            KVH=c.num_kv_heads,
+            G=self.group,
+            HALF=half,
+            HALF_P=next_power_of_2(half),
+            HEADS_P=next_power_of_2(c.num_heads + c.num_kv_heads),
+            TPB=self.engine.tokens_per_block,
+            num_warps=4,
+            **self.options,
+        )
+        group = next_power_of_2(self.group)
+        _prefill[(tiles.shape[0], c.num_kv_heads)](
+            qkv,
+            kv,
+            out,
+            self.block_tables,
+            tiles,
+            self.block_tables.shape[1],
+            kv.stride(0),
+            self.scale,
+            KVH=c.num_kv_heads,
+            G=self.group,
+            GP=group,
+            HEAD=c.head_size,
+            HEAD_P=max(16, next_power_of_2(c.head_size)),
+            TPB=self.engine.tokens_per_block,
+            BQ=self.query_tokens,
+            BT=64,
+            num_warps=4,
+            num_stages=2,
+            **self.options,
+        )

@@ -1,0 +1,25 @@
+"""What every Triton kernel's launch needs to know about the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of every kernel launch on ``device``: programmatic dependent launch from sm_90 on.
+
+    With it a kernel's blocks become resident, and may touch weights, while its predecessor still runs; each kernel
+    waits for its predecessor before it touches anything else.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()

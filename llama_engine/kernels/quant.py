@@ -1,0 +1,180 @@
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
+"""Embedding, RMSNorm and the 16-bit fixed-point form of activations.
+
+A row ``x`` becomes ``a = 256 * hi + lo`` with ``a = round(x / scale)``, half away from zero, ``scale = max|x| / 32512``
+and both digits in -128 .. 127, so that an INT8 matrix multiplies it exactly in two integer products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from llama_engine.kernels.common import launch_options, next_power_of_2
+
+LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
+
+
+@triton.jit
+def store_digits(x, digits_ptr, scale_ptr, row, offs, mask, K, plane):
+    """Quantize the row ``x`` (float32 ``[BLOCK]``, zero where masked) and store its digits and scale."""
+    amax = tl.max(tl.abs(x), axis=0)
+    inverse = tl.where(amax > 0, 32512.0 / amax, 0.0)
+    magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
+    a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)
+    lo = ((a + 128) & 255) - 128
+    hi = (a - lo) >> 8
+    at = digits_ptr + row * K + offs
+    tl.store(at, hi.to(tl.int8), mask=mask)
+    tl.store(at + plane, lo.to(tl.int8), mask=mask)
+    tl.store(scale_ptr + row, amax / 32512.0)
+
+
+@triton.jit
+def _norm(
+    x_ptr,
+    norm_ptr,
+    rows_ptr,
+    out_ptr,
+    scale_ptr,
+    K,
+    plane,
+    eps,
+    NORM: tl.constexpr,
+    GATHER: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < K
+    if NORM:
+        norm = tl.load(norm_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    source = row
+    if GATHER:
+        source = tl.load(rows_ptr + row)
+    x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * norm
+    if QUANTIZE:
+        store_digits(x, out_ptr, scale_ptr, row, offs, mask, K, plane)
+    else:
+        tl.store(out_ptr + row * K + offs, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _embed(
+    ids_ptr,
+    slots_ptr,
+    table_ptr,
+    x_ptr,
+    K,
+    BY_SLOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row
+    if BY_SLOT:
+        at = tl.load(slots_ptr + row)
+    token = tl.load(ids_ptr + at).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < K
+    value = tl.load(table_ptr + token * K + offs, mask=mask)
+    tl.store(x_ptr + row * K + offs, value.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def embed(
+    table: torch.Tensor, ids: torch.Tensor, x: torch.Tensor, num_rows: int, slots: torch.Tensor | None = None
+) -> None:
+    """``x[r] = table[ids[r]]``, or ``table[ids[slots[r]]]``. table ``[vocab, K]``, ids and slots int32."""
+    block = next_power_of_2(x.shape[1])
+    _embed[(num_rows,)](
+        ids,
+        slots,
+        table,
+        x,
+        x.shape[1],
+        BY_SLOT=slots is not None,
+        BLOCK=block,
+        num_warps=_warps(block),
+        **launch_options(x.device),
+    )
+
+
+def norm_quantize(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    digits: torch.Tensor,
+    scale: torch.Tensor,
+    num_rows: int,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Rows of ``x`` ``[*, K]`` (``x[rows]`` if given), normalized when ``norm`` ``[K]`` is given, to fixed point.
+
+    ``digits`` int8 ``[2, capacity, K]`` receives hi and lo planes, ``scale`` float32 ``[capacity]`` the row scales.
+    """
+    block = next_power_of_2(x.shape[-1])
+    _norm[(num_rows,)](
+        x,
+        norm,
+        rows,
+        digits,
+        scale,
+        x.shape[-1],
+        digits.stride(0),
+        eps,
+        NORM=norm is not None,
+        GATHER=rows is not None,
+        QUANTIZE=True,
+        BLOCK=block,
+        num_warps=_warps(block),
+        **launch_options(x.device),
+    )
+
+
+def rms_norm(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, out: torch.Tensor, num_rows: int, rows: torch.Tensor | None = None
+) -> None:
+    """RMSNorm of ``x`` (of ``x[rows]`` if given) into ``out`` ``[num_rows, K]``, in float32 inside."""
+    block = next_power_of_2(x.shape[-1])
+    _norm[(num_rows,)](
+        x,
+        norm,
+        rows,
+        out,
+        None,
+        x.shape[-1],
+        0,
+        eps,
+        NORM=True,
+        GATHER=rows is not None,
+        QUANTIZE=False,
+        BLOCK=block,
+        num_warps=_warps(block),
+        **launch_options(x.device),
+    )
+
+
+def quantize_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits int8 ``[2, M, K]`` and scales float32 ``[M]`` of ``x`` ``[M, K]``."""
+    x = x.float()
+    amax = x.abs().amax(dim=-1)
+    inverse = torch.where(amax > 0, LIMIT / amax, 0.0)
+    a = (torch.floor(x.abs() * inverse[:, None] + 0.5).clamp(max=LIMIT) * x.sign()).to(torch.int32)
+    lo = ((a + 128) & 255) - 128
+    return torch.stack(((a - lo) >> 8, lo)).to(torch.int8), amax / LIMIT

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.kernels.quant import quantize_reference
+from llama_engine.model import TorchModel, apply_rope, rope_tables
+
+
+def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024):
+    """Random KV for sequences of the given cached lengths, in shuffled blocks."""
+    from llama_engine.kernels.attention import PagedAttention
+
+    config = ModelConfig(32, heads * head_size, 32, 1, heads, kv_heads, head_size, max_seq_len)
+    engine = EngineConfig(len(contexts), max_seq_len, max_seq_len, tokens_per_block)
+    max_blocks = engine.max_blocks_per_sequence
+    num_blocks = 1 + len(contexts) * max_blocks
+    order = (torch.randperm(num_blocks - 1) + 1).to(torch.int32)
+    tables = torch.zeros((len(contexts) + 1, max_blocks), dtype=torch.int32)
+    tables[:-1] = order[: len(contexts) * max_blocks].view(len(contexts), max_blocks)
+    kv = torch.randn(2, num_blocks, kv_heads, tokens_per_block, head_size).half().to(device)
+    cos, sin = (table.to(device) for table in rope_tables(config, max_seq_len))
+    return config, kv, PagedAttention(config, engine, tables.to(device), cos, sin, max_rows=len(contexts) + 1)
+
+
+def _reference(config, attention, kv, qkv, slot, start):
+    """Attention in float32 over what the cache holds, after writing the new tokens into a copy of it."""
+    n, tpb = qkv.shape[0], attention.engine.tokens_per_block
+    q, k, v = (
+        p.unflatten(-1, (-1, config.head_size)) for p in qkv.split((config.q_size, config.kv_size, config.kv_size), -1)
+    )
+    span = torch.arange(start, start + n, device=kv.device)
+    q = apply_rope(q, attention.cos[span], attention.sin[span])
+    k = apply_rope(k, attention.cos[span], attention.sin[span])
+    table = attention.block_tables[slot]
+    kv[0, table[span // tpb].long(), :, span % tpb] = k
+    kv[1, table[span // tpb].long(), :, span % tpb] = v
+    model = TorchModel.__new__(TorchModel)
+    model.tokens_per_block, model.dtype, model.device = tpb, torch.float32, kv.device
+    return model._attend(q.float(), kv, table, start)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64), (4, 2, 32)])
+def test_decode_over_the_block_table(device, heads, kv_heads, head_size):
+    lengths = [0, 255, 256, 700]
+    config, kv, attention = _setup(device, heads, kv_heads, head_size, lengths)
+    position = torch.tensor([*lengths, 0], dtype=torch.int32, device=device)
+    slots = torch.tensor([3, 1, 0, 2, 4], dtype=torch.int32, device=device)
+    qkv = torch.randn(5, config.qkv_size, device=device).half()
+    expected_kv = kv.clone()
+    want = torch.cat(
+        [_reference(config, attention, expected_kv, qkv[r : r + 1], s, lengths[s]) for r, s in enumerate([3, 1, 0, 2])]
+    )
+    digits = torch.zeros((2, 16, config.q_size), dtype=torch.int8, device=device)
+    scale = torch.zeros(16, device=device)
+    attention.decode(qkv, kv, slots, position, digits, scale, 5)
+    got = (digits[0].int() * 256 + digits[1].int())[:4] * scale[:4, None]
+    assert (got - want).abs().max() < 4e-3 * want.abs().max()
+    assert (kv[:, 1:].float() - expected_kv[:, 1:].float()).abs().max() < 4e-3  # block 0 belongs to the padding row
+    alone = torch.zeros_like(digits)
+    attention.decode(qkv, kv, slots, position, alone, scale, 1)
+    assert torch.equal(alone[:, 0], digits[:, 0])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64)])
+def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size):
+    config, kv, attention = _setup(device, heads, kv_heads, head_size, [0, 0], max_seq_len=128)
+    lengths = {0: 75, 1: 20}
+    qkv = torch.randn(95, config.qkv_size, device=device).half()
+    expected_kv = kv.clone()
+    want = torch.cat(
+        [
+            _reference(config, attention, expected_kv, qkv[:75], 0, 0),
+            _reference(config, attention, expected_kv, qkv[75:], 1, 0),
+        ]
+    )
+
+    def run(parts):
+        out = torch.full((95, config.q_size), float("nan"), dtype=torch.float16, device=device)
+        cache = kv.clone()
+        for part in parts:
+            rows = torch.cat([torch.arange(a, b) + 75 * slot for slot, a, b in part]).to(device)
+            slots = torch.cat([torch.full((b - a,), slot) for slot, a, b in part]).to(device, torch.int32)
+            positions = torch.cat([torch.arange(a, b) for _, a, b in part]).to(device, torch.int32)
+            tiles, first = [(0, 0, 0, 0)], 0
+            for slot, a, b in part:
+                tiles += attention.tiles(first, a, b - a, slot)
+                first += b - a
+            tile_table = torch.tensor(tiles, dtype=torch.int32, device=device)
+            piece = torch.full((len(rows), config.q_size), float("nan"), dtype=torch.float16, device=device)
+            attention.prefill(qkv[rows].contiguous(), cache, slots, positions, tile_table, piece, len(rows))
+            out[rows] = piece
+        return out, cache
+
+    whole, cache = run([[(0, 0, lengths[0]), (1, 0, lengths[1])]])
+    assert (whole.float() - want).abs().max() < 4e-3 * want.abs().max()
+    assert (cache.float() - expected_kv.float()).abs().max() < 4e-3
+    chunked, chunked_cache = run([[(0, 0, 40)], [(1, 0, 20), (0, 40, 75)]])
+    assert torch.equal(chunked, whole)
+    assert torch.equal(chunked_cache, cache)
+
+
+def test_quantized_output_has_the_documented_scale(device):
+    x = torch.randn(2, 64, device=device)
+    _, scale = quantize_reference(x)
+    assert torch.allclose(scale, x.abs().amax(1) / 32512)
