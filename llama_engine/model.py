@@ -6,6 +6,7 @@ block tables exactly as the kernels read it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Protocol
 
@@ -137,7 +138,7 @@ class TorchModel:
         """(first row, last row + 1, slot, first position) of each sequence in the batch."""
         slot_of, position_of = slots.tolist(), positions.tolist()
         edges = [0] + [i for i in range(1, len(slot_of)) if slot_of[i] != slot_of[i - 1]] + [len(slot_of)]
-        return [(a, b, slot_of[a], position_of[a]) for a, b in zip(edges, edges[1:])]
+        return [(a, b, slot_of[a], position_of[a]) for a, b in itertools.pairwise(edges)]
 
     def _attend(self, q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, start: int) -> torch.Tensor:
         """``q`` ``[n, heads, head_size]`` at positions ``start ..`` over the cached context -> ``[n, q_size]``."""
