@@ -1,0 +1,109 @@
+"""Result files: build, validate, write whole, read. The schema is ``result.schema.json`` beside this file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from llama_engine.errors import InputError
+from llama_engine.measure import validity
+
+SCHEMA_VERSION = "1.0"
+SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+Result = dict[str, Any]
+
+
+def new_result(
+    benchmark: str,
+    backend: str,
+    *,
+    model: dict[str, Any],
+    workload: dict[str, Any],
+    environment: dict[str, Any],
+    samples: dict[str, Any] | None = None,
+    summary: dict[str, Any] | None = None,
+    **more: Any,
+) -> Result:
+    """A complete result with its validity verdict; ``more`` adds top-level keys (levels, checks, telemetry, ...)."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "backend": backend,
+        "model": model,
+        "workload": workload,
+        "environment": environment,
+        "samples": samples or {},
+        "summary": summary or {},
+        **more,
+    }
+    result["validity"] = validity.judge(result)
+    return result
+
+
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def validate(result: Result, where: str = "result") -> None:
+    """Raise :class:`InputError` that names the first key which breaks the schema."""
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(result))
+    if error is not None:
+        raise InputError(f"{where}: {'/'.join(map(str, error.absolute_path)) or 'top level'}: {error.message[:300]}")
+
+
+def check_output(path: str | Path, force: bool) -> Path:
+    """Refuse, before a long run, an output that exists already. Raises :class:`InputError`."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise InputError(f"{path} already exists: give --force to replace it, or another --output")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside ``path``, then rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def write_result(path: str | Path, result: Result, *, force: bool = False) -> Path:
+    """Validate and write atomically. Raises :class:`InputError` when the file exists and ``force`` is false."""
+    path = check_output(path, force)
+    validate(result, str(path))
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def load_result(path: str | Path) -> Result:
+    """Read and validate. Raises :class:`InputError` with the file's name."""
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run the benchmark that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    validate(result, str(path))
+    return result
+
+
+def load_folder(folder: str | Path) -> dict[str, Result]:
+    """All result files of one machine's folder, by file stem. Raises :class:`InputError` when there is none."""
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder} holds no result files: run the benchmarks first (scripts/run_all.sh)")
+    return {path.stem: load_result(path) for path in paths}

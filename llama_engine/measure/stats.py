@@ -1,0 +1,68 @@
+"""Percentiles, summaries and bootstrap intervals. Definitions: docs/METRICS.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+PERCENTILES = (50, 90, 95, 99)
+Verdict = Literal["faster", "slower", "inconclusive"]
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The ``q``-th percentile (0..100), linear interpolation between order statistics (NumPy's default)."""
+    return float(np.percentile(np.asarray(samples, dtype=np.float64), q, method="linear"))
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """``p50 p90 p95 p99 mean std min max count spread``; spread is (p75 - p25) / p50. Raises on no samples."""
+    values = np.asarray(samples, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("no samples to summarize")
+    middle = percentile(values, 50)
+    return {f"p{q}": percentile(values, q) for q in PERCENTILES} | {
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if values.size > 1 else 0.0,
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "count": int(values.size),
+        "spread": (percentile(values, 75) - percentile(values, 25)) / middle if middle else 0.0,
+    }
+
+
+def verdict(low: float, high: float) -> Verdict:
+    """What a speed-up interval says: "faster" only when all of it lies above 1."""
+    return "faster" if low > 1 else "slower" if high < 1 else "inconclusive"
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    *,
+    statistic: Literal["median", "mean"] = "median",
+    paired: bool = True,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """``{"ratio", "ci95", "verdict"}`` of statistic(numerator) / statistic(denominator).
+
+    Percentile bootstrap (Efron 1979), seeded. ``paired`` resamples whole A-B pairs, so drift that hits both
+    neighbours of an interleaved run cancels; it needs equal lengths. Arrange the arguments so that above 1 is better.
+    """
+    top, bottom = (np.asarray(values, dtype=np.float64) for values in (numerator, denominator))
+    if top.size == 0 or bottom.size == 0:
+        raise ValueError("no samples to compare")
+    if paired and top.size != bottom.size:
+        raise ValueError(f"paired samples differ in number: {top.size} and {bottom.size}")
+    if top.min() <= 0 or bottom.min() <= 0:
+        raise ValueError("a ratio needs positive samples")
+    rng = np.random.default_rng(seed)
+    reduce = np.median if statistic == "median" else np.mean
+    first = rng.integers(0, top.size, (resamples, top.size))
+    second = first if paired else rng.integers(0, bottom.size, (resamples, bottom.size))
+    ratios = reduce(top[first], axis=1) / reduce(bottom[second], axis=1)
+    low, high = (float(value) for value in np.percentile(ratios, (2.5, 97.5)))
+    ratio = float(reduce(top) / reduce(bottom))
+    return {"ratio": ratio, "ci95": [low, high], "verdict": verdict(low, high)}

@@ -1,0 +1,70 @@
+"""When a measurement may be believed. Every threshold has a name and a reason; a broken one marks the run INVALID.
+
+:func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level.
+``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hits``,
+``client_lag_p99_ms``, and for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llama_engine.measure.stats import summary
+
+MIN_TIMED_RUNS = 5  # below this a median is one lucky run, and a bootstrap interval has nothing to resample
+MAX_SPREAD = 0.20  # a middle half wider than a fifth of the median means that something else ran or the clock moved
+MAX_THROTTLED_SHARE = 0.05  # a few samples at the power limit happen at start; more than this slows the median
+MAX_CLIENT_LAG_MS = 5.0  # a client that wakes later than this after its due time measures itself
+MAX_LITTLE_GAP = 0.10  # L = X * R holds for any stable system; ramps of a finite run explain up to a tenth
+MAX_FAILED_REQUESTS = 0  # failed requests are often the slow ones: leaving them out flatters
+MAX_PREFIX_CACHE_HITS = 0  # a cached prompt is no prefill: TTFT would measure a lookup
+THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
+
+
+def judge(result: dict[str, Any]) -> dict[str, Any]:
+    """``{"status": "VALID"|"INVALID", "reasons": [...]}`` for a result, its levels included."""
+    reasons = list(_reasons(result, result.get("workload", {}), needs_runs="latency_s" in result.get("samples", {})))
+    for level in result.get("levels", []):
+        name = f"concurrency {level['concurrency']}" if "concurrency" in level else f"rate {level.get('rate', '?')}"
+        workload = result.get("workload", {}) | level.get("workload", {})
+        if "concurrency" in level:
+            workload["concurrency"] = level["concurrency"]
+        reasons += [f"{name}: {reason}" for reason in _reasons(level, workload, needs_runs=False)]
+    return {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
+
+
+def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool) -> Iterator[str]:
+    samples, checks, telemetry = (part.get(key) or {} for key in ("samples", "checks", "telemetry"))
+    latencies = samples.get("latency_s", [])
+    if needs_runs and len(latencies) < MIN_TIMED_RUNS:
+        yield f"{len(latencies)} timed runs, at least {MIN_TIMED_RUNS} are needed"
+    if needs_runs and len(latencies) > 1 and (spread := summary(latencies)["spread"]) > MAX_SPREAD:
+        yield f"latency spread (p75 - p25) / p50 is {spread:.0%}, above {MAX_SPREAD:.0%}"
+    asked = workload.get("output_tokens")
+    wrong = [count for count in samples.get("output_tokens", []) if count != asked]
+    if asked and wrong:
+        yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
+    if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
+        yield f"{failed} requests failed"
+    if (hits := checks.get("prefix_cache_hits", 0)) > MAX_PREFIX_CACHE_HITS:
+        yield f"{hits} prompts were answered from a prefix cache"
+    if checks.get("clock_backwards", 0):
+        yield f"the clock went backwards {checks['clock_backwards']} times"
+    if (lag := checks.get("client_lag_p99_ms")) is not None and lag > MAX_CLIENT_LAG_MS:
+        yield f"the client lagged {lag:.1f} ms at p99, above {MAX_CLIENT_LAG_MS:g} ms"
+    if checks.get("requests_per_s") and checks.get("mean_latency_s") and workload.get("concurrency"):
+        gap = little_gap(workload["concurrency"], checks["requests_per_s"], checks["mean_latency_s"])
+        if gap > MAX_LITTLE_GAP:
+            yield f"Little's law is off by {gap:.0%}, above {MAX_LITTLE_GAP:.0%}: the load was not the one named"
+    throttled = telemetry.get("throttle_share") or {}
+    for name in THROTTLE_REASONS:
+        if throttled.get(name, 0) > MAX_THROTTLED_SHARE:
+            yield f"GPU clocks were throttled ({name}) in {throttled[name]:.0%} of samples"
+    if telemetry.get("other_processes"):
+        yield f"{telemetry['other_processes']} other processes used the GPU"
+
+
+def little_gap(concurrency: float, requests_per_s: float, mean_latency_s: float) -> float:
+    """|X R - L| / L (Little 1961): throughput times mean latency against the requests kept in flight."""
+    return abs(requests_per_s * mean_latency_s - concurrency) / concurrency

@@ -1,0 +1,49 @@
+import pytest
+
+from llama_engine.measure import stats
+
+
+def test_percentiles_are_linear():
+    assert stats.percentile([1, 2, 3, 4], 50) == 2.5
+    assert stats.percentile([10, 20], 90) == pytest.approx(19.0)
+
+
+def test_summary_by_hand():
+    result = stats.summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert result["p50"] == result["mean"] == 3.0
+    assert result["std"] == pytest.approx(2.5**0.5)
+    assert result["spread"] == pytest.approx(2 / 3)
+    assert (result["min"], result["max"], result["count"]) == (1.0, 5.0, 5)
+    with pytest.raises(ValueError, match="no samples"):
+        stats.summary([])
+
+
+def test_bootstrap_is_seeded_and_brackets_the_ratio():
+    a, b = [10.0, 11.0, 12.0, 10.5, 11.5], [5.0, 5.5, 6.1, 5.2, 5.8]
+    first = stats.bootstrap_ratio(a, b, seed=3)
+    assert first == stats.bootstrap_ratio(a, b, seed=3)
+    assert first["ratio"] == pytest.approx(2.0)
+    assert first["ci95"][0] <= first["ratio"] <= first["ci95"][1]
+    assert first["verdict"] == "faster"
+    assert stats.bootstrap_ratio(b, a)["verdict"] == "slower"
+
+
+def test_pairing_cancels_common_drift():
+    drift = [1.0, 2.0, 4.0, 8.0, 16.0]
+    paired = stats.bootstrap_ratio([2 * x for x in drift], drift)
+    unpaired = stats.bootstrap_ratio([2 * x for x in drift], drift, paired=False)
+    assert paired["ci95"] == [2.0, 2.0]
+    assert unpaired["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize(("a", "b"), [([], [1.0]), ([1.0, 2.0], [1.0]), ([0.0], [1.0])])
+def test_bad_samples(a, b):
+    with pytest.raises(ValueError, match=r"samples"):
+        stats.bootstrap_ratio(a, b)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(1.1, 2, "faster"), (0.5, 0.9, "slower"), (0.9, 1.1, "inconclusive")]
+)
+def test_verdict(low, high, expected):
+    assert stats.verdict(low, high) == expected
