@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_engine.build import build_native
 from llama_engine.config import EngineConfig
@@ -16,6 +17,12 @@ from llama_engine.convert import ConvertOptions, convert
 from llama_engine.prepare import prepare_default, prepare_synthetic
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
+        items[:] = [item for item in items if "gpu" not in item.keywords]
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +41,15 @@ def tiny_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("engines") / "tiny"
-    build_native(tiny_checkpoint, target, EngineConfig(max_batch_size=8, max_seq_len=256), progress=False)
+    config = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
+    build_native(tiny_checkpoint, target, config, progress=False)
     return target
 
 
 @pytest.fixture(scope="session")
-def smollm2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real default model, with its tokenizer."""
-    return prepare_default(tmp_path_factory.mktemp("models"), progress=False)
+def smollm2_model() -> Path:
+    """The real default model, with its tokenizer; kept in models/ because preparing it takes a while."""
+    return prepare_default(ROOT / "models", progress=False)
 
 
 @pytest.fixture(scope="session")
