@@ -30,9 +30,8 @@ def test_a_failure_leaves_the_old_directory_and_nothing_else(tmp_path):
     target = tmp_path / "out"
     with atomic_dir(target) as partial:
         (partial / "a").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_dir(target, force=True) as partial:
-        (partial / "a").write_text("new")
-        raise ZeroDivisionError
+    with pytest.raises(FileNotFoundError), atomic_dir(target, force=True) as partial:
+        (partial / "missing" / "a").write_text("new")
     assert (target / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -116,5 +116,5 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_unknown_geometries_are_refused(tmp_path):
-    with pytest.raises(InputError, match="choose one of llama-3.1-8b"):
+    with pytest.raises(InputError, match=r"choose one of llama-3\.1-8b"):
         prepare.prepare_synthetic("llama-9", tmp_path, progress=False)
