@@ -118,3 +118,35 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
         for i in range(config.num_layers)
     ]
     return EngineWeights(tensors["embedding"], layers, tensors["final_norm"], linear("lm_head"))
+
+
+def random_weights(config: ModelConfig, device: torch.device | str, seed: int = 0) -> EngineWeights:
+    """Seeded random weights of ``config``'s geometry, scaled so that activations stay in fp16's range."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def linear(rows: int, columns: int) -> Linear:
+        shape, bits = (rows, columns), {"device": device, "generator": generator}
+        weight = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
+        return Linear(weight, torch.rand(rows, **bits) * (0.02 / columns**0.5) + 0.005 / columns**0.5)
+
+    def norm() -> torch.Tensor:
+        return (torch.rand(config.hidden_size, device=device, generator=generator) + 0.5).half()
+
+    c = config
+    layers = [
+        LayerWeights(
+            norm(),
+            linear(c.qkv_size, c.hidden_size),
+            linear(c.hidden_size, c.q_size),
+            norm(),
+            linear(2 * c.intermediate_size, c.hidden_size),
+            linear(c.hidden_size, c.intermediate_size),
+        )
+        for _ in range(c.num_layers)
+    ]
+    shape = (c.vocab_size, c.hidden_size)
+    embedding, head = (
+        torch.randn(shape, device=device, dtype=torch.float16, generator=generator) * s
+        for s in (1, c.hidden_size**-0.5)
+    )
+    return EngineWeights(embedding, layers, norm(), Linear(embedding if c.tie_word_embeddings else head))

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
+# ruff: noqa: ANN001, ANN202 (Triton kernels take untyped pointers)
 """Paged attention with grouped queries over fp16 KV: split-KV decode, and prefill tiles over cached and new tokens.
 
 The context of a decode is cut into chunks of a fixed number of positions, whatever the batch, and the chunks' partial

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
+# ruff: noqa: ANN001, ANN202 (Triton kernels take untyped pointers)
 """Linear layers: INT8 weights times fixed-point activations on the integer tensor cores, and the fp16 lm_head.
 
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are exact

@@ -1,0 +1,296 @@
+"""The asynchronous executor of a CUDA GPU: one graph replay a decode step, prefill in graphs or eagerly.
+
+A step's decodes run as one replay of their batch bucket's graph, its prefill chunks as a second pass. Rows never see
+each other and every kernel's result for a row is independent of the batch, so a request's tokens do not depend on what
+ran beside it (batches of up to 4 may run the persistent kernel, whose attention rounds differently).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError
+from llama_engine.executor import Chunk, Step
+from llama_engine.gpu_model import GpuModel
+from llama_engine.kernels import persistent
+from llama_engine.kernels.tuning import Tiles, gpu_name
+from llama_engine.sampling import SamplingParams, sample
+from llama_engine.weights import EngineWeights
+
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PREFILL_BUCKETS = (16, 32, 64, 128, 256)  # tokens; more run eagerly, launched faster than they compute
+PREFILL_CHUNKS = (1, 8, 64)
+
+
+def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
+    """The smallest bucket that holds ``n``, or None."""
+    return next((bucket for bucket in buckets if n <= bucket), None)
+
+
+@dataclass
+class _Pass:
+    """Ids of one pass on their way to the host. ``rows[i]`` is where chunk ``i`` of the pass stands in ``ids``."""
+
+    chunks: list[int]  # indices into the step's chunks
+    ids: torch.Tensor  # pinned int32
+    logits: list[torch.Tensor]  # one [n, vocab] for each chunk, if asked for
+
+
+class CudaHandle:
+    """A step on its way. Reading waits for the device."""
+
+    def __init__(self, passes: list[_Pass], event: torch.cuda.Event, count: int) -> None:
+        self._passes, self._event, self._count = passes, event, count
+
+    def tokens(self) -> list[int]:
+        self._event.synchronize()
+        found = sorted(
+            (chunk, token)
+            for part in self._passes
+            for chunk, token in zip(part.chunks, part.ids.tolist())
+            if token >= 0
+        )
+        return [token for _, token in found]
+
+    def logits(self) -> torch.Tensor:
+        self._event.synchronize()
+        pieces = dict(pair for part in self._passes for pair in zip(part.chunks, part.logits))
+        if not pieces:
+            raise ValueError("the step was submitted with logits='none'")
+        return torch.cat([pieces[i] for i in sorted(pieces)])
+
+
+class CudaExecutor:
+    """Implements :class:`llama_engine.executor.Executor`. ``kernels``: "auto" or "triton" (no persistent kernel).
+
+    Raises :class:`InputError` for a model no kernel runs, :class:`RunError` without memory for a KV cache.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        *,
+        tuning: dict | None = None,
+        kernels: str = "auto",
+        graphs: bool = True,
+    ) -> None:
+        if kernels not in ("auto", "triton"):
+            raise InputError(f"kernels must be 'auto' or 'triton' on the CUDA executor, got {kernels!r}")
+        self.device = weights.embedding.device
+        self._cuda = self.device.type == "cuda"  # else Triton's interpreter
+        self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+        self.model = model = GpuModel(config, engine, weights, Tiles(tuning, gpu_name(self.device)))
+        self.engine = engine
+        self.num_kv_blocks = model.kv[0].shape[1]
+        self.step_nbytes = weights.step_nbytes
+        self.kv_nbytes_per_token = 2 * config.num_layers * config.kv_size * 2
+        self._params = [SamplingParams()] * engine.max_batch_size
+        self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
+        self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
+        self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
+        self._bound: list[int] = []
+        self._persistent = None
+        if kernels == "auto" and self._cuda and persistent.supported(config, engine, weights) is None:
+            self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
+        self.kernels = "cuda-persistent+triton" if self._persistent else "cuda-triton"
+        self._use_graphs = graphs and self._cuda
+        self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._prefill_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        limit = PREFILL_BUCKETS[-1]
+        tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
+        size = max(limit, engine.max_num_tokens)
+        self._inputs = torch.zeros(
+            3 * size + 4 * (tiles + size) + 3 * engine.max_batch_size + 256, dtype=torch.int32, device=self.device
+        )
+        if self._use_graphs:
+            with torch.cuda.stream(self._stream):
+                self._capture_all()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def bind(self, slot: int, params: SamplingParams) -> None:
+        self._params[slot] = params
+
+    def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
+        with torch.cuda.stream(self._stream):
+            self._upload(self.model.block_tables[slot], np.asarray(blocks, dtype=np.int32))
+
+    def submit(self, step: Step) -> CudaHandle:
+        decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
+        prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
+        with torch.cuda.stream(self._stream):
+            passes = []
+            if decodes:
+                passes.append(self._decode(step, decodes))
+            if prefills:
+                passes.append(self._prefill(step, prefills))
+            event = _ReadyEvent() if self._stream is None else torch.cuda.Event()
+            event.record()
+        return CudaHandle(passes, event, len(step.chunks))
+
+    # -- decode -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, step: Step, indices: list[int]) -> _Pass:
+        chunks = [step.chunks[i] for i in indices]
+        slots = [chunk.slot for chunk in chunks]
+        bucket = bucket_of(len(slots), self._buckets)
+        if bucket is None:
+            raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine.max_batch_size}")
+        padded = slots + [self.model.dummy_slot] * (bucket - len(slots))
+        if padded != self._bound:
+            self._upload(self._slots, np.asarray(padded, dtype=np.int32))
+            self._bound = padded
+        if bucket in self._decode_graphs:
+            self._decode_graphs[bucket].replay()
+        else:
+            self._decode_kernels(bucket)
+        self._draw(chunks, range(len(chunks)), self._slots, self._sampled)
+        logits = [row.clone()[None] for row in self.model.logits[: len(slots)]] if step.logits != "none" else []
+        return _Pass(indices, self._to_host(self._sampled[: len(slots)]), logits)
+
+    def _decode_kernels(self, bucket: int) -> None:
+        slots, sampled = self._slots[:bucket], self._sampled[:bucket]
+        if self._persistent and bucket in self._persistent.row_counts:
+            m = self.model
+            self._persistent.launch(slots, m.last_token, m.position, m.block_tables, sampled, m.logits[:bucket])
+        else:
+            self.model.decode(slots, sampled)
+
+    # -- prefill ----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, step: Step, indices: list[int]) -> _Pass:
+        chunks = [step.chunks[i] for i in indices]
+        total = sum(chunk.length for chunk in chunks)
+        if total > self.engine.max_num_tokens:
+            raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine.max_num_tokens}")
+        key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
+        graph = None if step.logits == "all" else self._prefill_graphs.get(key)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        if graph is not None:
+            inputs = self._pack(chunks, *key)
+            graph.replay()
+        else:
+            inputs = self._pack(chunks, total, None)
+            self.model.prefill(*inputs, self._sampled)
+        self._draw(sampling, range(len(sampling)), inputs[-1][1], self._sampled)
+        logits: list[torch.Tensor] = []
+        which = [i for i, chunk in zip(indices, chunks) if chunk.samples]
+        ids = self._to_host(self._sampled[: len(sampling)])
+        if step.logits == "last":
+            logits = [row.clone()[None] for row in self.model.logits[: len(sampling)]]
+        elif step.logits == "all":
+            # Every chunk has logits, only some have a token: -1 stands for none.
+            everything = self.model.all_logits(total).split([chunk.length for chunk in chunks])
+            if len(which) != len(indices):
+                found = iter(self._sampled[: len(sampling)].tolist())
+                ids = torch.tensor([next(found) if chunk.samples else -1 for chunk in chunks], dtype=torch.int32)
+                which = indices
+            logits = list(everything)
+        return _Pass(which, ids, logits)
+
+    def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
+        """ids, slots, positions, tiles and ends over the one input buffer."""
+        sizes = (tokens, tokens, tokens, 4 * num_tiles, 3 * samples)
+        padded = [-(-size // 4) * 4 for size in sizes]  # 16-byte alignment
+        parts = [p[:n] for p, n in zip(self._inputs[: sum(padded)].split(padded), sizes)]
+        return *parts[:3], parts[3].view(num_tiles, 4), parts[4].view(3, samples)
+
+    def _pack(self, chunks: list[Chunk], tokens: int, max_chunks: int | None) -> tuple[torch.Tensor, ...]:
+        """Upload a ragged batch, padded to ``tokens`` rows and, for a graph, to ``max_chunks`` chunks."""
+        attention, dummy = self.model.attention, self.model.dummy_slot
+        tiles: list[tuple[int, int, int, int]] = []
+        ends: list[tuple[int, int, int]] = []
+        row = 0
+        for chunk in chunks:
+            tiles += attention.tiles(row, chunk.start, chunk.length, chunk.slot)
+            row += chunk.length
+            if chunk.samples:
+                ends.append((row - 1, chunk.slot, chunk.start + chunk.length))
+        num_tiles, samples = len(tiles), len(ends)
+        if max_chunks is not None:
+            num_tiles, samples = self._graph_shape(tokens, max_chunks)
+        views = self._views(tokens, num_tiles, samples)
+        offsets = [view.storage_offset() for view in views]
+        host = np.zeros(offsets[-1] + views[-1].numel(), dtype=np.int32)
+        host[:row] = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
+        slots, positions = host[offsets[1] :], host[offsets[2] :]
+        slots[:row] = np.repeat([chunk.slot for chunk in chunks], [chunk.length for chunk in chunks])
+        slots[row:tokens] = dummy
+        positions[:row] = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int32) for c in chunks])
+        host[offsets[3] :][: 4 * len(tiles)] = np.asarray(tiles, dtype=np.int32).ravel()
+        table = host[offsets[4] :].reshape(3, samples)
+        table[1] = dummy
+        if ends:
+            table[:, : len(ends)] = np.asarray(ends, dtype=np.int32).T
+        self._upload(self._inputs, host)
+        return views
+
+    def _graph_shape(self, tokens: int, max_chunks: int) -> tuple[int, int]:
+        """Query tiles and samples of a prefill graph."""
+        return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, max_chunks
+
+    # -- graphs -----------------------------------------------------------------------------------------------------
+
+    def _capture_all(self) -> None:
+        dummy = self.model.dummy_slot
+        for bucket in self._buckets:
+            self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
+        for tokens in PREFILL_BUCKETS:
+            for chunks in PREFILL_CHUNKS:
+                if tokens > self.engine.max_num_tokens or chunks > min(tokens, self.engine.max_batch_size):
+                    continue
+                views = self._views(tokens, *self._graph_shape(tokens, chunks))
+                self._inputs.zero_()
+                views[1].fill_(dummy)
+                views[4][1].fill_(dummy)
+                run = lambda v=views: self.model.prefill(*v, self._sampled)  # noqa: E731
+                self._prefill_graphs[tokens, chunks] = self._capture(run)
+
+    def _capture(self, run) -> torch.cuda.CUDAGraph:  # noqa: ANN001
+        run()  # compiles and loads the kernels
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            run()
+        return graph
+
+    # -- small things -----------------------------------------------------------------------------------------------
+
+    def _upload(self, target: torch.Tensor, values: np.ndarray) -> None:
+        """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
+        host = torch.from_numpy(values)
+        target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
+
+    def _to_host(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda).copy_(ids, non_blocking=True)
+
+    def _draw(self, chunks: list[Chunk], rows: range, slots: torch.Tensor, sampled: torch.Tensor) -> None:
+        """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
+        drawn = [
+            (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
+            for row, chunk in zip(rows, chunks)
+            if not self._params[chunk.slot].greedy
+        ]
+        if drawn:
+            index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
+            sampled[index] = ids.int()
+            self.model.last_token[slots[index].long()] = ids.int()
+
+
+class _ReadyEvent:
+    """An event of Triton's interpreter, where nothing is asynchronous."""
+
+    def record(self) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return

@@ -1,0 +1,190 @@
+"""The Llama forward pass as a chain of fused kernels over static buffers, so that it can be captured into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError, RunError
+from llama_engine.kernels import gemm, quant
+from llama_engine.kernels.attention import PagedAttention
+from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
+from llama_engine.kernels.tuning import Tiles
+from llama_engine.model import rope_tables
+from llama_engine.weights import LINEARS, EngineWeights, LayerWeights, Linear
+
+ROW_PADDING = 128  # buffers hold a multiple of the largest tile's rows
+
+
+class GpuModel:
+    """Weights, KV cache, slot state and buffers of one model on one GPU.
+
+    Slot state: ``last_token`` and ``position`` int32 ``[max_batch_size + 1]`` and ``block_tables`` int32
+    ``[max_batch_size + 1, max_blocks_per_sequence]``; the last slot is the padding's (see :mod:`llama_engine.kernels`).
+    """
+
+    def __init__(self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles) -> None:
+        self.config, self.engine = config, engine
+        self.weights = _checked(config, weights)
+        self.device = device = weights.embedding.device
+        self.tiles = tiles
+        slots = engine.max_batch_size + 1
+        capacity = -(-engine.max_num_tokens // ROW_PADDING) * ROW_PADDING
+        self.dummy_slot = slots - 1
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.last_token, self.position = zeros(slots, dtype=torch.int32), zeros(slots, dtype=torch.int32)
+        self.block_tables = zeros(slots, engine.max_blocks_per_sequence, dtype=torch.int32)
+        self.x = zeros(capacity, config.hidden_size)
+        self.qkv = zeros(capacity, config.qkv_size)
+        self.attended = zeros(capacity, config.q_size)
+        self.hidden = zeros(capacity, config.intermediate_size)
+        widths = {config.hidden_size, config.q_size, config.intermediate_size}
+        digits = zeros(2 * capacity * max(widths), dtype=torch.int8)
+        self.digits = {k: digits[: 2 * capacity * k].view(2, capacity, k) for k in widths}
+        self.a_scale = zeros(capacity, dtype=torch.float32)
+        self.final = zeros(ROW_PADDING, config.hidden_size)
+        samples = -(-engine.max_batch_size // LM_HEAD_ROWS) * LM_HEAD_ROWS
+        self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
+        self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
+        self.workspace = gemm.Workspace(device)
+        cos, sin = (table.to(device) for table in rope_tables(config, engine.max_seq_len))
+        self.attention = PagedAttention(config, engine, self.block_tables, cos, sin, slots + ROW_PADDING)
+        self.kv = self._allocate_kv()
+
+    def _allocate_kv(self) -> list[torch.Tensor]:
+        c, e = self.config, self.engine
+        block = 2 * c.kv_size * e.tokens_per_block * 2
+        blocks = e.num_kv_blocks
+        useful = e.max_batch_size * e.max_blocks_per_sequence + 1
+        if not blocks:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 30
+            blocks = min(useful, int(free * e.kv_cache_free_gpu_memory_fraction) // (block * c.num_layers))
+        if blocks < 2:
+            raise RunError(
+                f"no GPU memory is left for the KV cache (one block of {e.tokens_per_block} tokens takes "
+                f"{block * c.num_layers} bytes): free some, or build the engine with a smaller max_num_tokens"
+            )
+        shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
+        return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
+
+    def _linear(
+        self, name: str, layer: LayerWeights, a: torch.Tensor, out: torch.Tensor, rows: int, epilogue: int
+    ) -> None:
+        linear: Linear = getattr(layer, name)
+        tile = self.tiles.get(name, linear, rows)
+        gemm.gemm(a, self.a_scale, linear, out, rows, epilogue, tile, self.workspace)
+
+    def _layers(self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """All decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``."""
+        c, eps = self.config, self.config.rms_norm_eps
+        hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
+        query = self.digits[c.q_size]
+        for layer, kv in zip(self.weights.layers, self.kv):
+            quant.norm_quantize(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
+            self._linear("qkv", layer, hidden, self.qkv, rows, STORE)
+            attend(kv, query)
+            self._linear("o", layer, query, self.x, rows, RESIDUAL)
+            quant.norm_quantize(self.x, layer.post_norm, eps, hidden, self.a_scale, rows)
+            self._linear("gate_up", layer, hidden, self.hidden, rows, SILU_MUL)
+            quant.norm_quantize(self.hidden, None, eps, inner, self.a_scale, rows)
+            self._linear("down", layer, inner, self.x, rows, RESIDUAL)
+
+    def _head(self, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
+        """Logits float32 ``[rows, vocab]`` of ``x[which]`` (at most LM_HEAD_ROWS); the number of tiles of partials."""
+        c, head = self.config, self.weights.lm_head
+        if head.scale is None:
+            a, a_scale = self.final, None
+            quant.rms_norm(self.x, self.weights.final_norm, c.rms_norm_eps, a, rows, which)
+        else:
+            a, a_scale = self.digits[c.hidden_size], self.a_scale
+            quant.norm_quantize(self.x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
+        tile = self.tiles.get("lm_head", head, rows)
+        gemm.gemm(a, a_scale, head, logits, rows, LOGITS, tile, self.workspace, self.partials)
+        return -(-c.vocab_size // tile.n)
+
+    def _sample(
+        self,
+        rows: int,
+        which: torch.Tensor | None,
+        slots: torch.Tensor,
+        sampled: torch.Tensor,
+        next_position: torch.Tensor | None,
+    ) -> None:
+        for first in range(0, rows, LM_HEAD_ROWS):
+            piece = slice(first, min(rows, first + LM_HEAD_ROWS))
+            n = piece.stop - first
+            if which is None:
+                picked = None if rows <= LM_HEAD_ROWS else torch.arange(first, piece.stop, device=self.device).int()
+            else:
+                picked = which[piece]
+            tiles = self._head(n, picked, self.logits[piece])
+            following = None if next_position is None else next_position[piece]
+            state = (slots[piece], self.last_token, self.position)
+            gemm.finish(self.partials, tiles, sampled[piece], *state, n, following)
+
+    def decode(self, slots: torch.Tensor, sampled: torch.Tensor) -> None:
+        """One token for each of ``slots`` (int32 ``[rows]``): greedy ids to ``sampled`` and the slots, logits to
+        ``logits[:rows]``, positions advanced."""
+        rows = slots.numel()
+        quant.embed(self.weights.embedding, self.last_token, self.x, rows, slots)
+        self._layers(
+            rows,
+            lambda kv, digits: self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, rows),
+        )
+        self._sample(rows, None, slots, sampled, None)
+
+    def prefill(
+        self,
+        ids: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        tiles: torch.Tensor,
+        ends: torch.Tensor,
+        sampled: torch.Tensor,
+    ) -> None:
+        """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
+        :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample."""
+        rows = ids.numel()
+        quant.embed(self.weights.embedding, ids, self.x, rows)
+
+        def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
+            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
+            quant.norm_quantize(self.attended, None, 0.0, digits, self.a_scale, rows)
+
+        self._layers(rows, attend)
+        if ends.shape[1]:
+            self._sample(ends.shape[1], ends[0], ends[1], sampled, ends[2])
+
+    def all_logits(self, rows: int) -> torch.Tensor:
+        """Logits float32 ``[rows, vocab]`` of the prefill that just ran, LM_HEAD_ROWS rows at a time."""
+        out = torch.empty((rows, self.config.vocab_size), dtype=torch.float32, device=self.device)
+        which = torch.arange(rows, dtype=torch.int32, device=self.device)
+        for first in range(0, rows, LM_HEAD_ROWS):
+            piece = slice(first, min(rows, first + LM_HEAD_ROWS))
+            self._head(piece.stop - first, which[piece], out[piece])
+        return out
+
+
+def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
+    """``weights`` with a 16-bit embedding and lm_head in fp16. Raises :class:`InputError` for what no kernel runs."""
+    for i, layer in enumerate(weights.layers):
+        for name in LINEARS:
+            if getattr(layer, name).scale is None:
+                raise InputError(
+                    f"layer {i} {name} is not INT8: convert with --use_weight_only, or use kernels 'torch'"
+                )
+    for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+        if size % 32:
+            raise InputError(f"{name} {size} is not a multiple of 32: use kernels 'torch'")
+    embedding = weights.embedding.to(torch.float16)
+    head = weights.lm_head
+    if head.scale is None and head.weight.dtype != torch.float16:
+        tied = head.weight.data_ptr() == weights.embedding.data_ptr()
+        head = Linear(embedding if tied else head.weight.to(torch.float16))
+    return EngineWeights(embedding, weights.layers, weights.final_norm, head)
