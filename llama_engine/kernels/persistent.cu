@@ -132,6 +132,24 @@ __device__ __forceinline__ float warp_sum(float v) {
     for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(0xffffffffu, v, m);
     return v;
 }
+// The warp's sums of N values a lane; lane l gets that of value l / (32 / N).
+template <int N> __device__ __forceinline__ float sum_many(const float (&values)[N]) {
+    static_assert((N & (N - 1)) == 0 && N <= 32, "halved at each step");
+    float v[N];
+    int m = 16;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = values[i];
+#pragma unroll
+    for (int n = N / 2; n; n /= 2, m /= 2)
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool up = threadIdx.x & m;
+            v[i] = (up ? v[i + n] : v[i]) + __shfl_xor_sync(0xffffffffu, up ? v[i] : v[i + n], m);
+        }
+#pragma unroll
+    for (; m; m /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], m);
+    return v[0];
+}
 __device__ __forceinline__ float2 widen_half(u32 w) {
     float2 f;
     asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(f.x), "=f"(f.y) : "r"(w));
@@ -341,44 +359,66 @@ template <int N> __device__ __forceinline__ Words<N> load_shared(u32 addr) {
     return v;
 }
 
-// acc[row][r] += the two digit sums of `count` rows that arrive NROWS a stage. PAIRED: a stage holds NROWS / 2 gate
-// rows, then as many up rows; gate j is added to acc row j, up j to acc row MAX_PAIRS + j.
+// acc[row][r] += the exact sums of `count` rows that arrive NROWS a stage, each sum as (high, low) with value
+// 256 * high + low. PAIRED: a stage holds NROWS / 2 gate rows, then as many up rows; gate j is added to acc row j, up j
+// to acc row MAX_PAIRS + j. A stage's sums are reduced over the warp while the next stage's words arrive.
 template <int K, int NROWS, bool PAIRED>
 __device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count, int trace) {
     using S = Split<K>;
-    constexpr int PER = PAIRED ? NROWS / 2 : NROWS, CELLS = 2 * ROWS, G = NROWS < 32 / CELLS ? NROWS : 32 / CELLS;
+    // 32512 * 128 * K / WARPS < 2^31: one integer holds a warp's sum of both digits
+    constexpr bool ONE = K / WARPS <= 512;
+    constexpr int PER = PAIRED ? NROWS / 2 : NROWS, VALUES = NROWS * ROWS, PASSES = ceil_div(VALUES, 16);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int sums[VALUES][ONE ? 1 : 2];
+    auto flush = [&](int first) {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            int mine = 0;
+#pragma unroll
+            for (int c = 0; c < 16 && pass * 16 + c < VALUES; ++c) {
+                const int* sum = sums[pass * 16 + c];
+                if constexpr (ONE) {
+                    const int both = warp_sum(sum[0]);
+                    if (lane / 2 == c) mine = both;
+                } else {
+                    const int high = warp_sum(sum[0]), low = warp_sum(sum[1]);
+                    if (lane == 2 * c) mine = high;
+                    if (lane == 2 * c + 1) mine = low;
+                }
+            }
+            if (ONE) mine = lane % 2 ? mine & 255 : mine >> 8;
+            const int value = pass * 16 + lane / 2, row = value / ROWS;
+            const bool up = PAIRED && row >= PER;
+            const int item = first + (up ? row - PER : row);
+            if (value < VALUES && item < count)
+                atomicAdd(&s.acc[((item + (up ? MAX_PAIRS : 0)) * ROWS + value % ROWS) * 2 + lane % 2], mine);
+        }
+    };
     for (int first = 0; first < count; first += PER) {
         TIMED(trace, threadIdx.x == 0, ring.wait_full());
         const u32 base = ring.stage() + warp * (K / WARPS) + lane * 4 * S::VEC;
+        Words<S::VEC> v[NROWS][S::NV];
 #pragma unroll
-        for (int g = 0; g < (PAIRED ? 2 * PER : NROWS); g += G) {
-            int mine = 0;
+        for (int i = 0; i < NROWS; ++i)
 #pragma unroll
-            for (int i = 0; i < G; ++i) {
-                if (g + i >= NROWS) break;
-                Words<S::VEC> v[S::NV];
+            for (int n = 0; n < S::NV; ++n) v[i][n] = load_shared<S::VEC>(base + i * K + n * 128 * S::VEC);
+        if (first) flush(first - PER);
 #pragma unroll
-                for (int n = 0; n < S::NV; ++n) v[n] = load_shared<S::VEC>(base + (g + i) * K + n * 128 * S::VEC);
+        for (int i = 0; i < NROWS; ++i)
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    int hi = 0, lo = 0;
+            for (int r = 0; r < ROWS; ++r) {
+                int high = 0, low = 0;
 #pragma unroll
-                    for (int w = 0; w < S::W; ++w) {
-                        hi = __dp4a(v[w / S::VEC].w[w % S::VEC], d.hi[r][w], hi);
-                        lo = __dp4a(v[w / S::VEC].w[w % S::VEC], d.lo[r][w], lo);
-                    }
-                    hi = warp_sum(hi), lo = warp_sum(lo);
-                    if (lane == i * CELLS + 2 * r) mine = hi;
-                    if (lane == i * CELLS + 2 * r + 1) mine = lo;
+                for (int w = 0; w < S::W; ++w) {
+                    high = __dp4a(v[i][w / S::VEC].w[w % S::VEC], d.hi[r][w], high);
+                    low = __dp4a(v[i][w / S::VEC].w[w % S::VEC], d.lo[r][w], low);
                 }
+                if constexpr (ONE) sums[i * ROWS + r][0] = high * 256 + low;
+                else sums[i * ROWS + r][0] = high, sums[i * ROWS + r][1] = low;
             }
-            const int row = g + lane / CELLS, item = first + (PAIRED && row >= PER ? row - PER : row);
-            if (lane < G * CELLS && row < (PAIRED ? 2 * PER : NROWS) && item < count)
-                atomicAdd(&s.acc[(item + (PAIRED && row >= PER ? MAX_PAIRS : 0)) * CELLS + lane % CELLS], mine);
-        }
         ring.release();
     }
+    if (count > 0) flush((count - 1) / PER * PER);
 }
 // Takes a sum out of acc (leaving zero for the next matrix).
 __device__ __forceinline__ float take(Shared& s, int row, int r, float row_scale, float weight_scale) {
@@ -749,30 +789,41 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     float4 v[ROWS][S::W];
     float rstd[ROWS], amax[ROWS];
     load_norm(s, weight, p.eps, from_x, v, rstd, amax);
+    float sums[RS_LM * ROWS];
+    auto flush = [&](int first) {
+        const float sum = sum_many(sums);
+        constexpr int LANES = 32 / (RS_LM * ROWS);
+        if (lane % LANES == 0) s.lm[(first * ROWS + lane / LANES) * WARPS + warp] = sum;
+    };
     for (int chunk = 0; chunk < part.count; chunk += LM_CHUNK) {
         const int rows = min(LM_CHUNK, part.count - chunk);
         for (int first = 0; first < rows; first += RS_LM) {
             TIMED(T_FULL_LM, tid == 0, ring.wait_full());
+            constexpr int WIDE = S::VEC >= 2 ? 4 : 2, LOADS = 2 * S::W / WIDE, RUN = 2 * S::VEC / WIDE;
+            const u32 base = ring.stage() + (warp * (HIDDEN / WARPS) + lane * 4 * S::VEC) * 2;
+            Words<WIDE> q[RS_LM][LOADS];
+#pragma unroll
+            for (int i = 0; i < RS_LM; ++i)
+#pragma unroll
+                for (int n = 0; n < LOADS; ++n)
+                    q[i][n] = load_shared<WIDE>(base + i * LM_BYTES + n / RUN * 256 * S::VEC + n % RUN * 4 * WIDE);
+            if (first) flush(first - RS_LM);
 #pragma unroll
             for (int i = 0; i < RS_LM; ++i) {
-                const u32 base = ring.stage() + i * LM_BYTES + (warp * (HIDDEN / WARPS) + lane * 4 * S::VEC) * 2;
-                float sum[ROWS] = {};
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) sums[i * ROWS + r] = 0;
 #pragma unroll
                 for (int w = 0; w < S::W; ++w) {
-                    const Words<2> q = load_shared<2>(base + w / S::VEC * 256 * S::VEC + w % S::VEC * 8);
-                    const float2 a = widen(q.w[0]), b = widen(q.w[1]);
+                    const float2 a = widen(q[i][2 * w / WIDE].w[2 * w % WIDE]);
+                    const float2 b = widen(q[i][2 * w / WIDE].w[2 * w % WIDE + 1]);
 #pragma unroll
                     for (int r = 0; r < ROWS; ++r)
-                        sum[r] += v[r][w].x * a.x + v[r][w].y * a.y + v[r][w].z * b.x + v[r][w].w * b.y;
-                }
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    sum[r] = warp_sum(sum[r]);
-                    if (lane == 0) s.lm[((first + i) * ROWS + r) * WARPS + warp] = sum[r];
+                        sums[i * ROWS + r] += v[r][w].x * a.x + v[r][w].y * a.y + v[r][w].z * b.x + v[r][w].w * b.y;
                 }
             }
             ring.release();
         }
+        flush((rows - 1) / RS_LM * RS_LM);
         consumer_sync();
         if (tid < rows)
 #pragma unroll
