@@ -80,6 +80,21 @@ class GpuModel:
         tile = self.tiles.get(name, linear, rows)
         gemm.gemm(a, self.a_scale, linear, out, rows, epilogue, tile, self.workspace)
 
+    def linears(self, name: str) -> list[Linear]:
+        """Every matrix called ``name``."""
+        layers = self.weights.layers
+        return [self.weights.lm_head] if name == "lm_head" else [getattr(layer, name) for layer in layers]
+
+    def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile, compile_only: bool = False) -> None:
+        """One matrix alone over whatever the buffers hold, as the chain runs it: for timing."""
+        linear = self.linears(name)[index % len(self.linears(name))]
+        outs = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}
+        epilogues = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}
+        a = self.final if linear.scale is None else self.digits[linear.weight.shape[1]]
+        epilogue = epilogues.get(name, RESIDUAL)
+        work = (self.workspace, self.partials)
+        gemm.gemm(a, self.a_scale, linear, outs.get(name, self.x), rows, epilogue, tile, *work, compile_only)
+
     def _layers(self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         """All decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``."""
         c, eps = self.config, self.config.rms_norm_eps
@@ -176,9 +191,7 @@ def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
             if getattr(layer, name).scale is None:
-                raise InputError(
-                    f"layer {i} {name} is not INT8: convert with --use_weight_only, or use kernels 'torch'"
-                )
+                raise InputError(f"layer {i} {name} is not INT8: convert with --use_weight_only, or use kernels torch")
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % 32:
             raise InputError(f"{name} {size} is not a multiple of 32: use kernels 'torch'")

@@ -1,13 +1,14 @@
 # ruff: noqa: ANN001, ANN202 (Triton kernels take untyped pointers)
 """Linear layers: INT8 weights times fixed-point activations on the integer tensor cores, and the fp16 lm_head.
 
-``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are exact
-in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the other rows of the batch.
+``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
+exact in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the batch's other rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,6 +241,7 @@ def gemm(
     tile: Tile,
     workspace: Workspace,
     partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    compile_only: bool = False,
 ) -> None:
     """``out = epilogue(a @ W.T)`` for the first ``num_rows`` rows.
 
@@ -256,8 +258,9 @@ def gemm(
         raise InputError(f"gemm: activations {tuple(a.shape)} do not fit weights {n}x{k} and {tile}")
     if not (a.is_contiguous() and linear.weight.is_contiguous() and out.is_contiguous()):
         raise InputError("gemm: operands must be contiguous")
-    options = launch_options(a.device)
-    _gemm[(tiles_m * -(-n // tile.n), tile.split)](
+    grid = (tiles_m * -(-n // tile.n), tile.split)
+    launch = partial(_gemm.warmup, grid=grid) if compile_only else _gemm[grid]
+    launch(
         a,
         a_scale,
         linear.weight,
@@ -280,7 +283,7 @@ def gemm(
         PREFETCH=tile.prefetch,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        **options,
+        **launch_options(a.device),
     )
 
 
