@@ -1,0 +1,36 @@
+"""The INT8 engine, by the baseline's contract: same prompt, same length, same clock.
+
+Method: as benchmarks/baseline.py, then --batch levels with that many requests in one engine at once. MBU is the bytes a
+decode step must read over TPOT over the read bandwidth measured in this run; "wall" is the speed at MBU 1.
+Output: a result file (llama_engine/measure/result.schema.json) and a table.
+
+    python benchmarks/benchmark_optimized.py --engine-dir engines/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llama_engine.errors import run_cli
+from llama_engine.measure import protocol, result
+from llama_engine.measure.generation import EngineStack
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    protocol.add_arguments(parser, "results/local/optimized-native.json")
+    protocol.add_engine_arguments(parser)
+    args = parser.parse_args()
+    result.check_output(args.output, args.force)
+    device = protocol.prepare(args)
+    stack, about = protocol.open_engine(args.engine_dir, protocol.backend_of(args), device, args.threads)
+    protocol.check_same_model(args.model_dir, about)
+    measured = protocol.measure([stack], args, device, about)[stack.name]
+    if isinstance(stack, EngineStack):
+        protocol.add_levels(measured, stack, args, device)
+    result.write_result(args.output, measured, force=args.force)
+    protocol.print_result(measured)
+
+
+if __name__ == "__main__":
+    run_cli(main)

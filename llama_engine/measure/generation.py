@@ -1,0 +1,313 @@
+"""Time generation on any stack by the same clock: exactly N new tokens, greedy, EOS ignored."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llama_engine.config import ModelConfig
+from llama_engine.engine import Engine
+from llama_engine.errors import InputError, RunError
+from llama_engine.hf import HFModel
+from llama_engine.measure.environment import measure_matmul_flops, measure_read_bandwidth
+from llama_engine.measure.stats import summary
+from llama_engine.measure.telemetry import Telemetry
+
+now = time.perf_counter
+
+
+@dataclass
+class GenerationRun:
+    """One request: ``t0`` sent, ``token_times[i]`` when token i was on the host (``perf_counter`` seconds)."""
+
+    t0: float
+    token_times: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        """t1 - t0."""
+        return self.token_times[0] - self.t0
+
+    @property
+    def tpot_s(self) -> float:
+        """(tN - t1) / (N - 1); 0 for one token."""
+        return (self.token_times[-1] - self.token_times[0]) / max(1, len(self.token_times) - 1)
+
+    @property
+    def latency_s(self) -> float:
+        """tN - t0."""
+        return self.token_times[-1] - self.t0
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Gaps between successive tokens, N - 1 of them."""
+        return [b - a for a, b in itertools.pairwise(self.token_times)]
+
+    @property
+    def clock_backwards(self) -> int:
+        times = [self.t0, *self.token_times]
+        return sum(b < a for a, b in itertools.pairwise(times))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a token must cost whatever the code: bytes for decode, FLOP for prefill."""
+
+    weight_nbytes: int  # read once a decode step, whatever the batch
+    kv_nbytes_per_token: int  # read a step for every live position of every sequence
+    flop_per_token: float  # 2 x multiply-adds of the linear layers, lm_head excluded
+
+    def decode_nbytes(self, input_tokens: int, output_tokens: int, batch: int = 1) -> float:
+        """Mean bytes a decode step reads: weights once + KV of the live tokens, averaged over the run's steps."""
+        return self.weight_nbytes + batch * self.kv_nbytes_per_token * (input_tokens + output_tokens / 2)
+
+    @classmethod
+    def of(cls, config: ModelConfig, weight_nbytes: int, kv_nbytes_per_token: int) -> Cost:
+        layer = config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
+        return cls(weight_nbytes, kv_nbytes_per_token, 2.0 * config.num_layers * layer)
+
+
+class Stack(Protocol):
+    name: str
+    cost: Cost
+
+    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
+        """Exactly ``new_tokens`` greedy tokens, each stamped when the caller could use it."""
+        ...
+
+
+class TransformersStack:
+    """The baseline: ``AutoModelForCausalLM``, SDPA, fp16 on CUDA and bf16 on a CPU, ``generate`` with a streamer."""
+
+    name = "transformers"
+
+    def __init__(self, model_dir: Path | str, device: str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        config = HFModel(model_dir).config  # refuses what is not a Llama directory, in one line
+        self.dtype = torch.float16 if device == "cuda" else torch.bfloat16
+        self.device = device
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype, attn_implementation="sdpa")
+        self.model.to(device).eval()
+        # generate() fills unset fields from the model's own generation config: leave it no EOS to stop at
+        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        embedding = self.model.get_input_embeddings().weight
+        weights = sum(p.nbytes for p in self.model.parameters()) - (
+            0 if config.tie_word_embeddings else embedding.nbytes
+        )
+        self.cost = Cost.of(config, weights, 2 * config.num_layers * config.kv_size * self.dtype.itemsize)
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
+        run = GenerationRun(now())
+        ids = torch.tensor([prompt_ids], device=self.device)
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=_Clock(run))
+        return run
+
+
+class _Clock:
+    """A transformers streamer. ``generate`` hands it host tensors, so a CUDA token has been waited for."""
+
+    def __init__(self, run: GenerationRun) -> None:
+        self.run, self.prompt_seen = run, False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt first, then with each new token."""
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        ids = value.reshape(-1).tolist()
+        self.run.token_times += [now()] * len(ids)
+        self.run.token_ids += ids
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+class EngineStack:
+    """The native engine in this process."""
+
+    name = "native"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        executor = engine.executor
+        self.cost = Cost.of(engine.model, executor.step_nbytes, executor.kv_nbytes_per_token)
+
+    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
+        return self.generate_batch([prompt_ids], new_tokens)[0]
+
+    def generate_batch(self, prompts: Sequence[list[int]], new_tokens: int) -> list[GenerationRun]:
+        """All prompts at once; every run has the same t0, the moment the first was added."""
+        start = now()
+        runs = {self.engine.add_request(prompt, new_tokens): GenerationRun(start) for prompt in prompts}
+        while self.engine.has_unfinished:
+            outputs = self.engine.step()
+            stamp = now()
+            for output in outputs:
+                run = runs[output.request_id]
+                run.token_times += [stamp] * len(output.token_ids)
+                run.token_ids += output.token_ids
+        return list(runs.values())
+
+
+class RunnerStack:
+    """Any ``ModelRunner`` through its streaming face: how a TensorRT-LLM engine is measured."""
+
+    name = "tensorrt_llm"
+
+    def __init__(self, runner: Any, cost: Cost) -> None:
+        self.runner, self.cost = runner, cost
+
+    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
+        run = GenerationRun(now())
+        for result in self.runner.generate(
+            [torch.tensor(prompt_ids, dtype=torch.int32)],
+            max_new_tokens=new_tokens,
+            end_id=-1,
+            pad_id=0,
+            streaming=True,
+            return_dict=True,
+            output_sequence_lengths=True,
+        ):
+            seen = len(prompt_ids) + len(run.token_ids)
+            ids = result["output_ids"][0, 0, seen : int(result["sequence_lengths"][0, 0])].tolist()
+            run.token_times += [now()] * len(ids)
+            run.token_ids += ids
+        return run
+
+
+def make_prompts(model_dir: Path | str, text: str, length: int, count: int = 1) -> list[list[int]]:
+    """``count`` prompts of exactly ``length`` ids: successive windows of the tokenized text, wrapped around.
+
+    A model without a tokenizer gets seeded random ids. Raises :class:`InputError` for an unusable text or length.
+    """
+    if length < 1:
+        raise InputError(f"--input-tokens must be at least 1, got {length}")
+    if (Path(model_dir) / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(model_dir)(text)["input_ids"]
+        if not ids:
+            raise InputError("the prompt holds no tokens: give some text")
+    else:
+        vocab = HFModel(model_dir).config.vocab_size
+        ids = torch.randint(vocab, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [[ids[(row * length + i) % len(ids)] for i in range(length)] for row in range(count)]
+
+
+def run_interleaved(
+    stacks: Sequence[Stack],
+    prompt: list[int],
+    new_tokens: int,
+    *,
+    warmup: int,
+    runs: int,
+    telemetry: Telemetry,
+    console: Console | None = None,
+) -> dict[str, list[GenerationRun]]:
+    """Warm every stack up, then time A B A B ...; telemetry sections are named after the stacks."""
+    if warmup < 0 or runs < 1 or new_tokens < 1:
+        raise InputError("--warmup must be >= 0, --runs and --output-tokens >= 1")
+    timed: dict[str, list[GenerationRun]] = {stack.name: [] for stack in stacks}
+    with progress_bar(console) as bar:
+        task = bar.add_task("warm-up", total=(warmup + runs) * len(stacks))
+        for index in range(warmup + runs):
+            for stack in stacks:
+                bar.update(task, description=f"{stack.name}: {'warm-up' if index < warmup else 'timed'}")
+                if index < warmup:
+                    stack.generate(prompt, new_tokens)
+                else:
+                    with telemetry.section(stack.name):
+                        timed[stack.name].append(stack.generate(prompt, new_tokens))
+                bar.advance(task)
+    for name, finished in timed.items():
+        if not all(run.token_times for run in finished):
+            raise RunError(f"{name} returned no tokens")
+    return timed
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """The bar every long measurement shows, on stderr."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console or Console(stderr=True))
+
+
+def samples_of(runs: Sequence[GenerationRun]) -> dict[str, list[Any]]:
+    """Raw samples: ttft, tpot, latency and output_tokens one a request, itl pooled over requests."""
+    return {
+        "ttft_ms": [run.ttft_s * 1e3 for run in runs],
+        "tpot_ms": [run.tpot_s * 1e3 for run in runs],
+        "latency_s": [run.latency_s for run in runs],
+        "output_tokens": [len(run.token_ids) for run in runs],
+        "itl_ms": [round(gap * 1e3, 4) for run in runs for gap in run.itl_s],
+    }
+
+
+def summarize(
+    samples: dict[str, list[Any]],
+    cost: Cost,
+    workload: dict[str, Any],
+    ceilings: dict[str, Any],
+    telemetry: dict[str, Any],
+) -> dict[str, Any]:
+    """Percentiles, tokens a second a request, MBU, MFU and energy a token of requests run one at a time."""
+    result: dict[str, Any] = {
+        key: summary(samples[key]) for key in ("ttft_ms", "tpot_ms", "latency_s", "itl_ms") if samples.get(key)
+    }
+    rates = [count / latency for count, latency in zip(samples["output_tokens"], samples["latency_s"])]
+    result["output_tokens_per_s"] = summary(rates)
+    nbytes = cost.decode_nbytes(workload["input_tokens"], workload["output_tokens"])
+    result["step_nbytes"] = nbytes
+    result["mbu"] = mbu(nbytes, result["tpot_ms"]["p50"] / 1e3, ceilings)
+    result["mfu"] = mfu(cost, workload["input_tokens"], result["ttft_ms"]["p50"] / 1e3, ceilings)
+    for key in ("gpu_utilization_pct", "gpu_power_w"):
+        result[key] = telemetry.get(key)
+    energy = telemetry.get("gpu_energy_j")
+    result["energy_j_per_token"] = energy / sum(samples["output_tokens"]) if energy else None
+    return result
+
+
+def mbu(nbytes: float, seconds: float, ceilings: dict[str, Any]) -> float | None:
+    """bytes a decode step must read / seconds a step / peak read bandwidth measured in this run."""
+    return nbytes / seconds / ceilings["read_bandwidth"]["bytes_per_s"] if seconds > 0 else None
+
+
+def mfu(cost: Cost, input_tokens: int, ttft_s: float, ceilings: dict[str, Any]) -> float | None:
+    """FLOP of the prompt's linear layers / TTFT / peak 16-bit matmul rate measured in this run."""
+    return cost.flop_per_token * input_tokens / ttft_s / ceilings["matmul"]["flop_per_s"] if ttft_s > 0 else None
+
+
+def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
+    """What :mod:`llama_engine.measure.validity` asks of a closed set of runs, and a hash of the tokens."""
+    outputs = {tuple(run.token_ids) for run in runs}
+    return {
+        "failed_requests": 0,  # an in-process failure ends the benchmark instead
+        "clock_backwards": sum(run.clock_backwards for run in runs),
+        "distinct_outputs": len(outputs),
+        "token_ids_sha256": hashlib.sha256(repr(runs[0].token_ids).encode()).hexdigest(),
+        "first_token_ids": runs[0].token_ids[:16],
+    }
+
+
+def ceilings(device: str) -> dict[str, Any]:
+    """``read_bandwidth`` and ``matmul``: the walls of this machine, measured now."""
+    return {"read_bandwidth": measure_read_bandwidth(device), "matmul": measure_matmul_flops(device)}
