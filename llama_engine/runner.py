@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from llama_engine.build import engine_backend
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
+from llama_engine.trtllm import TensorRTRunner
 
 
 class ModelRunner:
@@ -24,8 +26,11 @@ class ModelRunner:
         self.engine = engine
 
     @classmethod
-    def from_dir(cls, engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
-        """Load a native engine; ``options`` go to :meth:`llama_engine.engine.Engine.from_dir`."""
+    def from_dir(cls, engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner | TensorRTRunner:
+        """Load an engine; ``options`` go to the backend's own ``from_dir`` (:class:`~llama_engine.engine.Engine`,
+        :class:`~llama_engine.trtllm.TensorRTRunner`)."""
+        if engine_backend(engine_dir) == "tensorrt_llm":
+            return TensorRTRunner.from_dir(engine_dir, **options)
         return cls(Engine.from_dir(engine_dir, device=device, **options))
 
     @property

@@ -1,0 +1,216 @@
+"""The TensorRT-LLM backend against a strict stand-in of NVIDIA's package (tests/standin)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_engine import trtllm
+from llama_engine.build import load_engine_json
+from llama_engine.checkpoint import Checkpoint
+from llama_engine.config import EngineConfig
+from llama_engine.convert import ConvertOptions, convert
+from llama_engine.errors import InputError, RunError
+from llama_engine.runner import ModelRunner
+
+STANDIN = Path(__file__).parent / "standin"
+ROOT = Path(__file__).parent.parent
+ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=8192)
+FLAGS = {
+    "gemm_plugin": "auto",
+    "gpt_attention_plugin": "auto",
+    "use_paged_context_fmha": "enable",
+    "use_fused_mlp": "enable",
+}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The stand-in, importable and with trtllm-build on PATH."""
+    monkeypatch.syspath_prepend(str(STANDIN))
+    monkeypatch.setenv(
+        "PATH", f"{STANDIN / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def engine(installed, tiny_checkpoint, tmp_path):
+    trtllm.build(tiny_checkpoint, tmp_path / "e", ENGINE, FLAGS)
+    return tmp_path / "e"
+
+
+def toy(prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append((7 * ids[-1] + 3) % 509)
+    return ids
+
+
+def test_the_command_is_that_of_the_readme_with_max_seq_len():
+    command = trtllm.build_command("ckpt", "out", EngineConfig(), FLAGS)
+    assert " ".join(command) == (
+        "trtllm-build --checkpoint_dir ckpt --output_dir out --gemm_plugin auto --gpt_attention_plugin auto "
+        "--use_paged_context_fmha enable --use_fused_mlp enable --max_batch_size 16 --max_seq_len 2048 "
+        "--max_num_tokens 2048 --tokens_per_block 64"
+    )
+
+
+def test_auto_takes_tensorrt_llm_where_it_is_installed(installed, capsys):
+    assert trtllm.pick_backend("auto") == "tensorrt_llm"
+    assert capsys.readouterr().out == "backend: tensorrt_llm (TensorRT-LLM is installed)\n"
+    assert trtllm.pick_backend("native") == "native"
+
+
+def test_auto_takes_native_elsewhere(capsys):
+    assert trtllm.pick_backend("auto") == "native"
+    assert "not installed" in capsys.readouterr().out
+    with pytest.raises(InputError, match="unknown backend"):
+        trtllm.pick_backend("onnx")
+
+
+def test_build_makes_an_engine_directory_that_knows_its_origin(engine, tiny_checkpoint):
+    info = load_engine_json(engine, tiny_checkpoint, backend="tensorrt_llm")
+    assert info.engine == ENGINE
+    assert info.identity == Checkpoint(tiny_checkpoint).identity
+    build_config = json.loads((engine / "config.json").read_text())["build_config"]
+    assert build_config["use_paged_context_fmha"] == "enable"
+    assert build_config["max_seq_len"] == 64
+    with pytest.raises(InputError, match="--backend tensorrt_llm"):
+        load_engine_json(engine)
+
+
+def test_a_failed_build_leaves_nothing(installed, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(trtllm, "build_command", lambda *_: ["trtllm-build", "--unknown"])
+    with pytest.raises(RunError, match="exit code 2"):
+        trtllm.build(tiny_checkpoint, tmp_path / "e", ENGINE, FLAGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_for_another_gpu_is_refused(installed, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    convert(tiny_model, tmp_path / "a100", ConvertOptions(int8=True, target_arch="sm80"), progress=False)
+    with pytest.raises(InputError, match=r"need column_major: convert with --target_arch sm90 --trtllm_version 0.15.0"):
+        trtllm.build(tmp_path / "a100", tmp_path / "e", ENGINE, FLAGS)
+    for name, options in {
+        "h100": ConvertOptions(int8=True, target_arch="sm90"),
+        "portable": ConvertOptions(int8=True, quantize_at_build=True),
+    }.items():
+        convert(tiny_model, tmp_path / name, options, progress=False)
+        trtllm.build(tmp_path / name, tmp_path / f"e-{name}", ENGINE, FLAGS)
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_generate_returns_what_the_native_runner_would(engine, return_dict):
+    runner = ModelRunner.from_dir(engine)
+    prompts = [[5, 6, 7], [9]]
+    result = runner.generate(
+        [torch.tensor(prompt) for prompt in prompts],
+        max_new_tokens=4,
+        end_id=-1,
+        pad_id=0,
+        return_dict=return_dict,
+        output_sequence_lengths=return_dict,
+    )
+    output_ids = result["output_ids"] if return_dict else result
+    assert output_ids.shape == (2, 1, 7)
+    assert output_ids.dtype == torch.int32
+    assert output_ids[0, 0].tolist() == toy(prompts[0], 4)
+    assert output_ids[1, 0].tolist() == [*toy(prompts[1], 4), -1, -1]
+    if return_dict:
+        assert result["sequence_lengths"].tolist() == [[7], [5]]
+
+
+def test_streaming_grows_from_the_prompt(engine):
+    steps = ModelRunner.from_dir(engine).generate(
+        [torch.tensor([5])],
+        max_new_tokens=3,
+        end_id=-1,
+        pad_id=0,
+        streaming=True,
+        return_dict=True,
+        output_sequence_lengths=True,
+    )
+    lengths = []
+    for step in steps:
+        lengths.append(int(step["sequence_lengths"][0, 0]))
+        assert step["output_ids"][0, 0, : lengths[-1]].tolist() == toy([5], lengths[-1] - 1)
+    assert lengths == [2, 3, 4]
+
+
+def test_generation_stops_at_end_id(engine):
+    end = toy([5], 2)[-1]
+    result = ModelRunner.from_dir(engine).generate([torch.tensor([5])], max_new_tokens=9, end_id=end, pad_id=end)
+    assert result[0, 0].tolist() == [*toy([5], 2), *[end] * 7]
+
+
+def test_the_runner_is_opened_with_memory_fraction_and_cuda_graphs(engine):
+    from tensorrt_llm.runtime import ModelRunnerCpp
+
+    trtllm.TensorRTRunner.from_dir(engine, kv_cache_free_gpu_memory_fraction=0.5)
+    assert ModelRunnerCpp.loaded[-1] == {
+        "rank": 0,
+        "max_batch_size": 4,
+        "max_beam_width": 1,
+        "kv_cache_free_gpu_memory_fraction": 0.5,
+        "cuda_graph_mode": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([5], {"end_id": None}, "end_id must be an int"),
+        ([5], {"pad_id": 1.5}, "pad_id must be an int"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ([], {}, "at least one token id"),
+        ([512], {}, "token ids must be in 0..511"),
+        ([-1], {}, "token ids must be in 0..511"),
+        ([5] * 60, {"max_new_tokens": 5}, "more than the engine's max_seq_len 64"),
+    ],
+)
+def test_bad_requests_are_refused_before_tensorrt_llm_sees_them(engine, prompt, options, message):
+    runner = ModelRunner.from_dir(engine)
+    with pytest.raises(InputError, match=message):
+        runner.generate([torch.tensor(prompt, dtype=torch.int64)], **({"end_id": -1, "pad_id": 0} | options))
+    with pytest.raises(InputError, match="5 prompts, but the engine was built for 4"):
+        runner.generate([torch.tensor([1])] * 5, end_id=-1, pad_id=0)
+
+
+def test_an_engine_that_does_not_load_is_one_line(engine):
+    (engine / "config.json").write_text(json.dumps({"build_config": {"max_batch_size": 1, "max_seq_len": 64}}))
+    with pytest.raises(RunError, match="TensorRT-LLM could not load"):
+        trtllm.TensorRTRunner.from_dir(engine)
+
+
+def test_without_the_package_the_install_command_is_named(engine, monkeypatch):
+    monkeypatch.setattr(trtllm, "installed", lambda: False)
+    with pytest.raises(InputError, match=r"pip install -r requirements-trtllm\.txt"):
+        ModelRunner.from_dir(engine)
+
+
+def test_the_build_script_runs_and_prints_the_exact_command(tiny_checkpoint, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(STANDIN), "PATH": f"{STANDIN / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    command = ["scripts/build_engine.sh", "--checkpoint_dir", tiny_checkpoint, "--output_dir", tmp_path / "e"]
+
+    def run(*args):
+        return subprocess.run(
+            [*map(str, command), *args], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+
+    done = run("--backend", "tensorrt_llm", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == trtllm.build_command(
+        tiny_checkpoint, tmp_path / "e", EngineConfig(max_num_tokens=8192), FLAGS
+    )
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "backend: tensorrt_llm (TensorRT-LLM is installed)" in done.stdout
+    assert load_engine_json(tmp_path / "e", backend="tensorrt_llm").engine.max_num_tokens == 8192
