@@ -114,8 +114,8 @@ def supported(config: ModelConfig, weights: EngineWeights, tokens_per_block: int
     widths = (config.hidden_size, config.q_size, config.intermediate_size)
     return (
         all(width % 32 == 0 and width <= MAX_K for width in widths)
-        and config.vocab_size % 4 == 0
-        and config.qkv_size % 4 == 0
+        and config.vocab_size % 32 == 0
+        and config.qkv_size % 32 == 0
         and config.head_size % 32 == 0
         and config.num_heads // config.num_kv_heads <= 8
         and tokens_per_block % 16 == 0

@@ -14,6 +14,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
+#define USE_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -21,12 +26,14 @@ typedef float v16f __attribute__((vector_size(64)));
 typedef int32_t v16i __attribute__((vector_size(64)));
 typedef int16_t v16s __attribute__((vector_size(32)));
 typedef int16_t v32s __attribute__((vector_size(64)));
+typedef int8_t v16c __attribute__((vector_size(16)));
 typedef int8_t v32c __attribute__((vector_size(32)));
 
 constexpr int kActMax = 16383;
 constexpr int kAttentionChunk = 256;  // keys between two merges: fixed, so that splitting never changes a sum
 constexpr int kRowBlock = 64;         // tokens whose activations stay in L2 while weights stream past
 constexpr int kMaxGroup = 8;
+constexpr int kAmxMinTokens = 9;      // fewer tokens than that waste most of a tile
 constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
 
 template <class V, class T>
@@ -116,6 +123,19 @@ inline float sum(v16f v) {
 #endif
 }
 
+// Exact, so that every path to the same integer gives the same float.
+inline float sum_exact(v16i v) {
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256((__m512i)v)),
+                                  _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64((__m512i)v, 1)));
+  return (float)_mm512_reduce_add_epi64(wide);
+#else
+  int64_t total = 0;
+  for (int i = 0; i < 16; ++i) total += v[i];
+  return (float)total;
+#endif
+}
+
 inline float max_of(v16f v) {
   float m = v[0];
   for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
@@ -152,7 +172,7 @@ inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int 
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int j = 0; j < R; ++j) out[m][j] = sum(__builtin_convertvector(acc[m][j], v16f));
+    for (int j = 0; j < R; ++j) out[m][j] = sum_exact(acc[m][j]);
 }
 
 template <int M, int R>
@@ -170,6 +190,73 @@ inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int 
   for (int m = 0; m < M; ++m)
     for (int j = 0; j < R; ++j) out[m][j] = sum(acc[m][j]);
 }
+
+#if defined(USE_AMX)
+// Tile registers: 16 rows of weights (A, straight from the [N][K] matrix) times 16 tokens (B, packed by four k).
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+bool request_amx() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+
+// Butterfly transpose of a 16 x 16 tile.
+inline void transpose(v16f* r) {
+  const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int s = 1; s < 16; s *= 2) {
+    v16i low = (lane & s) == 0 ? lane : lane - s + 16, high = (lane & s) == 0 ? lane + s : lane + 16;
+    for (int i = 0; i < 16; ++i) {
+      if (i & s) continue;
+      v16f a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// `ahead` bytes further lie the rows to prefetch.
+// out[token][j] for 16 tokens and 2 x 16 weight rows, exact: 256 * (w . high digits) + (w . low digits).
+void dot_tiles(const int8_t* const* w, int64_t K, int64_t ahead, const int8_t* high, const uint8_t* low, float (*out)[32]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < K; k += 64) {
+    for (int i = 0; i < 16; ++i) {
+      __builtin_prefetch(w[0] + ahead + i * K + k);
+      __builtin_prefetch(w[1] + ahead + i * K + k);
+    }
+    _tile_loadd(4, w[0] + k, K);
+    _tile_loadd(6, high + k * 16, 64);
+    _tile_loadd(7, low + k * 16, 64);
+    _tile_loadd(5, w[1] + k, K);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  alignas(64) int32_t c[4][16][16];
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
+  auto wide = [](__m256i a, __m256i b) {
+    return _mm512_cvtpd_ps(_mm512_fmadd_pd(_mm512_cvtepi32_pd(a), _mm512_set1_pd(256), _mm512_cvtepi32_pd(b)));
+  };
+  for (int half = 0; half < 2; ++half) {
+    v16f r[16];
+    for (int j = 0; j < 16; ++j) {
+      __m512i h = _mm512_load_si512(c[2 * half][j]), l = _mm512_load_si512(c[2 * half + 1][j]);
+      __m256 first = wide(_mm512_castsi512_si256(h), _mm512_castsi512_si256(l));
+      __m256 second = wide(_mm512_extracti64x4_epi64(h, 1), _mm512_extracti64x4_epi64(l, 1));
+      r[j] = (v16f)_mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
+    }
+    transpose(r);
+    for (int t = 0; t < 16; ++t) std::memcpy(out[t] + 16 * half, &r[t], 64);
+  }
+}
+#endif
 
 // All threads of a step meet here; a short spin, then yield so that an oversubscribed machine still moves.
 struct Barrier {
@@ -248,6 +335,9 @@ struct Engine {
   int64_t q_size, kv_size, qkv_size, max_in;
   std::vector<float> x, qkv, attn, act, scale, normed, partial;
   std::vector<int16_t> quantized;
+  std::vector<int8_t> high;
+  std::vector<uint8_t> low;
+  bool amx = false;
   int chunks_max;
 
   Engine(const ModelView& view, int n) : m(view), layers(view.layer, view.layer + view.layers), threads(n) {
@@ -263,6 +353,11 @@ struct Engine {
     scale.resize(T);
     normed.resize(T * m.hidden);
     quantized.resize(T * max_in);
+#if defined(USE_AMX)
+    amx = m.hidden % 64 == 0 && m.intermediate % 64 == 0 && q_size % 64 == 0 && request_amx();
+    high.resize(amx ? (T + 15) / 16 * 16 * max_in : 0);
+    low.resize(high.size());
+#endif
     chunks_max = (m.max_context + kAttentionChunk - 1) / kAttentionChunk;
     partial.resize((size_t)std::max(4 * n, 16) * m.kv_heads * chunks_max * group() * (m.head_size + 2));
     barrier.size = n;
@@ -307,7 +402,7 @@ struct Engine {
     end = units * (t + 1) / threads * unit;
   }
 
-  void quantize_row(const float* in, int64_t K, int row) {
+  void quantize_row(const float* in, int64_t K, int row, bool digits) {
     v16f top{};
     for (int64_t k = 0; k < K; k += 16) {
       v16f v = load<v16f>(in + k);
@@ -323,6 +418,17 @@ struct Engine {
       v16i i = __builtin_convertvector(v - 12582912.f, v16i);
       auto narrow = __builtin_convertvector(i, v16s);
       std::memcpy(q + k, &narrow, 32);
+    }
+    if (!digits) return;
+    // Token `row` is column row % 16 of its tile: four consecutive k lie together, tokens 4 bytes apart.
+    int64_t base = (int64_t)(row / 16) * 16 * K + row % 16 * 4;
+    for (int64_t k = 0; k < K; k += 16) {
+      v16s v = load<v16s>(q + k);
+      auto h = __builtin_convertvector(v >> 8, v16c), l = __builtin_convertvector(v & 255, v16c);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(&high[base + (k / 4 + i) * 64], (const char*)&h + 4 * i, 4);
+        std::memcpy(&low[base + (k / 4 + i) * 64], (const char*)&l + 4 * i, 4);
+      }
     }
   }
 
@@ -348,47 +454,68 @@ struct Engine {
         norm_row(source, norm, out);
         source = out;
       }
-      quantize_row(source, K, row);
+      quantize_row(source, K, row, amx && step.tokens >= kAmxMinTokens);
     }
     barrier.wait();
   }
 
-  // Four weight rows at a time against all tokens; `store(token, j, value)` takes row j of the four.
-  template <class Rows, class Store>
-  void gemm(int64_t groups, int64_t K, int t, Rows rows, Store store) {
-    int64_t begin, end;
-    share(groups, 1, t, begin, end);
-    for (int base = 0; base < step.tokens; base += kRowBlock) {
-      int limit = std::min(base + kRowBlock, step.tokens);
+  // W [N][K] against `count` quantized rows, 2 x 16 rows of W at a time: n.. and n + apart.., the SwiGLU pair of gate and
+  // up or simply neighbours. `store(token, n, first, second)` takes both; it is the same code on either path, so that
+  // the paths agree to the bit.
+  template <class Store>
+  void gemm(const LinearView& l, int64_t N, int64_t K, bool pair, int count, int t, Store store) {
+    const int8_t* weight = (const int8_t*)l.weight;
+    int64_t apart = pair ? N / 2 : 16, span = pair ? 16 : 32, begin, end;
+    share(N / 32, 1, t, begin, end);
+    auto emit = [&](int token, int64_t n, const float* out) {
+      v16f a = load<v16f>(out) * load<v16f>(l.scale + n) * scale[token];
+      v16f b = load<v16f>(out + 16) * load<v16f>(l.scale + n + apart) * scale[token];
+      store(token, n, a, b);
+    };
+    bool tiles = amx && count >= kAmxMinTokens;
+    for (int base = 0; base < count; base += kRowBlock) {
+      int limit = std::min(base + kRowBlock, count);
       for (int64_t g = begin; g < end; ++g) {
-        const int8_t* w[4];
-        rows(g, w);
-        int token = base;
-        float out[4][4];
-        for (; token + 4 <= limit; token += 4) {
-          dot_int8<4, 4>(w, quantized.data() + token * max_in, max_in, K, out);
-          for (int i = 0; i < 4; ++i) store(g, token + i, out[i]);
+        int64_t n = g * span;
+        alignas(64) float out[16][32];
+#if defined(USE_AMX)
+        if (tiles) {
+          const int8_t* w[2] = {weight + n * K, weight + (n + apart) * K};
+          for (int token = base; token < limit; token += 16) {
+            dot_tiles(w, K, span * K, high.data() + token * K, low.data() + token * K, out);
+            for (int i = 0; i < std::min(16, limit - token); ++i) emit(token + i, n, out[i]);
+          }
+          continue;
         }
-        for (; token < limit; ++token) {
-          dot_int8<1, 4>(w, quantized.data() + token * max_in, max_in, K, out);
-          store(g, token, out[0]);
+#endif
+        for (int token = base; token < limit;) {
+          int rows = token + 4 <= limit ? 4 : 1;
+          const int16_t* in = quantized.data() + token * max_in;
+          for (int j = 0; j < 32; j += 4) {
+            const int8_t* first = weight + (j < 16 ? n + j : n + apart + j - 16) * K;
+            const int8_t* w[4] = {first, first + K, first + 2 * K, first + 3 * K};
+            float part[4][4];
+            if (rows == 4) dot_int8<4, 4>(w, in, max_in, K, part);
+            else dot_int8<1, 4>(w, in, max_in, K, part);
+            for (int i = 0; i < rows; ++i) std::memcpy(out[i] + j, part[i], 16);
+          }
+          for (int i = 0; i < rows; ++i, ++token) emit(token, n, out[i]);
         }
       }
     }
     barrier.wait();
   }
 
-  template <class Store>
-  void linear(const LinearView& l, int64_t N, int64_t K, int t, Store store) {
-    const int8_t* weight = (const int8_t*)l.weight;
-    gemm(
-        N / 4, K, t,
-        [=](int64_t g, const int8_t** w) {
-          for (int j = 0; j < 4; ++j) w[j] = weight + (4 * g + j) * K;
-        },
-        [&](int64_t g, int token, const float* out) {
-          for (int j = 0; j < 4; ++j) store(token, 4 * g + j, out[j] * l.scale[4 * g + j] * scale[token]);
-        });
+  void linear(const LinearView& l, int64_t N, int64_t K, int count, int t, float* y, bool add) {
+    gemm(l, N, K, false, count, t, [=](int token, int64_t n, v16f a, v16f b) {
+      float* out = y + token * N + n;
+      if (add) {
+        a += load<v16f>(out);
+        b += load<v16f>(out + 16);
+      }
+      std::memcpy(out, &a, 64);
+      std::memcpy(out + 16, &b, 64);
+    });
   }
 
   int64_t block_of(int token, int position) const {
@@ -541,6 +668,10 @@ struct Engine {
 
   void forward(int t) {
     int H = m.hidden, I = m.intermediate;
+#if defined(USE_AMX)
+    TileConfig config;
+    if (amx) _tile_loadconfig(&config);
+#endif
     for (int token = t; token < step.tokens; token += threads) {
       const uint16_t* row = m.embedding + (int64_t)step.ids[token] * H;
       for (int k = 0; k < H; k += 16) {
@@ -548,32 +679,27 @@ struct Engine {
         std::memcpy(&x[(int64_t)token * H + k], &v, 64);
       }
     }
+    int T = step.tokens;
     for (const LayerView& l : layers) {
       quantize(x.data(), H, l.input_norm, t);
-      linear(l.qkv, qkv_size, H, t, [&](int token, int64_t n, float y) { qkv[token * qkv_size + n] = y; });
+      linear(l.qkv, qkv_size, H, T, t, qkv.data(), false);
       rope_and_store(l, t);
       attention(l, t);
       quantize(attn.data(), q_size, nullptr, t);
-      linear(l.o, H, q_size, t, [&](int token, int64_t n, float y) { x[(int64_t)token * H + n] += y; });
+      linear(l.o, H, q_size, T, t, x.data(), true);
       quantize(x.data(), H, l.post_norm, t);
-      const int8_t* gate_up = (const int8_t*)l.gate_up.weight;
-      gemm(
-          I / 2, H, t,
-          [=](int64_t g, const int8_t** w) {
-            for (int j = 0; j < 4; ++j) w[j] = gate_up + ((j / 2) * (int64_t)I + 2 * g + j % 2) * H;
-          },
-          [&](int64_t g, int token, const float* out) {
-            for (int j = 0; j < 2; ++j) {
-              int64_t n = 2 * g + j;
-              float gate = out[j] * l.gate_up.scale[n] * scale[token];
-              float up = out[2 + j] * l.gate_up.scale[I + n] * scale[token];
-              act[(int64_t)token * I + n] = gate / (1.f + std::exp(-gate)) * up;
-            }
-          });
+      gemm(l.gate_up, 2 * (int64_t)I, H, true, T, t, [&](int token, int64_t n, v16f gate, v16f up) {
+        v16f e = exp_nonpositive(gate < 0.f ? gate : -gate);
+        v16f y = gate * (gate < 0.f ? e : v16f{} + 1.f) / (1.f + e) * up;
+        std::memcpy(&act[(int64_t)token * I + n], &y, 64);
+      });
       quantize(act.data(), I, nullptr, t);
-      linear(l.down, H, I, t, [&](int token, int64_t n, float y) { x[(int64_t)token * H + n] += y; });
+      linear(l.down, H, I, T, t, x.data(), true);
     }
     logits(t);
+#if defined(USE_AMX)
+    if (amx) _tile_release();
+#endif
   }
 
   void logits(int t) {
@@ -582,34 +708,26 @@ struct Engine {
     for (int i = t; i < rows; i += threads) {
       float* out = normed.data() + i * H;
       norm_row(x.data() + step.rows[i] * H, m.final_norm, out);
-      if (m.lm_head.scale) quantize_row(out, H, i);
+      if (m.lm_head.scale) quantize_row(out, H, i, amx && rows >= kAmxMinTokens);
     }
     barrier.wait();
+    if (m.lm_head.scale) {
+      linear(m.lm_head, m.vocab, H, rows, t, step.logits, false);
+      return;
+    }
     share(m.vocab, 4, t, begin, end);
     for (int base = 0; base < rows; base += kRowBlock) {
       int limit = std::min(base + kRowBlock, rows);
       for (int64_t n = begin; n < end; n += 4) {
+        const uint16_t* w[4];
+        for (int j = 0; j < 4; ++j) w[j] = (const uint16_t*)m.lm_head.weight + (n + j) * H;
         float out[4][4];
         for (int i = base; i < limit;) {
           int count = i + 4 <= limit ? 4 : 1;
-          if (m.lm_head.scale) {
-            const int8_t* w[4];
-            for (int j = 0; j < 4; ++j) w[j] = (const int8_t*)m.lm_head.weight + (n + j) * H;
-            const int16_t* in = quantized.data() + i * max_in;
-            if (count == 4) dot_int8<4, 4>(w, in, max_in, H, out);
-            else dot_int8<1, 4>(w, in, max_in, H, out);
-          } else {
-            const uint16_t* w[4];
-            for (int j = 0; j < 4; ++j) w[j] = (const uint16_t*)m.lm_head.weight + (n + j) * H;
-            if (count == 4) dot_half<4, 4>(w, normed.data() + i * H, H, H, out);
-            else dot_half<1, 4>(w, normed.data() + i * H, H, H, out);
-          }
-          for (int c = 0; c < count; ++c)
-            for (int j = 0; j < 4; ++j) {
-              float s = m.lm_head.scale ? m.lm_head.scale[n + j] * scale[i + c] : 1.f;
-              step.logits[(int64_t)(i + c) * m.vocab + n + j] = out[c][j] * s;
-            }
-          i += count;
+          if (count == 4) dot_half<4, 4>(w, normed.data() + i * H, H, H, out);
+          else dot_half<1, 4>(w, normed.data() + i * H, H, H, out);
+          for (int c = 0; c < count; ++c, ++i)
+            std::memcpy(step.logits + (int64_t)i * m.vocab + n, out[c], sizeof(out[c]));
         }
       }
     }
@@ -624,7 +742,9 @@ void* llama_create(const ModelView* view, int threads) { return new Engine(*view
 void llama_forward(void* engine, const StepView* step) { ((Engine*)engine)->run(*step); }
 void llama_destroy(void* engine) { delete (Engine*)engine; }
 const char* llama_isa() {
-#if defined(__AVX512VNNI__)
+#if defined(USE_AMX)
+  return "amx";
+#elif defined(__AVX512VNNI__)
   return "avx512-vnni";
 #elif defined(__AVX2__)
   return "avx2";
