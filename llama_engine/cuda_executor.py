@@ -180,7 +180,7 @@ class CudaExecutor:
             graph.replay()
         else:
             inputs = self._pack(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled)
+            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
         self._draw(sampling, range(len(sampling)), inputs[-1][1], self._sampled)
         logits: list[torch.Tensor] = []
         which = [i for i, chunk in zip(indices, chunks) if chunk.samples]

@@ -40,6 +40,7 @@ class GpuModel:
         self.last_token, self.position = zeros(slots, dtype=torch.int32), zeros(slots, dtype=torch.int32)
         self.block_tables = zeros(slots, engine.max_blocks_per_sequence, dtype=torch.int32)
         self.x = zeros(capacity, config.hidden_size)
+        self.x_ends = zeros(slots + ROW_PADDING, config.hidden_size)
         self.qkv = zeros(capacity, config.qkv_size)
         self.attended = zeros(capacity, config.q_size)
         self.hidden = zeros(capacity, config.intermediate_size)
@@ -95,8 +96,15 @@ class GpuModel:
         work = (self.workspace, self.partials)
         gemm.gemm(a, self.a_scale, linear, outs.get(name, self.x), rows, epilogue, tile, *work, compile_only)
 
-    def _layers(self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-        """All decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``."""
+    def _layers(
+        self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None], ends: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``.
+
+        Returns the buffer whose first rows hold the result: all of them, or with ``ends`` (int32 ``[n]``) only these,
+        which then are all that the last layer computes once its keys and values are cached.
+        """
+        x = self.x
         c, eps = self.config, self.config.rms_norm_eps
         hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
         query = self.digits[c.q_size]
@@ -104,27 +112,34 @@ class GpuModel:
             quant.norm_quantize(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
             self._linear("qkv", layer, hidden, self.qkv, rows, STORE)
             attend(kv, query)
-            self._linear("o", layer, query, self.x, rows, RESIDUAL)
-            quant.norm_quantize(self.x, layer.post_norm, eps, hidden, self.a_scale, rows)
+            if ends is not None and layer is self.weights.layers[-1]:
+                rows = ends.numel()
+                quant.norm_quantize(self.attended, None, 0.0, query, self.a_scale, rows, ends)
+                quant.embed(self.x, ends, self.x_ends, rows)
+                x = self.x_ends
+            self._linear("o", layer, query, x, rows, RESIDUAL)
+            quant.norm_quantize(x, layer.post_norm, eps, hidden, self.a_scale, rows)
             self._linear("gate_up", layer, hidden, self.hidden, rows, SILU_MUL)
             quant.norm_quantize(self.hidden, None, eps, inner, self.a_scale, rows)
-            self._linear("down", layer, inner, self.x, rows, RESIDUAL)
+            self._linear("down", layer, inner, x, rows, RESIDUAL)
+        return x
 
-    def _head(self, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
-        """Logits float32 ``[rows, vocab]`` of ``x[which]`` (at most LM_HEAD_ROWS); the number of tiles of partials."""
+    def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
+        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]`` (at most LM_HEAD_ROWS); the number of tiles of partials."""
         c, head = self.config, self.weights.lm_head
         if head.scale is None:
             a, a_scale = self.final, None
-            quant.rms_norm(self.x, self.weights.final_norm, c.rms_norm_eps, a, rows, which)
+            quant.rms_norm(x, self.weights.final_norm, c.rms_norm_eps, a, rows, which)
         else:
             a, a_scale = self.digits[c.hidden_size], self.a_scale
-            quant.norm_quantize(self.x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
+            quant.norm_quantize(x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
         tile = self.tiles.get("lm_head", head, rows)
         gemm.gemm(a, a_scale, head, logits, rows, LOGITS, tile, self.workspace, self.partials)
         return -(-c.vocab_size // tile.n)
 
     def _sample(
         self,
+        x: torch.Tensor,
         rows: int,
         which: torch.Tensor | None,
         slots: torch.Tensor,
@@ -134,11 +149,9 @@ class GpuModel:
         for first in range(0, rows, LM_HEAD_ROWS):
             piece = slice(first, min(rows, first + LM_HEAD_ROWS))
             n = piece.stop - first
-            if which is None:
-                picked = None if rows <= LM_HEAD_ROWS else torch.arange(first, piece.stop, device=self.device).int()
-            else:
-                picked = which[piece]
-            tiles = self._head(n, picked, self.logits[piece])
+            # ``which`` counts from the top of x, an implicit row from the top of the piece
+            picked = None if which is None else which[piece]
+            tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
             following = None if next_position is None else next_position[piece]
             state = (slots[piece], self.last_token, self.position)
             gemm.finish(self.partials, tiles, sampled[piece], *state, n, following)
@@ -148,11 +161,11 @@ class GpuModel:
         ``logits[:rows]``, positions advanced."""
         rows = slots.numel()
         quant.embed(self.weights.embedding, self.last_token, self.x, rows, slots)
-        self._layers(
+        x = self._layers(
             rows,
             lambda kv, digits: self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, rows),
         )
-        self._sample(rows, None, slots, sampled, None)
+        self._sample(x, rows, None, slots, sampled, None)
 
     def prefill(
         self,
@@ -162,9 +175,11 @@ class GpuModel:
         tiles: torch.Tensor,
         ends: torch.Tensor,
         sampled: torch.Tensor,
+        every_row: bool = False,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
-        :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample."""
+        :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
+        ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`."""
         rows = ids.numel()
         quant.embed(self.weights.embedding, ids, self.x, rows)
 
@@ -172,9 +187,10 @@ class GpuModel:
             self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
             quant.norm_quantize(self.attended, None, 0.0, digits, self.a_scale, rows)
 
-        self._layers(rows, attend)
-        if ends.shape[1]:
-            self._sample(ends.shape[1], ends[0], ends[1], sampled, ends[2])
+        count = ends.shape[1]
+        x = self._layers(rows, attend, ends[0] if count and not every_row else None)
+        if count:
+            self._sample(x, count, ends[0] if every_row else None, ends[1], sampled, ends[2])
 
     def all_logits(self, rows: int) -> torch.Tensor:
         """Logits float32 ``[rows, vocab]`` of the prefill that just ran, LM_HEAD_ROWS rows at a time."""
@@ -182,7 +198,7 @@ class GpuModel:
         which = torch.arange(rows, dtype=torch.int32, device=self.device)
         for first in range(0, rows, LM_HEAD_ROWS):
             piece = slice(first, min(rows, first + LM_HEAD_ROWS))
-            self._head(piece.stop - first, which[piece], out[piece])
+            self._head(self.x, piece.stop - first, which[piece], out[piece])
         return out
 
 

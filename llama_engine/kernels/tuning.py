@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TUNING_FILE = "tuning.json"
-ROW_BUCKETS = (16, 32, 64, 128)  # up to so many rows; the last one also stands for every larger number
-TUNED_ROWS = {16: 8, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
+ROW_BUCKETS = (8, 16, 32, 64, 128)  # up to so many rows; the last one also stands for every larger number
+TUNED_ROWS = {8: 8, 16: 16, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
 
 
 def row_bucket(num_rows: int) -> int:
@@ -36,21 +37,37 @@ def row_bucket(num_rows: int) -> int:
 def default_tile(name: str, num_rows: int) -> Tile:
     """Good tiles on an H100 for a matrix called ``name`` (qkv, o, gate_up, down or lm_head)."""
     bucket = row_bucket(num_rows)
+    if name == "lm_head":
+        # Never below 16 rows: another matrix instruction would add in another order.
+        return Tile(max(16, min(bucket, 64)), 128 if bucket > 16 else 64, 128, stages=3 if bucket > 16 else 4)
     if bucket == 128:
-        return Tile(m=128, n=128, k=128, swap=False, warps=8, stages=3)
-    return Tile(m=bucket, n=64, k=128, swap=True, warps=4, stages=4)
+        return Tile(64, 256, 128, swap=False, warps=8, stages=3)
+    if bucket == 64:
+        return {
+            "o": Tile(64, 32, 256),
+            "down": Tile(64, 32, 256),
+            "gate_up": Tile(64, 64, 128),
+        }.get(name, Tile(64, 64, 256))
+    if bucket == 32:
+        return {
+            "down": Tile(32, 64, 128, 4, stages=5),
+            "gate_up": Tile(32, 64, 128, stages=5),
+        }.get(name, Tile(32, 64, 256))
+    return Tile(bucket, 64, 256, split=4 if name == "down" else 1)
 
 
 def candidates(name: str, bucket: int) -> list[Tile]:
     """Tiles worth timing for a matrix and a row bucket, the default first."""
     tiles = [default_tile(name, bucket)]
     if bucket == 128:
-        shapes = itertools.product((64, 128), (128, 256), (64, 128), (4, 8), (3, 4))
-        tiles += [Tile(m, n, k, 1, False, w, s) for m, n, k, w, s in shapes]
+        shapes = itertools.product(((64, 256), (128, 128)), (3, 4), (False, True))
+        tiles += [Tile(m, n, 128, 1, False, 8, stages, tma=tma) for (m, n), stages, tma in shapes]
+    elif name == "lm_head":
+        tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
-        splits = (1, 2, 4) if name in ("qkv", "o", "down") else (1,)
-        shapes = itertools.product((32, 64, 128), (128, 256), splits, (3, 5))
-        tiles += [Tile(bucket, n, k, split, True, 4, s) for n, k, split, s in shapes]
+        splits = (1, 4) if name in ("o", "down") else (1,)
+        shapes = itertools.product((32, 64), ((128, 5), (256, 4)), splits)
+        tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 
 
@@ -75,6 +92,8 @@ class Tiles:
 
     def get(self, name: str, linear: Linear, num_rows: int) -> Tile:
         """The tile for ``num_rows`` rows of ``linear``."""
+        if name == "lm_head":
+            num_rows = max(16, num_rows)
         tile = self._chosen.get((name, row_bucket(num_rows))) or default_tile(name, num_rows)
         return fit(tile, linear, num_rows)
 
@@ -115,7 +134,7 @@ def tune(
     work = []
     for name, bucket in itertools.product((*LINEARS, "lm_head"), ROW_BUCKETS):
         rows = TUNED_ROWS[bucket]
-        if (name == "lm_head" and bucket == 128) or rows > model.x.shape[0]:
+        if (name == "lm_head" and bucket in (8, 128)) or rows > model.x.shape[0]:
             continue
         linear = model.linears(name)[0]
         work.append(
