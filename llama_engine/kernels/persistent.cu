@@ -13,6 +13,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 2
+#endif
 constexpr int STAGE = 16384, SMEM = 232448;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -64,7 +67,8 @@ enum { QKV_W, QKV_S, O_W, O_S, GU_W, GU_S, DOWN_W, DOWN_S, KV, TABLE };
 // words of Params::sync: counters on lines of their own, then the winners, then the attention and amax words
 enum { BARRIER = 0, MERGED = 32, DONE = 64, BEST = 96, HEADS_DONE = 128, AMAX = 256 };
 enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_BAR_QKV, T_BAR_ATT, T_BAR_O, T_BAR_GU,
-       T_BAR_DOWN, T_ATTEND, T_PRODUCER, T_TOTAL, T_COUNT };
+       T_BAR_DOWN, T_ATTEND, T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O, T_GEMV_GU, T_GEMV_DOWN, T_PRODUCER,
+       T_TOTAL, T_COUNT };
 
 struct Shared {
     u64 full[16], empty[16];
@@ -81,14 +85,19 @@ struct Shared {
     u32 amax[ROWS];
     int slot[ROWS], position[ROWS], token[ROWS], flag;
     u64 trace[T_COUNT];
+    long long mark;
 };
 constexpr int STAGES = (SMEM - (int)sizeof(Shared)) / STAGE < 16 ? (SMEM - (int)sizeof(Shared)) / STAGE : 16;
 
 #ifdef TRACE
 #define TIMED(id, who, statement) \
     { long long t0_ = clock64(); statement; if (who) s.trace[id] += clock64() - t0_; }
+// consumer thread 0: the time since the last mark goes to `id`
+#define MARK(id) \
+    if (threadIdx.x == 0) { const long long now_ = clock64(); s.trace[id] += now_ - s.mark, s.mark = now_; }
 #else
 #define TIMED(id, who, statement) { statement; }
+#define MARK(id)
 #endif
 
 // ---------------------------------------------------------------- small instructions
@@ -170,13 +179,20 @@ __device__ __forceinline__ float2 widen(u32 w) {
 
 // ---------------------------------------------------------------- the ring
 struct Ring {
-    u32 data, full, empty, slot = 0, parity = 0;
+    u32 data, full, empty, slot = 0, parity = 0, issued = 0;
     __device__ void advance() {
         if (++slot == STAGES) { slot = 0; parity ^= 1; }
     }
     __device__ u32 stage() const { return data + slot * STAGE; }
     __device__ u32 full_bar() const { return full + slot * 8; }
-    __device__ void wait_empty() const { mbar_wait(empty + slot * 8, parity ^ 1); }
+    // Room for one more stage, and fewer than IN_FLIGHT on their way: deeper queues in the memory system would only
+    // make everybody's small loads and counters slow.
+    __device__ void wait_empty() {
+        mbar_wait(empty + slot * 8, parity ^ 1);
+        const bool wrapped = slot < IN_FLIGHT;
+        if (issued++ >= IN_FLIGHT)
+            mbar_wait(full + (slot + (wrapped ? STAGES : 0) - IN_FLIGHT) * 8, parity ^ wrapped);
+    }
     __device__ void wait_full() const { mbar_wait(full_bar(), parity); }
     __device__ void release() {
         __syncwarp();
@@ -694,7 +710,9 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             Digits<HIDDEN> d;
             if (layer) norm_digits(s, weight, p.eps, from_x, d);
             else norm_digits(s, weight, p.eps, from_embedding, d);
+            MARK(T_PRO_QKV)
             gemv<HIDDEN, RS, false>(ring, s, d, part.count, T_FULL_QKV);
+            MARK(T_GEMV_QKV)
             consumer_sync();
             if (tid < part.count)
 #pragma unroll
@@ -702,30 +720,40 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
                     p.qkv[r * QKV + part.start + tid] = take(s, tid, r, d.scale[r], weight_scale);
             arrive(p.sync + BARRIER), target += GRID;
         }
+        MARK(T_EPI_QKV)
         if (unit.active) {
-            TIMED(T_BAR_QKV, tid == 0, wait_for(p.sync + BARRIER, target));
-            TIMED(T_ATTEND, tid == 0, attend(p, s, ring, unit, layer));
+            wait_for(p.sync + BARRIER, target);
+            MARK(T_BAR_QKV)
+            attend(p, s, ring, unit, layer);
+            MARK(T_ATTEND)
         }
         {
             const Part part = part_of(HIDDEN, layer);
             const float weight_scale = scale_of(O_S, part.start + tid, tid < part.count);
             float old[ROWS];
             residual_of(part, layer == 0, old);
-            TIMED(T_BAR_ATT, tid == 0, wait_for(p.sync + MERGED, (layer + 1) * ROWS * KV_HEADS));
+            wait_for(p.sync + MERGED, (layer + 1) * ROWS * KV_HEADS);
+            MARK(T_BAR_ATT)
             Digits<Q_SIZE> d;
             plain_digits<Q_SIZE>(p.attended, p.sync + AMAX + 2 * layer * ROWS, d);
+            MARK(T_PRO_O)
             gemv<Q_SIZE, RS_Q, false>(ring, s, d, part.count, T_FULL_O);
+            MARK(T_GEMV_O)
             add_residual(part, d.scale, weight_scale, old);
+            MARK(T_EPI_O)
         }
         {
             const Part part = part_of(INTER, layer);
             const float gate_scale = scale_of(GU_S, part.start + tid, tid < part.count);
             const float up_scale = scale_of(GU_S, INTER + part.start + tid, tid < part.count);
             load_weight(2 * layer + 1);
-            TIMED(T_BAR_O, tid == 0, wait_for(p.sync + BARRIER, target));
+            wait_for(p.sync + BARRIER, target);
+            MARK(T_BAR_O)
             Digits<HIDDEN> d;
             norm_digits(s, weight, p.eps, from_x, d);
+            MARK(T_PRO_GU)
             gemv<HIDDEN, 2 * PAIRS, true>(ring, s, d, part.count, T_FULL_GU);
+            MARK(T_GEMV_GU)
             if (tid < ROWS) s.amax[tid] = 0;
             consumer_sync();
             u32 largest[ROWS] = {};
@@ -746,19 +774,25 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             consumer_sync();
             if (tid < ROWS) atomicMax(p.sync + AMAX + (2 * layer + 1) * ROWS + tid, s.amax[tid]);
             arrive(p.sync + BARRIER), target += GRID;
+            MARK(T_EPI_GU)
         }
         {
             const Part part = part_of(HIDDEN, layer);
             const float weight_scale = scale_of(DOWN_S, part.start + tid, tid < part.count);
             float old[ROWS];
             residual_of(part, false, old);
-            TIMED(T_BAR_GU, tid == 0, wait_for(p.sync + BARRIER, target));
+            wait_for(p.sync + BARRIER, target);
+            MARK(T_BAR_GU)
             Digits<INTER> d;
             plain_digits<INTER>(p.hidden, p.sync + AMAX + (2 * layer + 1) * ROWS, d);
+            MARK(T_PRO_DOWN)
             gemv<INTER, RS_I, false>(ring, s, d, part.count, T_FULL_DOWN);
+            MARK(T_GEMV_DOWN)
             add_residual(part, d.scale, weight_scale, old);
+            MARK(T_EPI_DOWN)
             load_weight(2 * layer + 2);
-            TIMED(T_BAR_DOWN, tid == 0, wait_for(p.sync + BARRIER, target));
+            wait_for(p.sync + BARRIER, target);
+            MARK(T_BAR_DOWN)
         }
     }
     // lm_head in chunks, the running argmax of thread tid over rows tid, tid + LM_CHUNK, ...
@@ -870,6 +904,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
     for (int i = tid; i < LAYERS * TABLE; i += THREADS + 32) (&s.table[0][0])[i] = p.layers[i];
     for (int i = tid; i < ACC_ROWS * ROWS * 2; i += THREADS + 32) s.acc[i] = 0;
     if (tid < T_COUNT) s.trace[tid] = 0;
+    if (tid == 0) s.mark = clock64();
     if (tid < ROWS) {
         const int slot = p.slot_ids[tid];
         s.slot[tid] = slot, s.position[tid] = p.position[slot], s.token[tid] = p.last_token[slot];

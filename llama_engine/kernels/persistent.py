@@ -36,7 +36,9 @@ STAGE_BYTES = 16384
 TRACE_FIELDS = (
     *("full_qkv", "full_kv", "full_o", "full_gate_up", "full_down", "full_lm_head"),
     *("barrier_qkv", "barrier_attention", "barrier_o", "barrier_gate_up", "barrier_down"),
-    *("attend", "producer", "total"),
+    *("attend", "digits_qkv", "digits_o", "digits_gate_up", "digits_down"),
+    *("epilogue_qkv", "epilogue_o", "epilogue_gate_up", "epilogue_down"),
+    *("gemv_qkv", "gemv_o", "gemv_gate_up", "gemv_down", "producer", "total"),
 )
 _POINTERS = (
     *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
