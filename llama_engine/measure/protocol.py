@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str, abou
             samples=samples,
             summary=summed,
             checks=run_checks(timed[stack.name]),
+            cost=dataclasses.asdict(stack.cost),
             telemetry=sections[stack.name],
             **more,
         )
