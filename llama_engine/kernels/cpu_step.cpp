@@ -34,6 +34,7 @@ constexpr int kAttentionChunk = 256;  // keys between two merges: fixed, so that
 constexpr int kRowBlock = 64;         // tokens whose activations stay in L2 while weights stream past
 constexpr int kMaxGroup = 8;
 constexpr int kAmxMinTokens = 9;      // fewer tokens than that waste most of a tile
+constexpr int kMaxQueryTokens = 4;    // prefill tokens that share loads of K and V
 constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
 
 template <class V, class T>
@@ -215,7 +216,7 @@ inline void transpose(v16f* r) {
   }
 }
 
-// `ahead` bytes further lie the rows to prefetch.
+// `ahead` bytes further lie rows to prefetch; 0 for none.
 // out[token][j] for 16 tokens and 2 x 16 weight rows, exact: 256 * (w . high digits) + (w . low digits).
 void dot_tiles(const int8_t* const* w, int64_t K, int64_t ahead, const int8_t* high, const uint8_t* low, float (*out)[32]) {
   _tile_zero(0);
@@ -223,7 +224,7 @@ void dot_tiles(const int8_t* const* w, int64_t K, int64_t ahead, const int8_t* h
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < K; k += 64) {
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; ahead && i < 16; ++i) {
       __builtin_prefetch(w[0] + ahead + i * K + k);
       __builtin_prefetch(w[1] + ahead + i * K + k);
     }
@@ -447,7 +448,9 @@ struct Engine {
 
   // Rows of `in` [T][K] (after RMSNorm when `norm` is given) to fixed point; threads share the tokens.
   void quantize(const float* in, int64_t K, const float* norm, int t) {
-    for (int row = t; row < step.tokens; row += threads) {
+    int together = step.tokens >= 16 * threads ? 16 : 1;  // rows of one tile share cache lines
+    for (int row = 0; row < step.tokens; ++row) {
+      if (row / together % threads != t) continue;
       const float* source = in + row * K;
       if (norm) {
         float* out = normed.data() + (int64_t)row * m.hidden;
@@ -482,7 +485,7 @@ struct Engine {
         if (tiles) {
           const int8_t* w[2] = {weight + n * K, weight + (n + apart) * K};
           for (int token = base; token < limit; token += 16) {
-            dot_tiles(w, K, span * K, high.data() + token * K, low.data() + token * K, out);
+            dot_tiles(w, K, token == base ? span * K : 0, high.data() + token * K, low.data() + token * K, out);
             for (int i = 0; i < std::min(16, limit - token); ++i) emit(token + i, n, out[i]);
           }
           continue;
@@ -556,56 +559,88 @@ struct Engine {
     barrier.wait();
   }
 
-  // Softmax statistics and weighted values of one chunk of keys for the query heads of one KV head.
-  // out: group x (head_size values, then max, then sum).
-  void attend_chunk(const LayerView& l, int token, int kv_head, int first, int last, float* out) const {
-    int tpb = m.tokens_per_block, hd = m.head_size, G = group();
+  // One query head of one token: q [head_size], keys 0 .. context - 1, out (head_size values, then max, then sum).
+  struct QueryRow {
+    const float* q;
+    int context;
+    float* out;
+  };
+
+  // Softmax statistics and weighted values over the chunk of keys that begins at `first`, for R rows of the sequence
+  // that `token` belongs to. Rows share each load of K and V but no arithmetic, so R does not change a result.
+  template <int R>
+  void attend_rows(const LayerView& l, int token, int kv_head, int first, const QueryRow* rows) const {
+    const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int tpb = m.tokens_per_block, hd = m.head_size, last = first;
+    int ends[R];
+    for (int r = 0; r < R; ++r) {
+      ends[r] = std::min(rows[r].context, first + kAttentionChunk);
+      last = std::max(last, ends[r]);
+    }
     float inv = 1.f / std::sqrt((float)hd);
-    const float* q = qkv.data() + token * qkv_size + (int64_t)kv_head * G * hd;
-    alignas(64) float scores[kMaxGroup][kAttentionChunk];
+    alignas(64) float scores[R][kAttentionChunk];
     for (int base = first; base < last; base += 16) {
       const uint16_t* k =
           l.k_cache + (block_of(token, base) * m.kv_heads + kv_head) * (int64_t)hd * tpb + base % tpb;
-      v16f acc[kMaxGroup] = {};
+      v16f acc[R] = {};
       for (int d = 0; d < hd; ++d) {
         v16f keys = load_half(k + (int64_t)d * tpb);
-        for (int g = 0; g < G; ++g) acc[g] += keys * q[g * hd + d];
+        for (int r = 0; r < R; ++r) acc[r] += keys * rows[r].q[d];
       }
-      for (int g = 0; g < G; ++g)
-        for (int j = 0; j < 16; ++j) scores[g][base - first + j] = base + j < last ? acc[g][j] * inv : -1e30f;
+      for (int r = 0; r < R; ++r) {
+        v16f s = lane < ends[r] - base ? acc[r] * inv : v16f{} - 1e30f;
+        std::memcpy(scores[r] + base - first, &s, 64);
+      }
     }
     int padded = (last - first + 15) / 16 * 16;
-    for (int g = 0; g < G; ++g) {
-      v16f top = load<v16f>(scores[g]), total{};
+    for (int r = 0; r < R; ++r) {
+      v16f top = load<v16f>(scores[r]), total{};
       for (int j = 16; j < padded; j += 16) {
-        v16f s = load<v16f>(scores[g] + j);
+        v16f s = load<v16f>(scores[r] + j);
         top = s > top ? s : top;
       }
       float max = max_of(top);
       for (int j = 0; j < padded; j += 16) {
-        v16f p = exp_nonpositive(load<v16f>(scores[g] + j) - max);
-        std::memcpy(scores[g] + j, &p, 64);
+        v16f p = exp_nonpositive(load<v16f>(scores[r] + j) - max);
+        p = lane < ends[r] - first - j ? p : v16f{};
+        std::memcpy(scores[r] + j, &p, 64);
         total += p;
       }
-      out[g * (hd + 2) + hd] = max;
-      out[g * (hd + 2) + hd + 1] = sum(total);
+      rows[r].out[hd] = max;
+      rows[r].out[hd + 1] = sum(total);
     }
-    for (int d = 0; d < hd; d += 32) {
-      v16f acc[kMaxGroup][2] = {};
+    for (int d = 0; d < hd; d += 16) {
+      v16f acc[R] = {};
       for (int base = first; base < last;) {
         int stop_at = std::min(last, (base / tpb + 1) * tpb);
-        const uint16_t* v =
-            l.v_cache + (block_of(token, base) * m.kv_heads + kv_head) * (int64_t)hd * tpb + (int64_t)(base % tpb) * hd + d;
+        const uint16_t* v = l.v_cache + (block_of(token, base) * m.kv_heads + kv_head) * (int64_t)hd * tpb +
+                            (int64_t)(base % tpb) * hd + d;
         for (; base < stop_at; ++base, v += hd) {
-          v16f v0 = load_half(v), v1 = load_half(v + 16);
-          for (int g = 0; g < G; ++g) {
-            float p = scores[g][base - first];
-            acc[g][0] += v0 * p;
-            acc[g][1] += v1 * p;
-          }
+          v16f value = load_half(v);
+          for (int r = 0; r < R; ++r) acc[r] += value * scores[r][base - first];
         }
       }
-      for (int g = 0; g < G; ++g) std::memcpy(out + g * (hd + 2) + d, acc[g], 128);
+      for (int r = 0; r < R; ++r) std::memcpy(rows[r].out + d, &acc[r], 64);
+    }
+  }
+
+  // The query heads of `kv_head` for `count` tokens from `token` on, all of one sequence and all reaching this chunk.
+  void attend_chunk(const LayerView& l, int token, int count, int kv_head, int chunk, float* out) const {
+    int hd = m.head_size, G = group();
+    QueryRow rows[kMaxQueryTokens * kMaxGroup];
+    for (int i = 0; i < count; ++i)
+      for (int g = 0; g < G; ++g)
+        rows[i * G + g] = {qkv.data() + (token + i) * qkv_size + ((int64_t)kv_head * G + g) * hd,
+                           step.positions[token + i] + 1, out + (i * G + g) * (hd + 2)};
+    int first = chunk * kAttentionChunk;
+    for (int r = 0, n = count * G; r < n;) {
+      int left = n - r;
+      if (left >= 12) attend_rows<12>(l, token, kv_head, first, rows + r), r += 12;
+      else if (left >= 8) attend_rows<8>(l, token, kv_head, first, rows + r), r += 8;
+      else if (left >= 4) attend_rows<4>(l, token, kv_head, first, rows + r), r += 4;
+      else if (left == 3) attend_rows<3>(l, token, kv_head, first, rows + r), r += 3;
+      else if (left == 2) attend_rows<2>(l, token, kv_head, first, rows + r), r += 2;
+      else attend_rows<1>(l, token, kv_head, first, rows + r), r += 1;
     }
   }
 
@@ -627,19 +662,17 @@ struct Engine {
   }
 
   // Few tokens: threads share (token, head, chunk) and the partial results are merged afterwards. Many tokens: threads
-  // share (token, head) and merge as they go. Chunks, and so the arithmetic, are the same.
+  // share (tokens, head) and merge as they go. Chunks, and so the arithmetic, are the same.
   void attention(const LayerView& l, int t) {
     int hd = m.head_size, G = group(), stride = G * (hd + 2);
     if (step.tokens <= std::max(4 * threads, 16)) {
       int task = 0;
-      for (int token = 0; token < step.tokens; ++token) {
-        int context = step.positions[token] + 1;
+      for (int token = 0; token < step.tokens; ++token)
         for (int h = 0; h < m.kv_heads; ++h)
-          for (int c = 0; c * kAttentionChunk < context; ++c)
+          for (int c = 0; c * kAttentionChunk <= step.positions[token]; ++c)
             if (task++ % threads == t)
-              attend_chunk(l, token, h, c * kAttentionChunk, std::min(context, (c + 1) * kAttentionChunk),
+              attend_chunk(l, token, 1, h, c,
                            partial.data() + (((int64_t)token * m.kv_heads + h) * chunks_max + c) * stride);
-      }
       barrier.wait();
       for (int token = t; token < step.tokens; token += threads) {
         int chunks = step.positions[token] / kAttentionChunk + 1;
@@ -651,15 +684,23 @@ struct Engine {
         }
       }
     } else {
-      std::vector<float> state(stride), part(stride);
-      for (int64_t task = t; task < (int64_t)step.tokens * m.kv_heads; task += threads) {
-        int token = task / m.kv_heads, h = task % m.kv_heads, context = step.positions[token] + 1;
-        attend_chunk(l, token, h, 0, std::min(context, kAttentionChunk), state.data());
-        for (int c = kAttentionChunk; c < context; c += kAttentionChunk) {
-          attend_chunk(l, token, h, c, std::min(context, c + kAttentionChunk), part.data());
-          for (int g = 0; g < G; ++g) merge(state.data() + g * (hd + 2), part.data() + g * (hd + 2), hd);
+      std::vector<float> state(kMaxQueryTokens * stride), part(kMaxQueryTokens * stride);
+      int task = 0;
+      for (int token = 0, count; token < step.tokens; token += count) {
+        int chunks = step.positions[token] / kAttentionChunk + 1;
+        for (count = 1; count < kMaxQueryTokens && token + count < step.tokens; ++count)
+          if (step.slots[token + count] != step.slots[token] ||
+              step.positions[token + count] / kAttentionChunk + 1 != chunks)
+            break;
+        for (int h = 0; h < m.kv_heads; ++h) {
+          if (task++ % threads != t) continue;
+          attend_chunk(l, token, count, h, 0, state.data());
+          for (int c = 1; c < chunks; ++c) {
+            attend_chunk(l, token, count, h, c, part.data());
+            for (int r = 0; r < count * G; ++r) merge(&state[r * (hd + 2)], &part[r * (hd + 2)], hd);
+          }
+          for (int i = 0; i < count; ++i) finish(token + i, h, state.data() + i * stride);
         }
-        finish(token, h, state.data());
       }
     }
     // Token rows are split by token in the short form but by task in the long one: meet before they are read.
