@@ -1,0 +1,131 @@
+"""One Triton request under the tensor names of NVIDIA's ``tensorrt_llm`` model: arrays in, checked values out.
+
+What TensorRT-LLM offers and this engine does not (beam search, penalties, log-probabilities ...) is accepted at its
+neutral value and refused by name at any other: nothing a client asks for is silently ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_engine.errors import InputError
+from llama_engine.sampling import SamplingParams
+
+NEUTRAL: dict[str, tuple[float, ...]] = {
+    "beam_width": (0, 1),
+    "num_return_sequences": (0, 1),
+    "min_length": (0, 1),
+    "len_penalty": (0, 1),
+    "repetition_penalty": (0, 1),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "early_stopping": (0, 1),
+    "return_log_probs": (0,),
+    "return_context_logits": (0,),
+    "return_generation_logits": (0,),
+}
+NAMES = (
+    "input_ids",
+    "input_lengths",
+    "request_output_len",
+    "end_id",
+    "pad_id",
+    "temperature",
+    "runtime_top_k",
+    "runtime_top_p",
+    "random_seed",
+    "streaming",
+    "stop",
+    "exclude_input_in_output",
+    "stop_words_list",
+    "bad_words_list",
+    *NEUTRAL,
+)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What one request asks for. ``prompt`` is the unpadded token ids."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    streaming: bool
+    exclude_input: bool
+
+
+def scalar(arrays: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
+    """The one value of a [1] or [1, 1] tensor. Raises :class:`InputError` when it holds none or several."""
+    array = arrays.get(name)
+    if array is None:
+        return default
+    if array.size != 1:
+        raise InputError(f"{name} must hold one value, got shape {list(array.shape)}")
+    return array.reshape(-1)[0].item()
+
+
+def parse(arrays: Mapping[str, np.ndarray], *, exclude_input_default: bool = False) -> GenerationRequest:
+    """Check the tensors of one request. ``input_ids`` is ``[1, S]`` (or ``[S]``), right-padded to ``input_lengths``.
+
+    Sampling is greedy unless temperature, runtime_top_k or runtime_top_p asks for a draw. An absent or negative
+    ``end_id`` never stops. Raises :class:`InputError`.
+    """
+    for name, accepted in NEUTRAL.items():
+        if (value := scalar(arrays, name, accepted[0])) not in accepted:
+            raise InputError(f"{name}={value} is not supported by the native engine (only {accepted[-1]})")
+    if np.any(arrays.get("bad_words_list", np.zeros(0)) > 0):
+        raise InputError("bad_words_list is not supported by the native engine")
+    return GenerationRequest(
+        prompt=_prompt(arrays),
+        max_new_tokens=int(scalar(arrays, "request_output_len", 0)),
+        params=_sampling(arrays),
+        stop_token_ids=_stop_ids(arrays),
+        streaming=bool(scalar(arrays, "streaming", False)),
+        exclude_input=bool(scalar(arrays, "exclude_input_in_output", exclude_input_default)),
+    )
+
+
+def _prompt(arrays: Mapping[str, np.ndarray]) -> list[int]:
+    ids = arrays.get("input_ids")
+    if ids is None or ids.size == 0:
+        raise InputError("input_ids is empty: give at least one token id")
+    if ids.ndim == 2 and ids.shape[0] != 1:
+        raise InputError(
+            f"input_ids has batch size {ids.shape[0]}: send one request a sequence, they are batched in flight"
+        )
+    if ids.ndim > 2:
+        raise InputError(f"input_ids must have shape [1, S], got {list(ids.shape)}")
+    row = ids.reshape(-1)
+    length = int(scalar(arrays, "input_lengths", row.size))
+    if not 1 <= length <= row.size:
+        raise InputError(f"input_lengths is {length}, but input_ids holds {row.size} ids")
+    return row[:length].tolist()
+
+
+def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
+    top_k = int(scalar(arrays, "runtime_top_k", 0))
+    top_p = float(scalar(arrays, "runtime_top_p", 0.0))
+    asked = "temperature" in arrays or top_k > 1 or 0 < top_p < 1
+    temperature = float(scalar(arrays, "temperature", 1.0 if asked else 0.0))
+    return SamplingParams(temperature, top_k, top_p or 1.0, int(scalar(arrays, "random_seed", 0)))
+
+
+def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """``end_id`` and the one-token words of ``stop_words_list`` ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
+    end_id = int(scalar(arrays, "end_id", -1))
+    stops = [end_id] if end_id >= 0 else []
+    words = arrays.get("stop_words_list")
+    if words is not None and words.size:
+        if words.ndim not in (2, 3) or words.shape[-2] != 2:
+            raise InputError(f"stop_words_list must have shape [1, 2, n], got {list(words.shape)}")
+        flat, offsets = words.reshape(2, -1)
+        ends = [int(end) for end in offsets if end > 0]
+        if ends != list(range(1, len(ends) + 1)) or len(ends) > flat.size:
+            raise InputError("stop_words_list: the native engine stops at words of one token only")
+        stops += flat[: len(ends)].tolist()
+    return tuple(stops)

@@ -1,0 +1,79 @@
+r"""Serve a built engine with the real Triton Inference Server.
+
+Purpose: one server for benchmarks/triton_client.py, benchmarks/benchmark_triton.py and any Triton client.
+Method:  renders triton_model_repo/ for the engine into a run directory, starts tritonserver from the wheel
+         nvidia-pytriton, waits until it is ready, and drains and stops it on Ctrl-C or TERM.
+Output:  the addresses; the server's log in the run directory.
+
+    python scripts/serve_triton.py --engine-dir engines/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from llama_engine.errors import RunError, run_cli
+from llama_engine.triton_server import ServeConfig, TritonServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-dir", "--engine_dir", type=Path, required=True)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument(
+        "--no-decoupled", action="store_true", help="serve the plain infer calls over HTTP and gRPC; no streaming"
+    )
+    parser.add_argument("--text", action="store_true", help="also serve the model ensemble: text in, text out")
+    parser.add_argument("--max-queue-size", type=int, default=256, help="requests that may wait (default: 256)")
+    parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
+    parser.add_argument("--drain-s", type=float, default=10, help="seconds running requests get at shutdown")
+    parser.add_argument("--exclude-input-in-output", action="store_true", help="answer with new tokens only")
+    parser.add_argument("--null-model", action="store_true", help="also serve null_model, the load generator's ceiling")
+    parser.add_argument("--run-dir", type=Path, help="model repository and log (default: a temporary one)")
+    args = parser.parse_args()
+    config = ServeConfig(
+        device=args.device,
+        decoupled=not args.no_decoupled,
+        max_queue_size=args.max_queue_size,
+        request_timeout_s=args.request_timeout_s,
+        drain_s=args.drain_s,
+        exclude_input_in_output=args.exclude_input_in_output,
+        null_model=args.null_model,
+        text=args.text,
+    )
+    ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
+        signal.signal(stop, signal.default_int_handler)
+    console = Console()
+    server = TritonServer(args.engine_dir, config, host=args.host, run_dir=args.run_dir, **ports)
+    try:
+        with console.status("starting Triton Inference Server"):
+            server.start()
+        console.print(
+            f"ready: HTTP {server.http_url}, gRPC {server.grpc_url}, "
+            f"metrics http://{server.host}:{server.metrics_port}/metrics, log {server.log} (Ctrl-C stops)",
+            soft_wrap=True,
+            highlight=False,
+        )
+        while server.alive:
+            time.sleep(0.5)
+        raise RunError(
+            f"tritonserver ended with exit code {server.process and server.process.returncode}: {server.log}"
+        )
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,201 @@
+"""Triton's Python backend over one native engine: every request joins the same running batch.
+
+``execute`` only checks and queues; the engine's thread makes tokens; one sender thread answers. A sender that falls
+behind merges what piled up for a request into its next response, so streaming never slows the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+# The backend's stub ignores PYTHONPATH; without a virtual environment the package is found only through it.
+sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+
+from llama_engine.engine import Engine
+from llama_engine.errors import InputError, RunError
+from llama_engine.loop import EngineLoop
+from llama_engine.triton_request import NAMES, GenerationRequest, parse, scalar
+
+FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL: the stub adds its own names only after this import
+METRICS = {
+    "requests": ("gauge", "requests running or waiting"),
+    "running": ("gauge", "requests in the running batch"),
+    "waiting": ("gauge", "queue depth"),
+    "kv_blocks_used": ("gauge", "KV cache blocks in use"),
+    "kv_blocks_total": ("gauge", "KV cache blocks that can be used"),
+    "tokens_per_s": ("gauge", "tokens made in the last second"),
+    "tokens_generated": ("counter", "tokens made since start"),
+    "preemptions": ("counter", "requests put back for want of KV blocks"),
+    "steps": ("counter", "engine steps since start"),
+}
+
+
+class Live:
+    """A request between ``execute`` and its final response. ``ids`` only grows; ``sent`` of them are answered."""
+
+    def __init__(self, request: GenerationRequest, sender: Any, name: str) -> None:
+        self.request, self.sender, self.name = request, sender, name
+        self.id = -1
+        self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
+        self.sent = 0
+        self.queued = False
+        self.reason: str | None = None
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        options = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
+        self.timeout_s = float(options["request_timeout_s"]) or None
+        self.drain_s = float(options["drain_s"])
+        self.exclude_input = options["exclude_input_in_output"] == "true"
+        engine = Engine.from_dir(options["engine_dir"], device=options["device"])
+        pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
+        self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
+        self.live: dict[int, Live] = {}
+        self.outbox: queue.SimpleQueue[Live | None] = queue.SimpleQueue()
+        self.closing = threading.Event()
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._send_all, self._watch)]
+        for thread in self.threads:
+            thread.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except InputError as error:
+                _refuse(sender, str(error), "INVALID_ARG")
+            except RunError as error:
+                _refuse(sender, str(error), "UNAVAILABLE")
+            except Exception as error:  # one request's failure must not take the others down
+                _refuse(sender, f"{type(error).__name__}: {error}", "INTERNAL")
+
+    def finalize(self) -> None:
+        self.loop.shutdown(self.drain_s)
+        self.closing.set()
+        self.outbox.put(None)
+        for thread in self.threads:
+            thread.join(timeout=10)
+
+    def _accept(self, request: Any, sender: Any) -> None:
+        arrays = {tensor.name(): _array(tensor) for tensor in request.inputs() if tensor.name() in NAMES}
+        name = request.request_id()
+        if scalar(arrays, "stop", False):
+            for live in [live for live in self.live.values() if name and live.name == name]:
+                self.loop.cancel(live.id)
+            sender.send(_response([]), flags=FINAL)
+            return
+        wanted = parse(arrays, exclude_input_default=self.exclude_input)
+        if wanted.streaming and not self.decoupled:
+            raise InputError("streaming=true needs the decoupled model: serve without --no-decoupled")
+        live = Live(wanted, sender, name)
+        timeout_us = request.timeout()
+
+        def on_tokens(ids: list[int], finished: bool, reason: str | None) -> None:
+            live.ids.extend(ids)
+            if finished:
+                live.reason = reason
+            if finished or (wanted.streaming and not live.queued):
+                live.queued = True
+                self.outbox.put(live)
+
+        live.id = self.loop.submit(
+            wanted.prompt,
+            wanted.max_new_tokens,
+            params=wanted.params,
+            stop_token_ids=wanted.stop_token_ids,
+            on_tokens=on_tokens,
+            timeout_s=timeout_us / 1e6 if timeout_us else self.timeout_s,
+        )
+        self.live[live.id] = live
+        if live.reason:  # it ended before it was entered
+            self.live.pop(live.id, None)
+
+    def _send_all(self) -> None:
+        while (live := self.outbox.get()) is not None:
+            if live.sender is None:
+                continue
+            live.queued = False
+            try:
+                self._answer(live)
+            except Exception as error:  # the client is gone: its blocks go back
+                pb_utils.Logger.log_warn(f"response not delivered: {error}")
+                self.loop.cancel(live.id)
+
+    def _answer(self, live: Live) -> None:
+        reason = live.reason  # read before the ids: once it is set they are complete
+        ids = live.ids[live.sent :]
+        live.sent += len(ids)
+        if reason is None:
+            if ids:
+                live.sender.send(_response(ids))
+            return
+        sender, live.sender = live.sender, None
+        self.live.pop(live.id, None)
+        if reason in ("stop", "length"):
+            sender.send(_response(ids), flags=FINAL)
+        elif reason == "cancelled":
+            _refuse(sender, "the request was cancelled", "CANCELLED")
+        elif reason == "timeout":
+            _refuse(sender, f"the request timed out after {live.sent} tokens", "CANCELLED")
+        else:
+            _refuse(sender, reason, "INTERNAL")
+
+    def _watch(self) -> None:
+        """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
+        families = {}
+        for name, (kind, text) in METRICS.items():
+            kinds = {"gauge": pb_utils.MetricFamily.GAUGE, "counter": pb_utils.MetricFamily.COUNTER}
+            family = pb_utils.MetricFamily(name=f"llama_engine_{name}", description=text, kind=kinds[kind])
+            families[name] = (family, family.Metric(labels={"model": "tensorrt_llm"}), kind)
+        published = dict.fromkeys(METRICS, 0.0)
+        next_metrics = 0.0
+        while not self.closing.is_set():
+            if time.monotonic() >= next_metrics:
+                next_metrics = time.monotonic() + 0.25
+                stats = self.loop.stats()
+                for name, (_, metric, kind) in families.items():
+                    value = float(stats[name])
+                    if kind == "gauge":
+                        metric.set(value)
+                    elif value > published[name]:
+                        metric.increment(value - published[name])
+                    published[name] = value
+            for live in list(self.live.values()):
+                sender = live.sender
+                if sender is not None and sender.is_cancelled():
+                    self.loop.cancel(live.id)
+                self.closing.wait(0.002)
+            self.closing.wait(0.005)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """The tensor's values. Always through DLPack and PyTorch: under NumPy 2 this stub repeats the first element of
+    every array it makes, takes those it is given for empty, and NumPy's own DLPack capsules warn at every use."""
+    return torch.from_dlpack(tensor.to_dlpack()).numpy()
+
+
+def _response(ids: list[int]) -> Any:
+    """output_ids ``[1, beams=1, seq]`` and sequence_length ``[1, 1]``."""
+    output = torch.tensor(ids, dtype=torch.int32).view(1, 1, -1)
+    length = torch.tensor([[len(ids)]], dtype=torch.int32)
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor.from_dlpack("output_ids", output), pb_utils.Tensor.from_dlpack("sequence_length", length)]
+    )
+
+
+def _refuse(sender: Any, message: str, code: str) -> None:
+    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
