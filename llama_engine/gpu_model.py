@@ -54,7 +54,7 @@ class GpuModel:
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
         cos, sin = (table.to(device) for table in rope_tables(config, engine.max_seq_len))
-        self.attention = PagedAttention(config, engine, self.block_tables, cos, sin, slots + ROW_PADDING)
+        self.attention = PagedAttention(config, engine, self.block_tables, cos, sin, slots)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
@@ -86,15 +86,14 @@ class GpuModel:
         layers = self.weights.layers
         return [self.weights.lm_head] if name == "lm_head" else [getattr(layer, name) for layer in layers]
 
-    def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile, compile_only: bool = False) -> None:
-        """One matrix alone over whatever the buffers hold, as the chain runs it: for timing."""
-        linear = self.linears(name)[index % len(self.linears(name))]
+    def compile_linear(self, name: str, rows: int, tile: gemm.Tile) -> None:
+        """Compile what the chain would run for this tile, without running it."""
+        linear = self.linears(name)[0]
         outs = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}
-        epilogues = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}
+        epilogue = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}.get(name, RESIDUAL)
         a = self.final if linear.scale is None else self.digits[linear.weight.shape[1]]
-        epilogue = epilogues.get(name, RESIDUAL)
-        work = (self.workspace, self.partials)
-        gemm.gemm(a, self.a_scale, linear, outs.get(name, self.x), rows, epilogue, tile, *work, compile_only)
+        out = outs.get(name, self.x)
+        gemm.gemm(a, self.a_scale, linear, out, rows, epilogue, tile, self.workspace, self.partials, compile_only=True)
 
     def _layers(
         self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None], ends: torch.Tensor | None = None
@@ -125,7 +124,7 @@ class GpuModel:
         return x
 
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
-        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]`` (at most LM_HEAD_ROWS); the number of tiles of partials."""
+        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
         if head.scale is None:
             a, a_scale = self.final, None
@@ -191,6 +190,26 @@ class GpuModel:
         x = self._layers(rows, attend, ends[0] if count and not every_row else None)
         if count:
             self._sample(x, count, ends[0] if every_row else None, ends[1], sampled, ends[2])
+
+    def sample_step(self, rows: int, prefill: bool, context: int = 256) -> Callable[[], None]:
+        """A decode of ``rows`` sequences after ``context`` tokens, or a prefill of ``rows`` tokens, over scratch: for
+        timing. Leaves the slot state meaningless."""
+
+        def ints(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        sampled = ints(*[0] * rows)
+        if prefill:
+            tiles = ints(*(i for tile in self.attention.tiles(0, 0, rows, 0) for i in tile)).view(-1, 4)
+            inputs = (sampled, sampled, ints(*range(rows)), tiles, ints(rows - 1, 0, rows).view(3, 1))
+            return lambda: self.prefill(*inputs, self.last_token)
+        slots = ints(*range(rows))
+
+        def decode() -> None:
+            self.position.fill_(min(context, self.engine.max_seq_len - 1))
+            self.decode(slots, sampled)
+
+        return decode
 
     def all_logits(self, rows: int) -> torch.Tensor:
         """Logits float32 ``[rows, vocab]`` of the prefill that just ran, LM_HEAD_ROWS rows at a time."""

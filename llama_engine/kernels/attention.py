@@ -19,13 +19,30 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels.common import launch_options, next_power_of_2
 from llama_engine.kernels.quant import store_digits
 
-MAX_CHUNKS = 64
-QUERY_ROWS = 64  # query tokens times heads of a group in one prefill tile
+CHUNK = 128
+QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
 def chunk_size(max_seq_len: int) -> int:
-    """Positions in one decode chunk: 256, or more where that would make over 64 chunks."""
-    return max(256, next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
+    """Positions in one decode chunk: all of them in registers at once."""
+    return min(CHUNK, next_power_of_2(max_seq_len))
+
+
+@triton.jit
+def _load_chunk(kv_ptr, table, kvh, start, pos, v_offset, KVH: tl.constexpr, TPB: tl.constexpr, HALF: tl.constexpr,
+                HALF_P: tl.constexpr, HEAD_P: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Cached keys (two halves) and values of positions ``start .. start + CHUNK``, zero from ``pos`` on."""
+    HEAD: tl.constexpr = 2 * HALF
+    d = tl.arange(0, HALF_P)[None, :]
+    e = tl.arange(0, HEAD_P)[None, :]
+    key = start + tl.arange(0, CHUNK)
+    blocks = tl.load(table + key // TPB, mask=key < pos, other=0).to(tl.int64)
+    at = (kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD)[:, None]
+    key_in = (key < pos)[:, None]
+    k_lo = tl.load(at + d, mask=key_in & (d < HALF), other=0.0)
+    k_hi = tl.load(at + HALF + d, mask=key_in & (d < HALF), other=0.0)
+    v = tl.load(at + v_offset + e, mask=key_in & (e < HEAD), other=0.0)
+    return k_lo, k_hi, v
 
 
 @triton.jit
@@ -51,7 +68,6 @@ def _decode(
     TPB: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXC: tl.constexpr,
-    BT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HEAD: tl.constexpr = 2 * HALF
@@ -61,19 +77,25 @@ def _decode(
     g = tl.arange(0, GP)
     d = tl.arange(0, HALF_P)
     e = tl.arange(0, HEAD_P)
-    t = tl.arange(0, BT)
     d_in = d < HALF
     e_in = e < HEAD
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+    # Everything but qkv was written by earlier steps, so it is read before the wait (see _embed).
     slot = tl.load(slots_ptr + row)
     pos = tl.load(position_ptr + slot)
     table = tables_ptr + slot * max_blocks
     chunks = pos // CHUNK + 1
-    if tl.program_id(2) < chunks:
+    first = tl.program_id(2)
+    if first < chunks:
+        k_lo, k_hi, v = _load_chunk(
+            kv_ptr, table, kvh, first * CHUNK, pos, v_offset, KVH, TPB, HALF, HALF_P, HEAD_P, CHUNK
+        )
         cos = tl.load(cos_ptr + pos * HALF + d, mask=d_in, other=0.0)
         sin = tl.load(sin_ptr + pos * HALF + d, mask=d_in, other=0.0)
+        block = tl.load(table + pos // TPB).to(tl.int64)
+        if PDL:
+            gdc_wait()
         qkv = qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD)
         q_at = qkv + (kvh * G + g)[:, None] * HEAD + d[None, :]
         q_in = (g < G)[:, None] & d_in[None, :]
@@ -81,51 +103,49 @@ def _decode(
         q2 = tl.load(q_at + HALF, mask=q_in, other=0.0).to(tl.float32)
         q_lo = (q1 * cos[None, :] - q2 * sin[None, :]).to(tl.float16)
         q_hi = (q2 * cos[None, :] + q1 * sin[None, :]).to(tl.float16)
-        for chunk in range(tl.program_id(2), chunks, tl.num_programs(2)):
-            m = tl.full((GP,), float("-inf"), tl.float32)
-            total = tl.zeros((GP,), tl.float32)
-            acc = tl.zeros((GP, HEAD_P), tl.float32)
+        for chunk in range(first, chunks, tl.num_programs(2)):
+            key_in = chunk * CHUNK + tl.arange(0, CHUNK) < pos
+            s = tl.dot(q_hi, tl.trans(k_hi), tl.dot(q_lo, tl.trans(k_lo))) * scale
+            s = tl.where(key_in[None, :], s, float("-inf"))
+            m = tl.max(s, axis=1)
             if chunk == chunks - 1:
                 # The newest position: rotated and cached here, and attended to from registers.
                 k_at = qkv + (HEADS + kvh) * HEAD + d
                 k1 = tl.load(k_at, mask=d_in, other=0.0).to(tl.float32)
                 k2 = tl.load(k_at + HALF, mask=d_in, other=0.0).to(tl.float32)
-                k_lo = (k1 * cos - k2 * sin).to(tl.float16)
-                k_hi = (k2 * cos + k1 * sin).to(tl.float16)
-                v = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
-                block = tl.load(table + pos // TPB).to(tl.int64)
+                new_lo = (k1 * cos - k2 * sin).to(tl.float16)
+                new_hi = (k2 * cos + k1 * sin).to(tl.float16)
+                new_v = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
                 new = kv_ptr + ((block * KVH + kvh) * TPB + pos % TPB) * HEAD
-                tl.store(new + d, k_lo, mask=d_in)
-                tl.store(new + HALF + d, k_hi, mask=d_in)
-                tl.store(new + v_offset + e, v, mask=e_in)
-                s_lo = q_lo.to(tl.float32) * k_lo.to(tl.float32)[None, :]
-                s_hi = q_hi.to(tl.float32) * k_hi.to(tl.float32)[None, :]
-                m = tl.sum(s_lo + s_hi, axis=1) * scale
-                total = tl.full((GP,), 1.0, tl.float32)
-                acc += v.to(tl.float32)[None, :]
-            for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, pos), BT):
-                key = start + t
-                key_in = key < pos
-                blocks = tl.load(table + key // TPB, mask=key_in, other=0).to(tl.int64)
-                at = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
-                half_in = key_in[:, None] & d_in[None, :]
-                k_lo_t = tl.load(at[:, None] + d[None, :], mask=half_in, other=0.0)
-                k_hi_t = tl.load(at[:, None] + HALF + d[None, :], mask=half_in, other=0.0)
-                v_t = tl.load(at[:, None] + v_offset + e[None, :], mask=key_in[:, None] & e_in[None, :], other=0.0)
-                s = tl.dot(q_hi, tl.trans(k_hi_t), tl.dot(q_lo, tl.trans(k_lo_t))) * scale
-                s = tl.where(key_in[None, :], s, float("-inf"))
-                m_new = tl.maximum(m, tl.max(s, axis=1))
-                p = tl.exp2(s - m_new[:, None])
-                shrink = tl.exp2(m - m_new)
-                total = total * shrink + tl.sum(p, axis=1)
-                acc = tl.dot(p.to(tl.float16), v_t, acc * shrink[:, None])
-                m = m_new
+                tl.store(new + d, new_lo, mask=d_in)
+                tl.store(new + HALF + d, new_hi, mask=d_in)
+                tl.store(new + v_offset + e, new_v, mask=e_in)
+                s_lo = q_lo.to(tl.float32) * new_lo.to(tl.float32)[None, :]
+                s_hi = q_hi.to(tl.float32) * new_hi.to(tl.float32)[None, :]
+                s_new = tl.sum(s_lo + s_hi, axis=1) * scale
+                m = tl.maximum(m, s_new)
+                p_new = tl.exp2(s_new - m)
+                total = p_new
+                acc = p_new[:, None] * new_v.to(tl.float32)[None, :]
+            else:
+                total = tl.zeros((GP,), tl.float32)
+                acc = tl.zeros((GP, HEAD_P), tl.float32)
+            p = tl.exp2(s - m[:, None])
+            total += tl.sum(p, axis=1)
+            acc = tl.dot(p.to(tl.float16), v, acc)
             head = kvh * G + g
             where = (row * MAXC + chunk) * HEADS + head
             tl.store(stat_ptr + where * 2, m, mask=g < G)
             tl.store(stat_ptr + where * 2 + 1, total, mask=g < G)
             out = part_ptr + where[:, None] * HEAD + e[None, :]
             tl.store(out, acc, mask=(g < G)[:, None] & e_in[None, :])
+            start = (chunk + tl.num_programs(2)) * CHUNK
+            if start < pos:
+                k_lo, k_hi, v = _load_chunk(
+                    kv_ptr, table, kvh, start, pos, v_offset, KVH, TPB, HALF, HALF_P, HEAD_P, CHUNK
+                )
+    elif PDL:
+        gdc_wait()
 
 
 @triton.jit
@@ -141,31 +161,36 @@ def _merge(
     HEAD: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXC: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     mask = offs < HEADS * HEAD
-    head = offs // HEAD
+    head = (offs // HEAD)[None, :]
     if PDL:
         gdc_launch_dependents()
+    chunks = tl.load(position_ptr + tl.load(slots_ptr + row)) // CHUNK + 1
+    if PDL:
         gdc_wait()
-    pos = tl.load(position_ptr + tl.load(slots_ptr + row))
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for chunk in range(0, pos // CHUNK + 1):
+    for first in range(0, chunks, GROUP):
+        chunk = (first + tl.arange(0, GROUP))[:, None]
         where = (row * MAXC + chunk) * HEADS
-        m_c = tl.load(stat_ptr + (where + head) * 2, mask=mask, other=0.0)
-        total_c = tl.load(stat_ptr + (where + head) * 2 + 1, mask=mask, other=1.0)
-        acc_c = tl.load(part_ptr + where * HEAD + offs, mask=mask, other=0.0)
-        m_new = tl.maximum(m, m_c)
-        old, new = tl.exp2(m - m_new), tl.exp2(m_c - m_new)
-        total = total * old + total_c * new
-        acc = acc * old + acc_c * new
+        there = (chunk < chunks) & mask[None, :]
+        m_c = tl.load(stat_ptr + (where + head) * 2, mask=there, other=float("-inf"))
+        total_c = tl.load(stat_ptr + (where + head) * 2 + 1, mask=there, other=0.0)
+        acc_c = tl.load(part_ptr + where * HEAD + offs[None, :], mask=there, other=0.0)
+        m_new = tl.where(mask, tl.maximum(m, tl.max(m_c, axis=0)), 0.0)
+        old, new = tl.exp2(m - m_new), tl.exp2(m_c - m_new[None, :])
+        total = total * old + tl.sum(total_c * new, axis=0)
+        acc = acc * old + tl.sum(acc_c * new, axis=0)
         m = m_new
-    store_digits(acc / total, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
+    out = tl.where(mask, acc / total, 0.0)
+    store_digits(out, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
 
 
 @triton.jit
@@ -241,7 +266,7 @@ def _prefill(
     PDL: tl.constexpr,
 ):
     HEADS: tl.constexpr = KVH * G
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts first
     kvh = tl.program_id(1)
     r = tl.arange(0, BQ * GP)
     e = tl.arange(0, HEAD_P)
@@ -268,8 +293,12 @@ def _prefill(
         for at in range(0, length, BT):
             key = at + t
             key_in = key < length
-            blocks = tl.load(tables_ptr + slot * max_blocks + key // TPB, mask=key_in, other=0).to(tl.int64)
-            where = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
+            if TPB % BT == 0:
+                block = tl.load(tables_ptr + slot * max_blocks + at // TPB).to(tl.int64)
+                where = kv_ptr + ((block * KVH + kvh) * TPB + at % TPB + t) * HEAD
+            else:
+                blocks = tl.load(tables_ptr + slot * max_blocks + key // TPB, mask=key_in, other=0).to(tl.int64)
+                where = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
             kv_in = key_in[:, None] & (e < HEAD)[None, :]
             k = tl.load(where[:, None] + e[None, :], mask=kv_in, other=0.0)
             v = tl.load(where[:, None] + v_offset + e[None, :], mask=kv_in, other=0.0)
@@ -350,9 +379,7 @@ class PagedAttention:
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            BT=64,
             num_warps=4,
-            num_stages=3,
             **self.options,
         )
         block = next_power_of_2(c.q_size)
@@ -368,6 +395,7 @@ class PagedAttention:
             HEAD=c.head_size,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
+            GROUP=4,
             BLOCK=block,
             num_warps=max(1, min(8, block // 512)),
             **self.options,
@@ -431,8 +459,8 @@ class PagedAttention:
             HEAD_P=max(16, next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             BQ=self.query_tokens,
-            BT=64,
-            num_warps=4,
-            num_stages=2,
+            BT=KEYS,
+            num_warps=PREFILL_WARPS,
+            num_stages=PREFILL_STAGES,
             **self.options,
         )

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options
@@ -32,8 +31,6 @@ class Tile:
     """How one matrix is cut: ``m`` activation rows by ``n`` weight rows by ``k`` a step, ``split`` ways along K.
 
     ``swap`` puts the weights on the matrix unit's 64-row side, which few activation rows would leave idle.
-    ``prefetch`` bytes of each weight row are asked into L2 before the kernel waits for its predecessor. ``tma`` loads
-    tiles with the tensor memory accelerator, for large batches.
     """
 
     m: int = 16
@@ -43,20 +40,9 @@ class Tile:
     swap: bool = True
     warps: int = 4
     stages: int = 4
-    prefetch: int = 0
-    tma: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@triton.jit
-def _prefetch(w_ptr, rows, start, K: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr):
-    lines: tl.constexpr = BYTES // 128
-    at = w_ptr + rows[:, None] * K + start + tl.arange(0, lines)[None, :] * (128 // WIDTH)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -126,7 +112,7 @@ def _gemm(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    REUSED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tiles_m = tl.cdiv(M, BM)
@@ -145,11 +131,10 @@ def _gemm(
     first = split * steps // SPLIT * BK
     last = (split + 1) * steps // SPLIT * BK
     offs_k = tl.arange(0, BK)
+    evict: tl.constexpr = "" if REUSED else "evict_first"
     w_ptrs = w_ptr + rows[:, None] * K + offs_k[None, :]
     a_ptrs = a_ptr + offs_m[:, None] * K + offs_k[None, :]
     if PDL:
-        if PREFETCH > 0:
-            _prefetch(w_ptr, rows, first, K, PREFETCH, 1 if INT8 else 2)
         gdc_launch_dependents()
         gdc_wait()
     if INT8:
@@ -160,7 +145,7 @@ def _gemm(
             high = tl.zeros((BM, BN), tl.int32)
             low = tl.zeros((BM, BN), tl.int32)
         for k in range(first, last, BK):
-            w = tl.load(w_ptrs + k, eviction_policy="evict_first")
+            w = tl.load(w_ptrs + k, eviction_policy=evict)
             hi = tl.load(a_ptrs + k)
             lo = tl.load(a_ptrs + plane + k)
             if SWAP:
@@ -202,78 +187,13 @@ def _gemm(
         else:
             acc = tl.zeros((BM, BN), tl.float32)
         for k in range(first, last, BK):
-            w = tl.load(w_ptrs + k, eviction_policy="evict_first")
+            w = tl.load(w_ptrs + k, eviction_policy=evict)
             a = tl.load(a_ptrs + k)
             if SWAP:
                 acc = tl.dot(w, tl.trans(a), acc)
             else:
                 acc = tl.dot(a, tl.trans(w), acc)
         _epilogue(acc, offs_m, offs_n, pid_n, out_ptr, best_ptr, index_ptr, M, N, EPILOGUE, BM, BN, SWAP)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _gemm_tma(
-    a_desc,
-    a_scale_ptr,
-    w_desc,
-    w_scale_ptr,
-    out_ptr,
-    M,
-    N,
-    capacity,
-    K: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    tiles_m = tl.cdiv(M, BM)
-    pid = tl.program_id(0)
-    pid_m = pid % tiles_m
-    pid_n = pid // tiles_m
-    first_m = pid_m * BM
-    offs_m = first_m + tl.arange(0, BM)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-    if EPILOGUE == _SILU_MUL:
-        HALF: tl.constexpr = BN // 2
-        n0 = pid_n * HALF
-        gate_high = tl.zeros((BM, HALF), tl.int32)
-        gate_low = tl.zeros((BM, HALF), tl.int32)
-        up_high = tl.zeros((BM, HALF), tl.int32)
-        up_low = tl.zeros((BM, HALF), tl.int32)
-        for k in range(0, K, BK):
-            gate_w = tl.trans(w_desc.load([n0, k]))
-            up_w = tl.trans(w_desc.load([N // 2 + n0, k]))
-            hi = a_desc.load([first_m, k])
-            lo = a_desc.load([capacity + first_m, k])
-            gate_high = tl.dot(hi, gate_w, gate_high, out_dtype=tl.int32)
-            gate_low = tl.dot(lo, gate_w, gate_low, out_dtype=tl.int32)
-            up_high = tl.dot(hi, up_w, up_high, out_dtype=tl.int32)
-            up_low = tl.dot(lo, up_w, up_low, out_dtype=tl.int32)
-        columns = n0 + tl.arange(0, HALF)
-        in_n = columns < N // 2
-        gate_scale = tl.load(w_scale_ptr + columns, mask=in_n, other=0.0)[None, :]
-        up_scale = tl.load(w_scale_ptr + N // 2 + columns, mask=in_n, other=0.0)[None, :]
-        gate = (gate_high.to(tl.float32) * 256.0 + gate_low.to(tl.float32)) * a_scale * gate_scale
-        up = (up_high.to(tl.float32) * 256.0 + up_low.to(tl.float32)) * a_scale * up_scale
-        y = gate / (1.0 + tl.exp(-gate)) * up
-        at = out_ptr + offs_m[:, None].to(tl.int64) * (N // 2) + columns[None, :]
-        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & in_n[None, :])
-    else:
-        high = tl.zeros((BM, BN), tl.int32)
-        low = tl.zeros((BM, BN), tl.int32)
-        for k in range(0, K, BK):
-            w = tl.trans(w_desc.load([pid_n * BN, k]))
-            high = tl.dot(a_desc.load([first_m, k]), w, high, out_dtype=tl.int32)
-            low = tl.dot(a_desc.load([capacity + first_m, k]), w, low, out_dtype=tl.int32)
-        offs_n = pid_n * BN + tl.arange(0, BN)
-        w_scale = tl.load(w_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-        y = (high.to(tl.float32) * 256.0 + low.to(tl.float32)) * a_scale * w_scale
-        _epilogue(y, offs_m, offs_n, pid_n, out_ptr, out_ptr, out_ptr, M, N, EPILOGUE, BM, BN, False)
 
 
 class Workspace:
@@ -296,8 +216,7 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     split = min(tile.split, k // step, MAX_SPLIT)
     while split > 1 and (tiles > MAX_TILES or tiles * split * 2 * tile.m * tile.n > MAX_PARTIAL):
         split //= 2
-    plain = linear.scale is None
-    return replace(tile, k=step, split=1 if plain or tile.tma else split, tma=tile.tma and not plain)
+    return replace(tile, k=step, split=1 if linear.scale is None else split)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], compile_only: bool) -> Any:
@@ -332,27 +251,6 @@ def gemm(
     if not (a.is_contiguous() and linear.weight.is_contiguous() and out.is_contiguous()):
         raise InputError("gemm: operands must be contiguous")
     grid = (tiles_m * -(-n // tile.n), tile.split)
-    if tile.tma:
-        half = 2 if epilogue == SILU_MUL else 1
-        _launch(_gemm_tma, grid, compile_only)(
-            TensorDescriptor.from_tensor(a.view(2 * capacity, k), [tile.m, tile.k]),
-            a_scale,
-            TensorDescriptor.from_tensor(linear.weight, [tile.n // half, tile.k]),
-            linear.scale,
-            out,
-            num_rows,
-            n,
-            capacity,
-            K=k,
-            EPILOGUE=epilogue,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **launch_options(a.device),
-        )
-        return
     _launch(_gemm, grid, compile_only)(
         a,
         a_scale,
@@ -373,7 +271,7 @@ def gemm(
         BK=tile.k,
         SPLIT=tile.split,
         SWAP=tile.swap,
-        PREFETCH=tile.prefetch,
+        REUSED=tiles_m > 1,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **launch_options(a.device),

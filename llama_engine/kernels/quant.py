@@ -81,8 +81,9 @@ def _embed(
 ):
     row = tl.program_id(0)
     if PDL:
-        gdc_launch_dependents()
+        # In this order, so that no later kernel of the step starts before the previous step's state is written.
         gdc_wait()
+        gdc_launch_dependents()
     at = row
     if BY_SLOT:
         at = tl.load(slots_ptr + row)

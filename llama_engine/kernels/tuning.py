@@ -18,7 +18,7 @@ import triton
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.gemm import Tile, fit
-from llama_engine.weights import LINEARS, Linear
+from llama_engine.weights import Linear
 
 if TYPE_CHECKING:
     from llama_engine.gpu_model import GpuModel
@@ -43,30 +43,23 @@ def default_tile(name: str, num_rows: int) -> Tile:
     if bucket == 128:
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
     if bucket == 64:
-        return {
-            "o": Tile(64, 32, 256),
-            "down": Tile(64, 32, 256),
-            "gate_up": Tile(64, 64, 128),
-        }.get(name, Tile(64, 64, 256))
+        return Tile(64, 64, 128) if name == "gate_up" else Tile(64, 32, 256)
     if bucket == 32:
-        return {
-            "down": Tile(32, 64, 128, 4, stages=5),
-            "gate_up": Tile(32, 64, 128, stages=5),
-        }.get(name, Tile(32, 64, 256))
-    return Tile(bucket, 64, 256, split=4 if name == "down" else 1)
+        return Tile(32, 64, 256) if name in ("qkv", "o") else Tile(32, 64, 128, 4 if name == "down" else 1, stages=5)
+    return Tile(bucket, 64, 512, split=4 if name == "down" else 1, stages=3)
 
 
 def candidates(name: str, bucket: int) -> list[Tile]:
     """Tiles worth timing for a matrix and a row bucket, the default first."""
     tiles = [default_tile(name, bucket)]
     if bucket == 128:
-        shapes = itertools.product(((64, 256), (128, 128)), (3, 4), (False, True))
-        tiles += [Tile(m, n, 128, 1, False, 8, stages, tma=tma) for (m, n), stages, tma in shapes]
+        tiles += [Tile(m, n, 128, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4))]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
-        splits = (1, 4) if name in ("o", "down") else (1,)
-        shapes = itertools.product((32, 64), ((128, 5), (256, 4)), splits)
+        splits = (1,) if name == "gate_up" else (1, 2, 4)
+        steps = ((128, 5), (256, 4), (256, 6), (512, 3))
+        shapes = itertools.product((32, 64, 128), steps, splits)
         tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 
@@ -89,6 +82,10 @@ class Tiles:
                 self._chosen[name, int(bucket)] = Tile(**values)
             except (TypeError, ValueError) as error:
                 raise InputError(f"{TUNING_FILE}: {key}: {error}; build the engine again") from None
+
+    def set(self, name: str, bucket: int, tile: Tile) -> None:
+        """Use ``tile`` for the bucket's rows from now on."""
+        self._chosen[name, bucket] = tile
 
     def get(self, name: str, linear: Linear, num_rows: int) -> Tile:
         """The tile for ``num_rows`` rows of ``linear``."""
@@ -130,47 +127,52 @@ def tune(
     progress: Callable[[str], None] = lambda _: None,
     choices: Callable[[str, int], Iterable[Tile]] = candidates,
 ) -> dict[str, Any]:
-    """Time the candidates of every matrix and row bucket on the model's own weights; the dict of tuning.json."""
-    work = []
-    for name, bucket in itertools.product((*LINEARS, "lm_head"), ROW_BUCKETS):
+    """Choose the tiles of every matrix and row bucket; the dict of tuning.json.
+
+    One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
+    fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
+    """
+    work: dict[int, dict[str, list[Tile]]] = {}
+    for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         rows = TUNED_ROWS[bucket]
-        if (name == "lm_head" and bucket in (8, 128)) or rows > model.x.shape[0]:
-            continue
-        linear = model.linears(name)[0]
-        work.append(
-            (name, bucket, rows, list(dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))))
-        )
-    progress(f"compiling {sum(len(tiles) for *_, tiles in work)} kernels")
+        if rows <= min(model.x.shape[0], model.logits.shape[0] if bucket < 128 else rows):
+            if name == "lm_head" and bucket in (8, 128):
+                continue  # as for 16 rows, and as for up to 64
+            linear = model.linears(name)[0]
+            tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
+            work.setdefault(bucket, {})[name] = list(tiles)
+    progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
     mode = getattr(triton, "AsyncCompileMode", None)
     with pool, mode(pool, ignore_errors=True) if mode else contextlib.nullcontext():
-        for name, _, rows, tiles in work if mode else ():
-            for tile in tiles:
-                model.run_linear(name, 0, rows, tile, compile_only=True)
+        for bucket, names in work.items() if mode else ():
+            for name, tiles in names.items():
+                for tile in tiles:
+                    model.compile_linear(name, TUNED_ROWS[bucket], tile)
     best: dict[str, Any] = {}
-    timings: dict[str, Any] = {}
-    for name, bucket, rows, tiles in work:
-        progress(f"timing {name}, {rows} rows")
-        count = len(model.linears(name)) if name != "lm_head" else 4
-        timed = []
-        for tile in tiles:
-            try:
-                run = lambda t=tile: [model.run_linear(name, i, rows, t) for i in range(count)]  # noqa: B023, E731
-                timed.append((time_graph(run) / count, tile))
-            except (triton.runtime.OutOfResources, triton.CompilationError, RuntimeError):
-                continue  # too large for this GPU's shared memory or registers
-        timed.sort(key=lambda pair: pair[0])
-        best[f"{name}/{bucket}"] = timed[0][1].to_dict()
-        timings[f"{name}/{bucket}"] = [(round(1e3 * ms, 2), tile.to_dict()) for ms, tile in timed]
-    return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best, "microseconds": timings}
+    for bucket, names in work.items():
+        run = model.sample_step(TUNED_ROWS[bucket], prefill=bucket == ROW_BUCKETS[-1])
+        for name, tiles in names.items():
+            timed = []
+            for tile in tiles:
+                model.tiles.set(name, bucket, tile)
+                try:
+                    timed.append((time_graph(run), tile))
+                except (triton.runtime.OutOfResources, triton.CompilationError):
+                    continue  # too large for this GPU's shared memory or registers
+            fastest, tile = min(timed, key=lambda pair: pair[0])
+            model.tiles.set(name, bucket, tile)
+            best[f"{name}/{bucket}"] = tile.to_dict()
+            progress(f"{name}, {TUNED_ROWS[bucket]} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
+    model.position.zero_()
+    return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 
 
 def save_tuning(engine_dir: Path, tuning: dict[str, Any]) -> None:
     """Write ``tuning.json`` beside the engine."""
     path = Path(engine_dir) / TUNING_FILE
     partial = path.with_suffix(".partial")
-    kept = {key: value for key, value in tuning.items() if key != "microseconds"}
-    partial.write_text(json.dumps(kept, indent=1))
+    partial.write_text(json.dumps(tuning, indent=1))
     os.replace(partial, path)
 
 
