@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from llama_engine.build import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.triton_repo import REPOSITORY, fill, render_text
@@ -113,6 +115,11 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig) -> Non
         (models_dir / name / "1").mkdir()
         shutil.copy(REPOSITORY / name / "1/model.py", models_dir / name / "1/model.py")
     if config.text:
+        if int(np.__version__.split(".")[0]) >= 2:
+            raise InputError(
+                f"serving text needs NumPy 1.26, found {np.__version__} (pip install numpy==1.26.4): this Triton's "
+                "Python backend was built for NumPy 1 and loses strings under NumPy 2; token ids work with both"
+            )
         render_text(engine_dir, models_dir, max_batch_size=engine.engine.max_batch_size)
 
 
