@@ -720,6 +720,7 @@ struct Engine {
         std::memcpy(&x[(int64_t)token * H + k], &v, 64);
       }
     }
+    barrier.wait();
     int T = step.tokens;
     for (const LayerView& l : layers) {
       quantize(x.data(), H, l.input_norm, t);
