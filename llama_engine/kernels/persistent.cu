@@ -3,7 +3,12 @@
 // One block a multiprocessor. A producer thread streams this block's rows of every matrix (and its share of the KV
 // cache) in execution order through one ring of shared memory; weights depend on nothing, so it never waits for
 // another block. Eight consumer warps each own an eighth of K: they hold the activations of the current matrix as two
-// planes of signed 8-bit digits in registers and add exact integer sums. Blocks meet at counters in L2.
+// planes of signed 8-bit digits in registers and add exact integer sums.
+//
+// Blocks exchange activations as words that carry their own readiness: 24 bits of a float32 and an 8-bit flag that
+// counts layers. A reader polls the words it needs; there are no fences, counters or barriers between blocks, because
+// under a saturated memory system each of those costs a round trip. A word is overwritten one layer later at the
+// earliest, when every block is known, through the chain of its own inputs, to have read it.
 //
 // Compiled at run time by persistent.py, which defines the geometry: HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD,
 // VOCAB, TPB (tokens per block), GRID, ROWS, and optionally ELEM_BF16, LM_INT8, TRACE.
@@ -16,10 +21,18 @@ constexpr int WARPS = 8, THREADS = WARPS * 32;
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 2
 #endif
+#ifndef PREFETCH
+#define PREFETCH 8
+#endif
+#ifndef PACE
+#define PACE 1300
+#endif
 constexpr int STAGE = 16384, SMEM = 232448;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
 constexpr int GROUP = HEADS / KV_HEADS;
-constexpr int SPLITS = GRID / (KV_HEADS * ROWS) > 0 ? GRID / (KV_HEADS * ROWS) : 1;
+__host__ __device__ constexpr int power_of_two(int n) { return n < 2 ? 1 : 2 * power_of_two(n / 2); }
+constexpr int SPLITS = power_of_two(GRID / (KV_HEADS * ROWS));  // blocks that share a KV head's context
+constexpr int OUTPUTS = GROUP * HEAD, SLICE = OUTPUTS / SPLITS;  // a unit's outputs; those it merges over the splits
 constexpr int UNITS = ROWS * KV_HEADS * SPLITS;
 constexpr int LANES_PER_KEY = HEAD / 16, KEYS_PER_WARP = 32 / LANES_PER_KEY;
 constexpr int PIECE = WARPS * KEYS_PER_WARP < TPB ? WARPS * KEYS_PER_WARP : TPB;  // positions in one stage
@@ -36,14 +49,17 @@ constexpr int RS_LM = STAGE / (2 * HIDDEN), LM_CHUNK = 64 / RS_LM * RS_LM, LM_BY
 constexpr int MAX_PAIRS = ceil_div(INTER, GRID);
 constexpr int ACC_ROWS = max_of(max_of(2 * MAX_PAIRS, ceil_div(QKV, GRID)), max_of(ceil_div(HIDDEN, GRID), 128));
 #define INF __int_as_float(0x7f800000)
-constexpr u32 SPIN_LIMIT = 1u << 24;  // seconds; a lost arrival must trap, not hang the GPU
+#define NONE -1e30f  // below any score, and finite: the difference of two is a number
+constexpr u32 SPIN_LIMIT = 1u << 21;  // seconds; a lost arrival must trap, not hang the GPU
 
 static_assert(HIDDEN % 1024 == 0 && Q_SIZE % 1024 == 0 && INTER % 1024 == 0, "K is split over 8 warps of 32 words");
 static_assert(HIDDEN <= STAGE / 2 && Q_SIZE <= STAGE && INTER <= STAGE, "a stage holds at least one row (one pair)");
 static_assert(HEAD == 64 || HEAD == 128, "head size");
 static_assert(MAX_PAIRS <= THREADS && ceil_div(QKV, GRID) <= THREADS, "one epilogue thread a row");
 static_assert(UNITS <= GRID, "one attention unit a block at most");
-static_assert(ROWS * KV_HEADS <= 128, "one arrival counter a KV head fits its room in Params::sync");
+static_assert(OUTPUTS % SPLITS == 0 && SLICE <= THREADS, "one merging thread an output");
+static_assert(HIDDEN >= GRID && INTER >= GRID && QKV >= GRID, "every block takes part in every exchange");
+static_assert(ceil_div(HIDDEN, GRID) <= THREADS, "the residual lives in registers");
 
 struct Params {
     const u64* layers;  // [LAYERS][TABLE] pointers
@@ -56,34 +72,33 @@ struct Params {
     const int* block_tables;
     int* sampled;
     float* logits;  // [ROWS][VOCAB] or null
-    float *x, *qkv, *attended, *hidden;  // [ROWS][...]: residual, q k v, attention output, SiLU(gate) * up
-    float *partial, *partial_ml;         // [UNITS][GROUP * HEAD], [UNITS][GROUP][2]
+    u32 *x_attention, *x_mlp, *qkv, *attended, *hidden, *partial;  // exchanged words, see exchange()
     u32* sync;
     u64* trace;
     int table_stride, num_blocks, dummy_slot;
     float eps;
 };
 enum { QKV_W, QKV_S, O_W, O_S, GU_W, GU_S, DOWN_W, DOWN_S, KV, TABLE };
-// words of Params::sync: counters on lines of their own, then the winners, then the attention and amax words
-enum { BARRIER = 0, MERGED = 32, DONE = 64, BEST = 96, HEADS_DONE = 128, AMAX = 256 };
-enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_BAR_QKV, T_BAR_ATT, T_BAR_O, T_BAR_GU,
-       T_BAR_DOWN, T_ATTEND, T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O, T_GEMV_GU, T_GEMV_DOWN, T_PRODUCER,
+enum { LAUNCHES = 0, DONE = 32, BEST = 64, SENT_ATTENDED = 96, SENT_HIDDEN = 128, SENT_X = 160, SYNC_WORDS = 192 };  // words of Params::sync
+constexpr int UNIT_WORDS = OUTPUTS + 2 * GROUP;
+enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_ATT_LOAD, T_ATT_KEYS, T_ATT_MERGE, T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O, T_GEMV_GU, T_GEMV_DOWN, T_PRODUCER,
        T_TOTAL, T_COUNT };
 
 struct Shared {
     u64 full[16], empty[16];
     u64 table[LAYERS][TABLE];
-    int acc[ACC_ROWS * ROWS * 2];
-    union {
+    alignas(16) int acc[ACC_ROWS * ROWS * 2];
+    union alignas(16) {
         float merge[WARPS][GROUP * HEAD];
         float lm[64 * WARPS * ROWS];
     };
     float merge_ml[WARPS][GROUP][2];
+    alignas(16) float inputs[(GROUP + 2) * HEAD], slices[SPLITS * (SLICE + 2 * GROUP)];
     float reduce[WARPS][ROWS][2];
     float rope[2][HEAD / 2];
     u64 best[WARPS];
-    u32 amax[ROWS];
-    int slot[ROWS], position[ROWS], token[ROWS], flag;
+    int slot[ROWS], position[ROWS], token[ROWS], last;
+    u32 epoch;
     u64 trace[T_COUNT];
     long long mark;
 };
@@ -112,6 +127,15 @@ __device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
         if (n > SPIN_LIMIT) __trap();
     }
 }
+__device__ __forceinline__ bool mbar_test(u32 bar, u32 parity) {
+    u32 ok;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ok) : "r"(bar), "r"(parity) : "memory");
+    return ok;
+}
+__device__ __forceinline__ void prefetch(u64 src, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void mbar_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
@@ -121,14 +145,6 @@ __device__ __forceinline__ void mbar_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void bulk_copy(u32 dst, u64 src, u32 bytes, u32 bar, u64 policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1], %2, [%3], %4;" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory");
-}
-__device__ __forceinline__ u32 load_acquire(const u32* p) {
-    u32 v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void add_release(u32* p, u32 v) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 __device__ __forceinline__ u32 add_acq_rel(u32* p, u32 v) {
     u32 old;
@@ -185,10 +201,10 @@ struct Ring {
     }
     __device__ u32 stage() const { return data + slot * STAGE; }
     __device__ u32 full_bar() const { return full + slot * 8; }
-    // Room for one more stage, and fewer than IN_FLIGHT on their way: deeper queues in the memory system would only
-    // make everybody's small loads and counters slow.
-    __device__ void wait_empty() {
-        mbar_wait(empty + slot * 8, parity ^ 1);
+    __device__ bool is_empty() const { return mbar_test(empty + slot * 8, parity ^ 1); }
+    // Fewer than IN_FLIGHT stages on their way: deeper queues in the memory system would only make everybody's small
+    // loads slow.
+    __device__ void wait_turn() {
         const bool wrapped = slot < IN_FLIGHT;
         if (issued++ >= IN_FLIGHT)
             mbar_wait(full + (slot + (wrapped ? STAGES : 0) - IN_FLIGHT) * 8, parity ^ wrapped);
@@ -201,8 +217,8 @@ struct Ring {
     }
 };
 
-// Rows of an n-row matrix that this block owns. The blocks with one row more move on with `turn` (the layer), so
-// that over the token every block streams the same number of bytes.
+// Rows of an n-row matrix that this block owns. The blocks with one row more move on with `turn`, the layer where
+// a row's owner may change, so that over the token every block streams about the same number of bytes.
 struct Part { int start, count; };
 __device__ Part part_of(int n, int turn) {
     const int cta = blockIdx.x, q = n / GRID, r = n % GRID, off = turn * r % GRID, end = off + r - GRID;
@@ -225,53 +241,77 @@ __device__ Unit unit_of(const int* positions) {
 __device__ __forceinline__ int piece_end(int p, int hi) { return min((p / PIECE + 1) * PIECE, hi); }
 
 // ---------------------------------------------------------------- producer
-__device__ void stream_rows(Ring& ring, Shared& s, u64 weight, Part part, u32 row_bytes, int rows, u64 policy) {
-    u64 src = weight + (u64)part.start * row_bytes;
-    for (int left = part.count; left > 0; left -= rows) {
-        const u32 bytes = min(left, rows) * row_bytes;
-        TIMED(T_PRODUCER, true, ring.wait_empty());
-        mbar_expect(ring.full_bar(), bytes);
-        bulk_copy(ring.stage(), src, bytes, ring.full_bar(), policy);
-        src += bytes;
-        ring.advance();
+// What one stage holds: `bytes` from `a` at its start and, if `second`, as many from `b` at offset `second`.
+struct Piece { u64 a, b; u32 bytes, second; };
+
+// Walks over everything this block reads from device memory, in the order in which it is consumed.
+struct Cursor {
+    int layer = 0, part = 0, at = 0;
+    __device__ Piece next(const Params& p, const Shared& s, const Unit& unit) {
+        for (;; at = 0, layer += ++part == 5, part %= 5) {
+            const u64* t = s.table[layer];
+            Part rows;
+            u64 base;
+            int per;
+            u32 bytes;
+            if (layer == LAYERS) {
+                if (part) return {0, 0, 0, 0};
+                rows = part_of(VOCAB, 0), base = (u64)p.lm_weight, per = RS_LM, bytes = LM_BYTES;
+            } else if (part == 0) {
+                rows = part_of(QKV, layer), base = t[QKV_W], per = RS, bytes = HIDDEN;
+            } else if (part == 1) {
+                if (!unit.active) continue;
+                const int pos = unit.lo + at, end = piece_end(pos, unit.hi);
+                if (pos >= unit.hi) continue;
+                const int block = __ldg(p.block_tables + (u64)s.slot[unit.row] * p.table_stride + pos / TPB);
+                base = t[KV] + (((u64)block * KV_HEADS + unit.head) * TPB + pos % TPB) * HEAD * 2;
+                at = end - unit.lo;
+                return {base, base + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2, (u32)(end - pos) * HEAD * 2, STAGE / 2};
+            } else if (part == 2) {
+                rows = part_of(HIDDEN, 0), base = t[O_W], per = RS_Q, bytes = Q_SIZE;
+            } else if (part == 3) {
+                rows = part_of(INTER, layer), base = t[GU_W], per = PAIRS, bytes = HIDDEN;
+            } else {
+                rows = part_of(HIDDEN, 0), base = t[DOWN_W], per = RS_I, bytes = INTER;
+            }
+            if (at >= rows.count) continue;
+            const u64 a = base + (u64)(rows.start + at) * bytes;
+            bytes *= min(per, rows.count - at), at += per;
+            const bool pair = part == 3 && layer < LAYERS;
+            return {a, a + (u64)INTER * HIDDEN, bytes, pair ? PAIRS * HIDDEN : 0u};
+        }
     }
-}
+};
 __device__ void produce(const Params& p, Shared& s, Ring ring) {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     const Unit unit = unit_of(s.position);
-    const int* blocks = p.block_tables + (u64)s.slot[unit.row] * p.table_stride;
-    for (int layer = 0; layer < LAYERS; ++layer) {
-        const u64* t = s.table[layer];
-        stream_rows(ring, s, t[QKV_W], part_of(QKV, layer), HIDDEN, RS, policy);
-        if (unit.active) {
-            for (int pos = unit.lo; pos < unit.hi;) {
-                const int end = piece_end(pos, unit.hi), block = __ldg(blocks + pos / TPB);
-                const u32 bytes = (end - pos) * HEAD * 2;
-                const u64 src = t[KV] + (((u64)block * KV_HEADS + unit.head) * TPB + pos % TPB) * HEAD * 2;
-                TIMED(T_PRODUCER, true, ring.wait_empty());
-                mbar_expect(ring.full_bar(), 2 * bytes);
-                bulk_copy(ring.stage(), src, bytes, ring.full_bar(), policy);
-                bulk_copy(ring.stage() + STAGE / 2, src + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2, bytes,
-                          ring.full_bar(), policy);
-                ring.advance();
-                pos = end;
+    Cursor cursor, ahead;
+    int lead = 0;  // stages from the current one on that are already on their way to L2
+    for (;;) {
+        if (lead == 0) ahead = cursor;
+        const Piece piece = cursor.next(p, s, unit);
+        if (piece.bytes == 0) return;
+        // While consumers wait for other blocks and the ring is full, device memory goes on reading, into L2.
+        long long last = clock64();
+        for (u32 n = 0; !ring.is_empty(); ++n) {
+            if (lead < PREFETCH && clock64() - last > PACE) {
+                const Piece next = ahead.next(p, s, unit);
+                if (next.bytes) {
+                    prefetch(next.a, next.bytes);
+                    if (next.second) prefetch(next.b, next.bytes);
+                }
+                ++lead, last += PACE;
             }
+            if (n > 16 * SPIN_LIMIT) __trap();
         }
-        stream_rows(ring, s, t[O_W], part_of(HIDDEN, layer), Q_SIZE, RS_Q, policy);
-        const Part pairs = part_of(INTER, layer);
-        for (int j = 0; j < pairs.count; j += PAIRS) {
-            const u32 bytes = min(PAIRS, pairs.count - j) * HIDDEN;
-            const u64 src = t[GU_W] + (u64)(pairs.start + j) * HIDDEN;
-            TIMED(T_PRODUCER, true, ring.wait_empty());
-            mbar_expect(ring.full_bar(), 2 * bytes);
-            bulk_copy(ring.stage(), src, bytes, ring.full_bar(), policy);
-            bulk_copy(ring.stage() + PAIRS * HIDDEN, src + (u64)INTER * HIDDEN, bytes, ring.full_bar(), policy);
-            ring.advance();
-        }
-        stream_rows(ring, s, t[DOWN_W], part_of(HIDDEN, layer), INTER, RS_I, policy);
+        if (lead) --lead;
+        TIMED(T_PRODUCER, true, ring.wait_turn());
+        mbar_expect(ring.full_bar(), piece.second ? 2 * piece.bytes : piece.bytes);
+        bulk_copy(ring.stage(), piece.a, piece.bytes, ring.full_bar(), policy);
+        if (piece.second) bulk_copy(ring.stage() + piece.second, piece.b, piece.bytes, ring.full_bar(), policy);
+        ring.advance();
     }
-    stream_rows(ring, s, (u64)p.lm_weight, part_of(VOCAB, 0), LM_BYTES, RS_LM, policy);
 }
 
 // ---------------------------------------------------------------- activations
@@ -302,29 +342,97 @@ __device__ __forceinline__ void pack(float4 v, float inv, int& hi, int& lo) {
 }
 __device__ __forceinline__ float inverse_of(float amax) { return amax > 0 ? 32512.0f / amax : 0.0f; }
 
-// x * weight of this lane's words, before the RMS factor, which is returned a row; amax likewise.
-template <typename Load>
-__device__ void load_norm(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps, Load load,
-                          float4 (&v)[ROWS][HIDDEN / 1024], float (&rstd)[ROWS], float (&amax)[ROWS]) {
+// ---------------------------------------------------------------- words between blocks
+// What travels is the upper 24 bits of a float32 (an error of 2^-17, below that of the 16-bit digits) and a flag.
+__device__ __forceinline__ u32 flag_of(const Shared& s, int layer) { return (s.epoch + layer + 1) & 255; }
+__device__ __forceinline__ void send(u32* word, float value, u32 flag) {
+    const u32 w = ((__float_as_uint(value) + 0x80) & ~255u) | flag;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(w) : "memory");
+}
+__device__ __forceinline__ float received(u32 word) { return __uint_as_float(word & ~255u); }
+__device__ __forceinline__ u32 peek(const u32* p) {
+    u32 w;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(w) : "l"(p) : "memory");
+    return w;
+}
+__device__ __forceinline__ uint4 peek4(const u32* p) {
+    uint4 w;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(p) : "memory");
+    return w;
+}
+__device__ __forceinline__ bool ready(uint4 w, u32 flag) {
+    return (((w.x ^ flag) | (w.y ^ flag) | (w.z ^ flag) | (w.w ^ flag)) & 255) == 0;
+}
+// A hint that a block has sent its words: no order is promised, it only keeps readers from polling data too early.
+__device__ __forceinline__ void hint(u32* counter) {
+#ifdef HINT
+    consumer_sync();
+    if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+#endif
+}
+__device__ __forceinline__ void await_hint(const u32* counter, u32 target) {
+#ifdef HINT
+    if (threadIdx.x == 0)
+        for (u32 n = 0; peek(counter) < target; ++n)
+            if (n > SPIN_LIMIT) __trap();
+    consumer_sync();
+#endif
+}
+// N vectors at at(0) .. at(N - 1): polls the first, then asks for the others at once.
+template <int N, typename At> __device__ __forceinline__ void receive(float4 (&v)[N], u32 flag, At at) {
+    uint4 w[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        w[i] = peek4(at(i));
+        for (u32 n = 0; i == 0 && !ready(w[0], flag); ++n, w[0] = peek4(at(0)))
+            if (n > SPIN_LIMIT) __trap();
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        for (u32 n = 0; !ready(w[i], flag); ++n, w[i] = peek4(at(i)))
+            if (n > SPIN_LIMIT) __trap();
+        v[i] = make_float4(received(w[i].x), received(w[i].y), received(w[i].z), received(w[i].w));
+    }
+    __syncwarp();
+}
+// N words at at(0) .. at(N - 1), one or a few a thread, into shared memory; the caller synchronizes.
+template <int N, typename At> __device__ __forceinline__ void receive_shared(float* to, u32 flag, At at) {
+    u32 w[ceil_div(N, THREADS)];
+#pragma unroll
+    for (int i = threadIdx.x, k = 0; k < ceil_div(N, THREADS); i += THREADS, ++k)
+        if (i < N) w[k] = peek(at(i));
+#pragma unroll
+    for (int i = threadIdx.x, k = 0; k < ceil_div(N, THREADS); i += THREADS, ++k)
+        if (i < N) {
+            for (u32 n = 0; (w[k] ^ flag) & 255; ++n, w[k] = peek(at(i)))
+                if (n > SPIN_LIMIT) __trap();
+            to[i] = received(w[k]);
+        }
+}
+
+__device__ __forceinline__ float largest_of(float4 a, float top) {
+    return fmaxf(top, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w))));
+}
+__device__ __forceinline__ float warp_max(float v) {  // of values >= 0
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v)));
+}
+// Residual words of this lane -> times the norm's weight, and a row's RMS factor and largest magnitude before it.
+__device__ void normalize(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps,
+                          float4 (&v)[ROWS * (HIDDEN / 1024)], float (&rstd)[ROWS], float (&amax)[ROWS]) {
     constexpr int W = HIDDEN / 1024;
-    const int warp = threadIdx.x / 32;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int w = 0; w < W; ++w) v[r][w] = load(r, w);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float sum = 0, top = 0;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-            float4& a = v[r][w];
+            float4& a = v[r * W + w];
             sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
             a.x *= weight[w].x, a.y *= weight[w].y, a.z *= weight[w].z, a.w *= weight[w].w;
-            top = fmaxf(top, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w))));
+            top = largest_of(a, top);
         }
-        sum = warp_sum(sum);
-        top = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(top)));
-        if (threadIdx.x % 32 == 0) s.reduce[warp][r][0] = sum, s.reduce[warp][r][1] = top;
+        sum = warp_sum(sum), top = warp_max(top);
+        if (threadIdx.x % 32 == 0) s.reduce[threadIdx.x / 32][r][0] = sum, s.reduce[threadIdx.x / 32][r][1] = top;
     }
     consumer_sync();
 #pragma unroll
@@ -335,26 +443,31 @@ __device__ void load_norm(Shared& s, const float4 (&weight)[HIDDEN / 1024], floa
         rstd[r] = rsqrtf(sum / HIDDEN + eps), amax[r] = top;
     }
 }
-template <typename Load>
-__device__ void norm_digits(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps, Load load, Digits<HIDDEN>& d) {
-    float4 v[ROWS][HIDDEN / 1024];
+__device__ void norm_digits(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps,
+                            float4 (&v)[ROWS * (HIDDEN / 1024)], Digits<HIDDEN>& d) {
+    constexpr int W = HIDDEN / 1024;
     float rstd[ROWS], amax[ROWS];
-    load_norm(s, weight, eps, load, v, rstd, amax);
+    normalize(s, weight, eps, v, rstd, amax);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         d.scale[r] = amax[r] * rstd[r] / 32512.0f;
 #pragma unroll
-        for (int w = 0; w < HIDDEN / 1024; ++w) pack(v[r][w], inverse_of(amax[r]), d.hi[r][w], d.lo[r][w]);
+        for (int w = 0; w < W; ++w) pack(v[r * W + w], inverse_of(amax[r]), d.hi[r][w], d.lo[r][w]);
     }
 }
-// Activations whose amax the writers have already agreed on.
-template <int K> __device__ void plain_digits(const float* source, const u32* amax, Digits<K>& d) {
+template <int K> __device__ void plain_digits(Shared& s, const u32* source, u32 flag, Digits<K>& d) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float4 v[K / 1024];
-        const float top = __uint_as_float(__ldcg(amax + r));
+        float top = 0;
+        receive(v, flag, [&](int w) { return source + r * K + Split<K>::word(w); });
 #pragma unroll
-        for (int w = 0; w < K / 1024; ++w) v[w] = __ldcg((const float4*)(source + r * K + Split<K>::word(w)));
+        for (int w = 0; w < K / 1024; ++w) top = largest_of(v[w], top);
+        top = warp_max(top);
+        if (threadIdx.x % 32 == 0) s.reduce[threadIdx.x / 32][r][0] = top;
+        consumer_sync();
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduce[w][r][0]);
         d.scale[r] = top / 32512.0f;
 #pragma unroll
         for (int w = 0; w < K / 1024; ++w) pack(v[w], inverse_of(top), d.hi[r][w], d.lo[r][w]);
@@ -451,7 +564,7 @@ struct Softmax {
     __device__ void clear() {
 #pragma unroll
         for (int h = 0; h < GROUP; ++h) {
-            top[h] = -INF, sum[h] = 0;
+            top[h] = NONE, sum[h] = 0;
 #pragma unroll
             for (int i = 0; i < DIMS; ++i) acc[h][i] = 0;
         }
@@ -496,7 +609,7 @@ __device__ __forceinline__ void widen8(uint4 w, float (&f)[8]) {
     }
 }
 __device__ __forceinline__ void load8(const float* p, float (&f)[8]) {
-    const float4 a = __ldcg((const float4*)p), b = __ldcg((const float4*)p + 1);
+    const float4 a = *(const float4*)p, b = *((const float4*)p + 1);
     f[0] = a.x, f[1] = a.y, f[2] = a.z, f[3] = a.w, f[4] = b.x, f[5] = b.y, f[6] = b.z, f[7] = b.w;
 }
 // dimensions d .. d + 7 (a) and their partners half a head later (b), rotated, times `factor`
@@ -511,13 +624,19 @@ __device__ __forceinline__ void rotate(const Shared& s, int d, float factor, flo
 __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit, int layer) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tid = threadIdx.x;
     const int d = lane % LANES_PER_KEY * 8, my_key = lane / LANES_PER_KEY;
-    const float* qkv = p.qkv + unit.row * QKV;
+    const u32 flag = flag_of(s, layer);
+    const u32* qkv = p.qkv + unit.row * QKV;
+    const float *new_key = s.inputs + OUTPUTS, *new_value = new_key + HEAD;
+    receive_shared<(GROUP + 2) * HEAD>(s.inputs, flag, [&](int i) {
+        const int kind = i < OUTPUTS ? 0 : i < OUTPUTS + HEAD ? 1 : 2;
+        return qkv + (kind == 0 ? unit.head * OUTPUTS + i
+                                : Q_SIZE + (kind - 1) * KV_SIZE + unit.head * HEAD + i - OUTPUTS - (kind - 1) * HEAD);
+    });
+    consumer_sync();
+    MARK(T_ATT_LOAD)
     float qa[GROUP][8], qb[GROUP][8];
 #pragma unroll
-    for (int h = 0; h < GROUP; ++h) {
-        load8(qkv + (unit.head * GROUP + h) * HEAD + d, qa[h]);
-        load8(qkv + (unit.head * GROUP + h) * HEAD + HEAD / 2 + d, qb[h]);
-    }
+    for (int h = 0; h < GROUP; ++h) load8(s.inputs + h * HEAD + d, qa[h]), load8(s.inputs + h * HEAD + HEAD / 2 + d, qb[h]);
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) rotate(s, d, 1.44269504f * rsqrtf((float)HEAD), qa[h], qb[h]);
     auto scores = [&](const float (&ka)[8], const float (&kb)[8], bool valid, float (&score)[GROUP]) {
@@ -539,8 +658,7 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         const int block = __ldg(p.block_tables + (u64)s.slot[unit.row] * p.table_stride + pos / TPB);
         u8* key = (u8*)s.table[layer][KV] + (((u64)block * KV_HEADS + unit.head) * TPB + pos % TPB) * HEAD * 2;
         u8* val = key + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2;
-        load8(qkv + Q_SIZE + unit.head * HEAD + d, ka);
-        load8(qkv + Q_SIZE + unit.head * HEAD + HEAD / 2 + d, kb);
+        load8(new_key + d, ka), load8(new_key + HEAD / 2 + d, kb);
         rotate(s, d, 1.0f, ka, kb);
         uint4 wa = make_uint4(narrow_half(ka[0], ka[1]), narrow_half(ka[2], ka[3]), narrow_half(ka[4], ka[5]),
                               narrow_half(ka[6], ka[7]));
@@ -555,8 +673,7 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         soft.add(score, 1, [&](int, float (&v)[DIMS]) {
 #pragma unroll
             for (int i = 0; i < DIMS; i += 2) {
-                const float2 f = __ldcg((const float2*)(qkv + Q_SIZE + KV_SIZE + unit.head * HEAD + lane * DIMS + i));
-                const u32 w = narrow_half(f.x, f.y);
+                const u32 w = narrow_half(new_value[lane * DIMS + i], new_value[lane * DIMS + i + 1]);
                 *(u32*)(val + (lane * DIMS + i) * 2) = w;
                 const float2 rounded = widen_half(w);
                 v[i] = rounded.x, v[i + 1] = rounded.y;
@@ -585,7 +702,8 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         ring.release();
         pos = end;
     }
-    // the warps of this block, then the blocks of this head: the last to arrive merges
+    MARK(T_ATT_KEYS)
+    // the warps of this block send their merged sums; then every block merges a slice of outputs over its head's blocks
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) {
 #pragma unroll
@@ -593,123 +711,99 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         if (lane == 0) s.merge_ml[warp][h][0] = soft.top[h], s.merge_ml[warp][h][1] = soft.sum[h];
     }
     consumer_sync();
-    for (int o = tid; o < GROUP * HEAD; o += THREADS) {
+    u32* mine = p.partial + blockIdx.x * UNIT_WORDS;
+#pragma unroll
+    for (int o = tid; o < OUTPUTS; o += THREADS) {
         const int h = o / HEAD;
-        float top = -INF, sum = 0, acc = 0;
+        float top = NONE, sum = 0, acc = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.merge_ml[w][h][0]);
-        if (top > -INF) {
+        top = rintf(top);  // exact in a word, and any reference near the largest score will do
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float weight = exp2f(s.merge_ml[w][h][0] - top);
-                acc += weight * s.merge[w][o], sum += weight * s.merge_ml[w][h][1];
-            }
+        for (int w = 0; w < WARPS; ++w) {
+            const float weight = exp2f(s.merge_ml[w][h][0] - top);
+            acc += weight * s.merge[w][o], sum += weight * s.merge_ml[w][h][1];
         }
-        p.partial[blockIdx.x * GROUP * HEAD + o] = acc;
-        if (o % HEAD == 0) *(float2*)(p.partial_ml + (blockIdx.x * GROUP + h) * 2) = make_float2(top, sum);
+        send(mine + o, acc, flag);
+        if (o % HEAD == 0) send(mine + OUTPUTS + 2 * h, top, flag), send(mine + OUTPUTS + 2 * h + 1, sum, flag);
     }
+    const u32* first = p.partial + (blockIdx.x - unit.split) * UNIT_WORDS;
+    receive_shared<SPLITS * (SLICE + 2 * GROUP)>(s.slices, flag, [&](int i) {
+        const int split = i / (SLICE + 2 * GROUP), o = i % (SLICE + 2 * GROUP);
+        return first + split * UNIT_WORDS + (o < SLICE ? unit.split * SLICE + o : OUTPUTS + o - SLICE);
+    });
     consumer_sync();
-    if (tid == 0) {
-        u32* arrived = p.sync + HEADS_DONE + unit.row * KV_HEADS + unit.head;
-        s.flag = add_acq_rel(arrived, 1) == SPLITS - 1;
-        if (s.flag) *arrived = 0;
-        s.amax[0] = 0;
-    }
-    consumer_sync();
-    if (!s.flag) return;
-    const int first = blockIdx.x - unit.split;
-    u32 largest = 0;
-    for (int o = tid; o < GROUP * HEAD; o += THREADS) {
-        const int h = o / HEAD;
-        float2 ml[SPLITS];
-        float acc[SPLITS], top = -INF, sum = 0, out = 0;
+    if (tid < SLICE) {
+        const int o = unit.split * SLICE + tid, ml = SLICE + 2 * (o / HEAD);
+        float top = NONE, sum = 0, acc = 0;
+#pragma unroll
+        for (int i = 0; i < SPLITS; ++i) top = fmaxf(top, s.slices[i * (SLICE + 2 * GROUP) + ml]);
 #pragma unroll
         for (int i = 0; i < SPLITS; ++i) {
-            ml[i] = __ldcg((const float2*)(p.partial_ml + ((first + i) * GROUP + h) * 2));
-            acc[i] = __ldcg(p.partial + (first + i) * GROUP * HEAD + o);
+            const float* slice = s.slices + i * (SLICE + 2 * GROUP);
+            const float weight = exp2f(slice[ml] - top);
+            acc += weight * slice[tid], sum += weight * slice[ml + 1];
         }
-#pragma unroll
-        for (int i = 0; i < SPLITS; ++i) top = fmaxf(top, ml[i].x);
-#pragma unroll
-        for (int i = 0; i < SPLITS; ++i) {
-            const float weight = exp2f(ml[i].x - top);
-            out += weight * acc[i], sum += weight * ml[i].y;
-        }
-        out /= sum;
-        p.attended[unit.row * Q_SIZE + Split<Q_SIZE>::permuted(unit.head * GROUP * HEAD + o)] = out;
-        largest = max(largest, __float_as_uint(fabsf(out)));
+        send(p.attended + unit.row * Q_SIZE + Split<Q_SIZE>::permuted(unit.head * OUTPUTS + o), acc / sum, flag);
     }
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    if (lane == 0) atomicMax(&s.amax[0], largest);
-    consumer_sync();
-    if (tid == 0) {
-        atomicMax(p.sync + AMAX + (2 * layer) * ROWS + unit.row, s.amax[0]);
-        add_release(p.sync + MERGED, 1);
-    }
+    hint(p.sync + SENT_ATTENDED);
+    MARK(T_ATT_MERGE)
 }
 
 // ---------------------------------------------------------------- consumer
-__device__ void wait_for(const u32* counter, u32 target) {
-    if (threadIdx.x == 0)
-        for (u32 n = 0; load_acquire(counter) < target; ++n)
-            if (n > SPIN_LIMIT) __trap();
-    consumer_sync();
-}
-__device__ __forceinline__ void arrive(u32* counter) {
-    consumer_sync();
-    if (threadIdx.x == 0) add_release(counter, 1);
-}
-
 __device__ void consume(const Params& p, Shared& s, Ring ring) {
+    constexpr int W = HIDDEN / 1024;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const Unit unit = unit_of(s.position);
-    u32 target = 0;
-    float4 weight[HIDDEN / 1024];
+    const Part rows_x = part_of(HIDDEN, 0);  // rows of o and down, the same in every layer: row tid's residual is here
+    float residual[ROWS];
+    u32 sent = 0;  // times this block, hence every block, has sent its residual rows
+    float4 weight[W], v[ROWS * W];
     auto load_weight = [&](int norm) {
 #pragma unroll
-        for (int w = 0; w < HIDDEN / 1024; ++w)
+        for (int w = 0; w < W; ++w)
             weight[w] = __ldg((const float4*)(p.norms + norm * HIDDEN + Split<HIDDEN>::word(w)));
     };
-    auto from_x = [&](int r, int w) { return __ldcg((const float4*)(p.x + r * HIDDEN + Split<HIDDEN>::word(w))); };
-    auto from_embedding = [&](int r, int w) {
-        const uint2 v = __ldg((const uint2*)(p.embedding + ((u64)s.token[r] * HIDDEN + Split<HIDDEN>::natural(w)) * 2));
-        const float2 a = widen(v.x), b = widen(v.y);
-        return make_float4(a.x, a.y, b.x, b.y);
+    auto receive_x = [&](const u32* x, int layer) {
+        await_hint(p.sync + SENT_X, sent * GRID);
+        receive(v, flag_of(s, layer), [&](int i) { return x + i / W * HIDDEN + Split<HIDDEN>::word(i % W); });
     };
-    // rows tid of this block's part of o or down: y is added to the residual
-    auto add_residual = [&](const Part& part, const float (&scale)[ROWS], float weight_scale, const float (&old)[ROWS]) {
+    auto add_residual = [&](u32* x, int layer, const float (&scale)[ROWS], float weight_scale) {
         consumer_sync();
-        if (tid < part.count)
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-                p.x[r * HIDDEN + Split<HIDDEN>::permuted(part.start + tid)] =
-                    old[r] + take(s, tid, r, scale[r], weight_scale);
-        arrive(p.sync + BARRIER), target += GRID;
-    };
-    auto residual_of = [&](const Part& part, bool embedding, float (&old)[ROWS]) {
-        if (tid < part.count)
+        if (tid < rows_x.count)
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                const int n = part.start + tid;
-                if (embedding) {
-                    const u64 at = (u64)s.token[r] * HIDDEN + n;
-                    const float2 v = widen(__ldg((const u32*)p.embedding + at / 2));
-                    old[r] = at % 2 ? v.y : v.x;
-                } else {
-                    old[r] = __ldcg(p.x + r * HIDDEN + Split<HIDDEN>::permuted(n));
-                }
+                residual[r] += take(s, tid, r, scale[r], weight_scale);
+                send(x + r * HIDDEN + Split<HIDDEN>::permuted(rows_x.start + tid), residual[r], flag_of(s, layer));
             }
+        hint(p.sync + SENT_X), ++sent;
     };
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const u8* row = p.embedding + (u64)s.token[r] * HIDDEN * 2;
+        if (tid < rows_x.count) {
+            const int n = rows_x.start + tid;
+            const float2 pair = widen(__ldg((const u32*)row + n / 2));
+            residual[r] = n % 2 ? pair.y : pair.x;
+        }
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            const uint2 q = __ldg((const uint2*)(row + Split<HIDDEN>::natural(w) * 2));
+            const float2 a = widen(q.x), b = widen(q.y);
+            v[r * W + w] = make_float4(a.x, a.y, b.x, b.y);
+        }
+    }
     load_weight(0);
     for (int layer = 0; layer < LAYERS; ++layer) {
         const u64* table = s.table[layer];
+        const u32 flag = flag_of(s, layer);
         auto scale_of = [&](int which, int row, bool mine) { return mine ? __ldg((const float*)table[which] + row) : 0.0f; };
         {
             const Part part = part_of(QKV, layer);
             const float weight_scale = scale_of(QKV_S, part.start + tid, tid < part.count);
             Digits<HIDDEN> d;
-            if (layer) norm_digits(s, weight, p.eps, from_x, d);
-            else norm_digits(s, weight, p.eps, from_embedding, d);
+            if (layer) receive_x(p.x_mlp, layer - 1);
+            norm_digits(s, weight, p.eps, v, d);
             MARK(T_PRO_QKV)
             gemv<HIDDEN, RS, false>(ring, s, d, part.count, T_FULL_QKV);
             MARK(T_GEMV_QKV)
@@ -717,29 +811,19 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             if (tid < part.count)
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
-                    p.qkv[r * QKV + part.start + tid] = take(s, tid, r, d.scale[r], weight_scale);
-            arrive(p.sync + BARRIER), target += GRID;
+                    send(p.qkv + r * QKV + part.start + tid, take(s, tid, r, d.scale[r], weight_scale), flag);
+            MARK(T_EPI_QKV)
         }
-        MARK(T_EPI_QKV)
-        if (unit.active) {
-            wait_for(p.sync + BARRIER, target);
-            MARK(T_BAR_QKV)
-            attend(p, s, ring, unit, layer);
-            MARK(T_ATTEND)
-        }
+        if (unit.active) attend(p, s, ring, unit, layer);
         {
-            const Part part = part_of(HIDDEN, layer);
-            const float weight_scale = scale_of(O_S, part.start + tid, tid < part.count);
-            float old[ROWS];
-            residual_of(part, layer == 0, old);
-            wait_for(p.sync + MERGED, (layer + 1) * ROWS * KV_HEADS);
-            MARK(T_BAR_ATT)
+            const float weight_scale = scale_of(O_S, rows_x.start + tid, tid < rows_x.count);
             Digits<Q_SIZE> d;
-            plain_digits<Q_SIZE>(p.attended, p.sync + AMAX + 2 * layer * ROWS, d);
+            await_hint(p.sync + SENT_ATTENDED, UNITS * (layer + 1));
+            plain_digits<Q_SIZE>(s, p.attended, flag, d);
             MARK(T_PRO_O)
-            gemv<Q_SIZE, RS_Q, false>(ring, s, d, part.count, T_FULL_O);
+            gemv<Q_SIZE, RS_Q, false>(ring, s, d, rows_x.count, T_FULL_O);
             MARK(T_GEMV_O)
-            add_residual(part, d.scale, weight_scale, old);
+            add_residual(p.x_attention, layer, d.scale, weight_scale);
             MARK(T_EPI_O)
         }
         {
@@ -747,54 +831,38 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             const float gate_scale = scale_of(GU_S, part.start + tid, tid < part.count);
             const float up_scale = scale_of(GU_S, INTER + part.start + tid, tid < part.count);
             load_weight(2 * layer + 1);
-            wait_for(p.sync + BARRIER, target);
-            MARK(T_BAR_O)
             Digits<HIDDEN> d;
-            norm_digits(s, weight, p.eps, from_x, d);
+            receive_x(p.x_attention, layer);
+            norm_digits(s, weight, p.eps, v, d);
             MARK(T_PRO_GU)
             gemv<HIDDEN, 2 * PAIRS, true>(ring, s, d, part.count, T_FULL_GU);
             MARK(T_GEMV_GU)
-            if (tid < ROWS) s.amax[tid] = 0;
             consumer_sync();
-            u32 largest[ROWS] = {};
             if (tid < part.count)
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     const float gate = take(s, tid, r, d.scale[r], gate_scale);
                     const float up = take(s, MAX_PAIRS + tid, r, d.scale[r], up_scale);
-                    const float act = gate / (1.0f + __expf(-gate)) * up;
-                    p.hidden[r * INTER + Split<INTER>::permuted(part.start + tid)] = act;
-                    largest[r] = __float_as_uint(fabsf(act));
+                    send(p.hidden + r * INTER + Split<INTER>::permuted(part.start + tid),
+                         gate / (1.0f + __expf(-gate)) * up, flag);
                 }
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                const u32 top = __reduce_max_sync(0xffffffffu, largest[r]);
-                if (lane == 0) atomicMax(&s.amax[r], top);
-            }
-            consumer_sync();
-            if (tid < ROWS) atomicMax(p.sync + AMAX + (2 * layer + 1) * ROWS + tid, s.amax[tid]);
-            arrive(p.sync + BARRIER), target += GRID;
+            hint(p.sync + SENT_HIDDEN);
             MARK(T_EPI_GU)
         }
         {
-            const Part part = part_of(HIDDEN, layer);
-            const float weight_scale = scale_of(DOWN_S, part.start + tid, tid < part.count);
-            float old[ROWS];
-            residual_of(part, false, old);
-            wait_for(p.sync + BARRIER, target);
-            MARK(T_BAR_GU)
+            const float weight_scale = scale_of(DOWN_S, rows_x.start + tid, tid < rows_x.count);
             Digits<INTER> d;
-            plain_digits<INTER>(p.hidden, p.sync + AMAX + (2 * layer + 1) * ROWS, d);
+            await_hint(p.sync + SENT_HIDDEN, GRID * (layer + 1));
+            plain_digits<INTER>(s, p.hidden, flag, d);
             MARK(T_PRO_DOWN)
-            gemv<INTER, RS_I, false>(ring, s, d, part.count, T_FULL_DOWN);
+            gemv<INTER, RS_I, false>(ring, s, d, rows_x.count, T_FULL_DOWN);
             MARK(T_GEMV_DOWN)
-            add_residual(part, d.scale, weight_scale, old);
-            MARK(T_EPI_DOWN)
+            add_residual(p.x_mlp, layer, d.scale, weight_scale);
             load_weight(2 * layer + 2);
-            wait_for(p.sync + BARRIER, target);
-            MARK(T_BAR_DOWN)
+            MARK(T_EPI_DOWN)
         }
     }
+    receive_x(p.x_mlp, LAYERS - 1);
     // lm_head in chunks, the running argmax of thread tid over rows tid, tid + LM_CHUNK, ...
     const Part part = part_of(VOCAB, 0);
     float best[ROWS];
@@ -807,7 +875,7 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     };
 #ifdef LM_INT8
     Digits<HIDDEN> d;
-    norm_digits(s, weight, p.eps, from_x, d);
+    norm_digits(s, weight, p.eps, v, d);
     for (int chunk = 0; chunk < part.count; chunk += LM_CHUNK) {
         const int rows = min(LM_CHUNK, part.count - chunk), n = part.start + chunk + tid;
         const float weight_scale = tid < rows ? __ldg(p.lm_scale + n) : 0.0f;
@@ -820,9 +888,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     }
 #else
     using S = Split<HIDDEN>;
-    float4 v[ROWS][S::W];
     float rstd[ROWS], amax[ROWS];
-    load_norm(s, weight, p.eps, from_x, v, rstd, amax);
+    normalize(s, weight, p.eps, v, rstd, amax);
     float sums[RS_LM * ROWS];
     auto flush = [&](int first) {
         const float sum = sum_many(sums);
@@ -852,7 +919,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
                     const float2 b = widen(q[i][2 * w / WIDE].w[2 * w % WIDE + 1]);
 #pragma unroll
                     for (int r = 0; r < ROWS; ++r)
-                        sums[i * ROWS + r] += v[r][w].x * a.x + v[r][w].y * a.y + v[r][w].z * b.x + v[r][w].w * b.y;
+                        sums[i * ROWS + r] += v[r * W + w].x * a.x + v[r * W + w].y * a.y + v[r * W + w].z * b.x +
+                                              v[r * W + w].w * b.y;
                 }
             }
             ring.release();
@@ -884,17 +952,18 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         }
         consumer_sync();
     }
-    // the last block writes the tokens, moves the slots on and leaves the counters as it found them
-    if (tid == 0) s.flag = add_acq_rel(p.sync + DONE, 1) == GRID - 1;
+    // the last block writes the tokens, moves the slots on and counts the launch
+    if (tid == 0) s.last = add_acq_rel(p.sync + DONE, 1) == GRID - 1;
     consumer_sync();
-    if (!s.flag) return;
+    if (!s.last) return;
     if (tid < ROWS) {
         const int token = (int)(0xffffffffu - (u32)__ldcg((const u64*)(p.sync + BEST) + tid)), slot = s.slot[tid];
         p.sampled[tid] = token;
         if (slot != p.dummy_slot) p.last_token[slot] = token, p.position[slot] = s.position[tid] + 1;
     }
     consumer_sync();
-    for (int i = tid; i < AMAX + 2 * LAYERS * ROWS; i += THREADS) p.sync[i] = 0;
+    if (tid > LAUNCHES && tid < SYNC_WORDS) p.sync[tid] = 0;
+    if (tid == 0) p.sync[LAUNCHES] += 1;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __grid_constant__ Params p) {
@@ -904,7 +973,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
     for (int i = tid; i < LAYERS * TABLE; i += THREADS + 32) (&s.table[0][0])[i] = p.layers[i];
     for (int i = tid; i < ACC_ROWS * ROWS * 2; i += THREADS + 32) s.acc[i] = 0;
     if (tid < T_COUNT) s.trace[tid] = 0;
-    if (tid == 0) s.mark = clock64();
+    if (tid == 0) s.mark = clock64(), s.epoch = p.sync[LAUNCHES] * LAYERS;
     if (tid < ROWS) {
         const int slot = p.slot_ids[tid];
         s.slot[tid] = slot, s.position[tid] = p.position[slot], s.token[tid] = p.last_token[slot];

@@ -35,14 +35,14 @@ SHARED_BYTES = 232448
 STAGE_BYTES = 16384
 TRACE_FIELDS = (
     *("full_qkv", "full_kv", "full_o", "full_gate_up", "full_down", "full_lm_head"),
-    *("barrier_qkv", "barrier_attention", "barrier_o", "barrier_gate_up", "barrier_down"),
-    *("attend", "digits_qkv", "digits_o", "digits_gate_up", "digits_down"),
+    *("attention_wait", "attention_keys", "attention_merge", "digits_qkv", "digits_o", "digits_gate_up", "digits_down"),
     *("epilogue_qkv", "epilogue_o", "epilogue_gate_up", "epilogue_down"),
     *("gemv_qkv", "gemv_o", "gemv_gate_up", "gemv_down", "producer", "total"),
 )
 _POINTERS = (
     *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
-    *("block_tables", "sampled", "logits", "x", "qkv", "attended", "hidden", "partial", "partial_ml", "sync", "trace"),
+    *("block_tables", "sampled", "logits", "x_attention", "x_mlp", "qkv", "attended", "hidden", "partial"),
+    *("sync", "trace"),
 )
 
 
@@ -185,30 +185,19 @@ class PersistentDecode:
         if any(pointer % 16 for row in pointers for pointer in row) or weights.lm_head.weight.data_ptr() % 16:
             raise InputError("the persistent kernel needs weights and KV cache aligned to 16 bytes")
         norms = [t for layer in layers for t in (layer.input_norm, layer.post_norm)] + [weights.final_norm]
-        rows = max(self.row_counts)
-
-        def floats(*size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.float32, device=self.device)
-
-        cosine, sine = (t.to(self.device) for t in rope_tables(config, engine.max_seq_len))
-        group = config.num_heads // config.num_kv_heads
-        self.tensors = {
+        cosine, sine = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
+        self._common = {
             "layers": torch.tensor(pointers, dtype=torch.int64, device=self.device),
             "norms": permute(torch.stack([t.float() for t in norms])),
             "cosine": cosine,
             "sine": sine,
-            "x": floats(rows, config.hidden_size),
-            "qkv": floats(rows, config.qkv_size),
-            "attended": floats(rows, config.q_size),
-            "hidden": floats(rows, config.intermediate_size),
-            "partial": floats(self.grid, group * config.head_size),
-            "partial_ml": floats(self.grid, group, 2),
-            "sync": torch.zeros(256 + 2 * rows * config.num_layers, dtype=torch.int32, device=self.device),
             "trace": torch.zeros((self.grid, len(TRACE_FIELDS)), dtype=torch.int64, device=self.device),
         }
         self._keep = (weights, tuple(kv))
+        # Words that blocks exchange. They outlive a launch: flags count layers over all launches of one row count.
+        self.scratch = {rows: self._scratch(rows) for rows in self.row_counts}
         self._params = _Params(num_blocks=kv[0].shape[1], eps=config.rms_norm_eps)
-        for name, tensor in self.tensors.items():
+        for name, tensor in self._common.items():
             setattr(self._params, name, tensor.data_ptr())
         self._params.embedding = weights.embedding.data_ptr()
         self._params.lm_weight = weights.lm_head.weight.data_ptr()
@@ -237,6 +226,20 @@ class PersistentDecode:
             self._functions = {
                 r: self._load(compile_cubin(macros | {"ROWS": r}, architecture)) for r in self.row_counts
             }
+
+    def _scratch(self, rows: int) -> dict[str, torch.Tensor]:
+        c = self._config
+        group = c.num_heads // c.num_kv_heads
+        sizes = {
+            "x_attention": (rows, c.hidden_size),
+            "x_mlp": (rows, c.hidden_size),
+            "qkv": (rows, c.qkv_size),
+            "attended": (rows, c.q_size),
+            "hidden": (rows, c.intermediate_size),
+            "partial": (self.grid, group * (c.head_size + 2)),
+            "sync": (192,),
+        }
+        return {name: torch.zeros(size, dtype=torch.int32, device=self.device) for name, size in sizes.items()}
 
     def _load(self, cubin: bytes) -> ctypes.c_void_p:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -282,6 +285,8 @@ class PersistentDecode:
             setattr(self._params, name, tensor.data_ptr())
         if logits is None:
             self._params.logits = None
+        for name, tensor in self.scratch[rows].items():
+            setattr(self._params, name, tensor.data_ptr())
         self._params.table_stride, self._params.dummy_slot = block_tables.shape[1], slots - 1
         argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
