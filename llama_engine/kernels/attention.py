@@ -19,7 +19,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels.common import launch_options, next_power_of_2
 from llama_engine.kernels.quant import store_digits
 
-CHUNK = 128
+CHUNK, DECODE_WARPS = 128, 4
 QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
@@ -144,8 +144,6 @@ def _decode(
                 k_lo, k_hi, v = _load_chunk(
                     kv_ptr, table, kvh, start, pos, v_offset, KVH, TPB, HALF, HALF_P, HEAD_P, CHUNK
                 )
-    elif PDL:
-        gdc_wait()
 
 
 @triton.jit
@@ -158,38 +156,43 @@ def _merge(
     scale_ptr,
     plane,
     HEADS: tl.constexpr,
+    HEADS_P: tl.constexpr,
     HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXC: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    mask = offs < HEADS * HEAD
-    head = (offs // HEAD)[None, :]
+    h = tl.arange(0, HEADS_P)
+    e = tl.arange(0, HEAD_P)
+    offs = h[:, None] * HEAD + e[None, :]
+    mask = (h < HEADS)[:, None] & (e < HEAD)[None, :]
     if PDL:
         gdc_launch_dependents()
     chunks = tl.load(position_ptr + tl.load(slots_ptr + row)) // CHUNK + 1
     if PDL:
         gdc_wait()
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, chunks, GROUP):
-        chunk = (first + tl.arange(0, GROUP))[:, None]
-        where = (row * MAXC + chunk) * HEADS
-        there = (chunk < chunks) & mask[None, :]
-        m_c = tl.load(stat_ptr + (where + head) * 2, mask=there, other=float("-inf"))
-        total_c = tl.load(stat_ptr + (where + head) * 2 + 1, mask=there, other=0.0)
-        acc_c = tl.load(part_ptr + where * HEAD + offs[None, :], mask=there, other=0.0)
-        m_new = tl.where(mask, tl.maximum(m, tl.max(m_c, axis=0)), 0.0)
-        old, new = tl.exp2(m - m_new), tl.exp2(m_c - m_new[None, :])
-        total = total * old + tl.sum(total_c * new, axis=0)
-        acc = acc * old + tl.sum(acc_c * new, axis=0)
-        m = m_new
-    out = tl.where(mask, acc / total, 0.0)
+    stat = stat_ptr + (row * MAXC * HEADS + h) * 2
+    part = part_ptr + row.to(tl.int64) * (MAXC * HEADS * HEAD) + offs
+    m = tl.full((HEADS_P,), float("-inf"), tl.float32)
+    for first in range(0, chunks, 8):
+        chunk = first + tl.arange(0, 8)
+        there = (chunk < chunks)[:, None] & (h < HEADS)[None, :]
+        m_c = tl.load(stat[None, :] + chunk[:, None] * (HEADS * 2), mask=there, other=float("-inf"))
+        m = tl.maximum(m, tl.max(m_c, axis=0))
+    m = tl.where(h < HEADS, m, 0.0)
+    total = tl.zeros((HEADS_P,), tl.float32)
+    acc = tl.zeros((HEADS_P, HEAD_P), tl.float32)
+    for first in range(0, chunks, 2):
+        for i in tl.static_range(2):  # two at a time, so that their loads overlap
+            chunk = first + i
+            there = (h < HEADS) & (chunk < chunks)
+            weight = tl.exp2(tl.load(stat + chunk * (HEADS * 2), mask=there, other=float("-inf")) - m)
+            total += weight * tl.load(stat + chunk * (HEADS * 2) + 1, mask=there, other=0.0)
+            acc_c = tl.load(part + chunk * (HEADS * HEAD), mask=mask & (chunk < chunks), other=0.0)
+            acc += weight[:, None] * acc_c
+    out = tl.where(mask, acc / total[:, None], 0.0)
     store_digits(out, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
 
 
@@ -356,7 +359,7 @@ class PagedAttention:
         c = self.config
         half = c.head_size // 2
         # Enough programs to fill the chip; beyond that each walks several chunks.
-        programs = max(1, min(self.max_chunks, 1056 // (num_rows * c.num_kv_heads)))
+        programs = min(self.max_chunks, -(-528 // (num_rows * c.num_kv_heads)))
         _decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -379,10 +382,9 @@ class PagedAttention:
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            num_warps=4,
+            num_warps=DECODE_WARPS,
             **self.options,
         )
-        block = next_power_of_2(c.q_size)
         _merge[(num_rows,)](
             self.part,
             self.stat,
@@ -392,12 +394,12 @@ class PagedAttention:
             a_scale,
             digits.stride(0),
             HEADS=c.num_heads,
+            HEADS_P=next_power_of_2(c.num_heads),
             HEAD=c.head_size,
+            HEAD_P=next_power_of_2(c.head_size),
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            GROUP=4,
-            BLOCK=block,
-            num_warps=max(1, min(8, block // 512)),
+            num_warps=8,
             **self.options,
         )
 

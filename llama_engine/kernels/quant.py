@@ -19,8 +19,8 @@ LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
 
 @triton.jit
 def store_digits(x, digits_ptr, scale_ptr, row, offs, mask, K, plane):
-    """Quantize the row ``x`` (float32 ``[BLOCK]``, zero where masked) and store its digits and scale."""
-    amax = tl.max(tl.abs(x), axis=0)
+    """Quantize the row ``x`` (float32, zero where masked; element ``offs``) and store its digits and scale."""
+    amax = tl.max(tl.abs(x))
     inverse = tl.where(amax > 0, 32512.0 / amax, 0.0)
     magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
     a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)
