@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -143,6 +144,15 @@ def _claim(host: str, port: int | None, what: str) -> int:
     return port
 
 
+def read_metrics(url: str) -> tuple[dict[str, float], str]:
+    """The engine's values on a server's metrics page, without the prefix ``llama_engine_``, and its kernels' name."""
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+        rows = [row for row in answer.read().decode().splitlines() if row.startswith("llama_engine_")]
+    kernels = re.search(r'kernels="([^"]*)"', rows[0]) if rows else None
+    values = {row.split("{")[0].removeprefix("llama_engine_"): float(row.rsplit(" ", 1)[1]) for row in rows}
+    return values, kernels[1] if kernels else "unknown"
+
+
 class TritonServer:
     """A running server: ``with TritonServer(engine_dir) as server: ... server.grpc_url``.
 
@@ -195,6 +205,8 @@ class TritonServer:
 
     def start(self) -> None:
         """Render, start, wait until ready."""
+        if self.alive:
+            raise RunError("this server is running already")
         models, backends = self.run_dir / "models", self.run_dir / "backends"
         for folder in (models, backends):
             shutil.rmtree(folder, ignore_errors=True)
@@ -254,10 +266,7 @@ class TritonServer:
 
     def metrics(self) -> dict[str, float]:
         """This engine's metrics by name, without the prefix ``llama_engine_``."""
-        with urllib.request.urlopen(f"http://{self.host}:{self.metrics_port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        rows = [line for line in lines if line.startswith("llama_engine_")]
-        return {row.split("{")[0].removeprefix("llama_engine_"): float(row.rsplit(" ", 1)[1]) for row in rows}
+        return read_metrics(f"{self.host}:{self.metrics_port}")[0]
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._ready_timeout_s

@@ -19,6 +19,7 @@ MAX_CLIENT_LAG_MS = 5.0  # a client that wakes later than this after its due tim
 MAX_LITTLE_GAP = 0.10  # L = X * R holds for any stable system; ramps of a finite run explain up to a tenth
 MAX_FAILED_REQUESTS = 0  # failed requests are often the slow ones: leaving them out flatters
 MAX_PREFIX_CACHE_HITS = 0  # a cached prompt is no prefill: TTFT would measure a lookup
+MIN_NULL_HEADROOM = 1.25  # a client that takes hardly more from a null model than from the engine measures itself
 THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
 
 
@@ -57,6 +58,10 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         gap = little_gap(workload["concurrency"], checks["requests_per_s"], checks["mean_latency_s"])
         if gap > MAX_LITTLE_GAP:
             yield f"Little's law is off by {gap:.0%}, above {MAX_LITTLE_GAP:.0%}: the load was not the one named"
+    if null := checks.get("null_responses_per_s"):
+        headroom = null / checks.get("responses_per_s", 1e-9)
+        if headroom < MIN_NULL_HEADROOM:
+            yield f"a null model answers only {headroom:.2f} times as often, below {MIN_NULL_HEADROOM}"
     throttled = telemetry.get("throttle_share") or {}
     for name in THROTTLE_REASONS:
         if throttled.get(name, 0) > MAX_THROTTLED_SHARE:

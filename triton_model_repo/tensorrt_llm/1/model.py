@@ -33,6 +33,8 @@ METRICS = {
     "waiting": ("gauge", "queue depth"),
     "kv_blocks_used": ("gauge", "KV cache blocks in use"),
     "kv_blocks_total": ("gauge", "KV cache blocks that can be used"),
+    "step_nbytes": ("gauge", "weight bytes one decode step reads"),
+    "kv_nbytes_per_token": ("gauge", "KV cache bytes a token holds"),
     "tokens_per_s": ("gauge", "tokens made in the last second"),
     "tokens_generated": ("counter", "tokens made since start"),
     "preemptions": ("counter", "requests put back for want of KV blocks"),
@@ -62,6 +64,9 @@ class TritonPythonModel:
         self.exclude_input = options["exclude_input_in_output"] == "true"
         engine = Engine.from_dir(options["engine_dir"], device=options["device"])
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
+        executor = engine.executor
+        self.labels = {"model": args["model_name"], "kernels": executor.kernels}
+        self.sizes = {"step_nbytes": executor.step_nbytes, "kv_nbytes_per_token": executor.kv_nbytes_per_token}
         self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
         self.live: dict[int, Live] = {}
         self.outbox: queue.SimpleQueue[Live | None] = queue.SimpleQueue()
@@ -159,13 +164,13 @@ class TritonPythonModel:
         for name, (kind, text) in METRICS.items():
             kinds = {"gauge": pb_utils.MetricFamily.GAUGE, "counter": pb_utils.MetricFamily.COUNTER}
             family = pb_utils.MetricFamily(name=f"llama_engine_{name}", description=text, kind=kinds[kind])
-            families[name] = (family, family.Metric(labels={"model": "tensorrt_llm"}), kind)
+            families[name] = (family, family.Metric(labels=self.labels), kind)
         published = dict.fromkeys(METRICS, 0.0)
         next_metrics = 0.0
         while not self.closing.is_set():
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + 0.25
-                stats = self.loop.stats()
+                stats = self.loop.stats() | self.sizes
                 for name, (_, metric, kind) in families.items():
                     value = float(stats[name])
                     if kind == "gauge":

@@ -1,0 +1,72 @@
+r"""Ask a served engine one question and print its answer.
+
+Purpose: the smallest complete client; also a check that a server answers.
+Method:  the question goes through the tokenizer and chat template of the engine directory, the ids over gRPC or HTTP.
+Output:  the text, as it is made unless --no-streaming; timings on standard error.
+
+    python benchmarks/triton_client.py --engine-dir engines/smollm2-135m-instruct \
+        --prompt "What is the capital of France? Answer briefly."
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from llama_engine.errors import InputError, run_cli
+from llama_engine.triton_client import connect
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-dir", type=Path, required=True, help="where the tokenizer lies")
+    parser.add_argument("--prompt", default="What is the capital of France? Answer briefly.")
+    parser.add_argument("--output-tokens", type=int, default=128, help="at most; the answer may end before")
+    parser.add_argument("--no-chat-template", action="store_true", help="send the prompt's bare tokens")
+    parser.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
+    parser.add_argument("--url", help="default: 127.0.0.1:8001 for gRPC, 127.0.0.1:8000 for HTTP")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    asyncio.run(ask(args))
+
+
+async def ask(args: argparse.Namespace) -> None:
+    if not (args.engine_dir / "tokenizer.json").is_file():
+        raise InputError(f"{args.engine_dir} has no tokenizer.json: give the directory of an engine that has one")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.engine_dir)
+    text = args.prompt
+    if tokenizer.chat_template and not args.no_chat_template:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=args.no_chat_template)["input_ids"]
+    options = {"end_id": tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else {}
+    if args.temperature > 0:
+        options |= {"temperature": args.temperature, "runtime_top_k": args.top_k, "runtime_top_p": args.top_p}
+        options |= {"random_seed": args.seed}
+    client = connect(args.protocol, args.url or ("127.0.0.1:8001" if args.protocol == "grpc" else "127.0.0.1:8000"))
+    t0, first, ids, shown = time.perf_counter(), 0.0, [], ""
+    try:
+        async for new in client.generate(prompt, args.output_tokens, streaming=args.streaming, **options):
+            first = first or time.perf_counter()
+            ids += new
+            answer = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # a character may be half done
+            print(answer[len(shown) :], end="", flush=True)
+            shown = answer
+    finally:
+        await client.close()
+    print()
+    took = time.perf_counter() - t0
+    print(f"{len(ids)} tokens, first after {(first - t0) * 1e3:.1f} ms, all after {took * 1e3:.1f} ms", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_cli(main)

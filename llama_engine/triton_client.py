@@ -1,0 +1,141 @@
+"""Clients of a Triton ``tensorrt_llm`` model: one asynchronous call over gRPC or HTTP, streaming or not.
+
+Both speak to decoupled and plain models alike: a gRPC stream, or HTTP ``generate`` and ``generate_stream``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import aiohttp
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as grpc_aio
+from tritonclient.grpc import InferInput
+from tritonclient.utils import InferenceServerException
+
+from llama_engine.errors import InputError, RunError
+
+DTYPES: dict[str, tuple[str, Any]] = {
+    "end_id": ("INT32", np.int32),
+    "temperature": ("FP32", np.float32),
+    "runtime_top_k": ("INT32", np.int32),
+    "runtime_top_p": ("FP32", np.float32),
+    "random_seed": ("UINT64", np.uint64),
+    "streaming": ("BOOL", np.bool_),
+    "exclude_input_in_output": ("BOOL", np.bool_),
+    "request_output_len": ("INT32", np.int32),
+    "input_lengths": ("INT32", np.int32),
+}
+
+
+class RequestFailed(RunError):
+    """The server refused or dropped one request."""
+
+
+class Client(Protocol):
+    """``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`."""
+
+    def generate(
+        self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
+    ) -> AsyncIterator[list[int]]: ...
+
+    async def close(self) -> None: ...
+
+
+class GrpcClient:
+    """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server."""
+
+    def __init__(self, url: str) -> None:
+        self._client = grpc_aio.InferenceServerClient(url)
+
+    async def generate(
+        self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
+    ) -> AsyncIterator[list[int]]:
+        ids = InferInput("input_ids", [1, len(prompt)], "INT32")
+        ids.set_data_from_numpy(np.asarray([prompt], np.int32))
+        inputs = [ids]
+        values = {"input_lengths": len(prompt), "request_output_len": new_tokens, "streaming": streaming}
+        for name, value in (values | {"exclude_input_in_output": True} | options).items():
+            kind, dtype = DTYPES[name]
+            tensor = InferInput(name, [1, 1], kind)
+            tensor.set_data_from_numpy(np.asarray([[value]], dtype))
+            inputs.append(tensor)
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
+
+        responses = self._client.stream_infer(requests())
+        try:
+            async for result, error in responses:
+                if error is not None:
+                    raise RequestFailed(str(error))
+                response = result.get_response()
+                if response.outputs:
+                    yield result.as_numpy("output_ids").reshape(-1).tolist()
+                if response.parameters["triton_final_response"].bool_param:
+                    return
+            raise RequestFailed("the stream ended without a final response")
+        except InferenceServerException as error:
+            raise RequestFailed(str(error)) from None
+        except grpc.aio.AioRpcError as error:
+            raise RequestFailed(f"{error.code().name}: {error.details()}") from None
+        finally:
+            responses.cancel()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class HttpClient:
+    """HTTP/1.1 connections, one a concurrent request; streams are server-sent events."""
+
+    def __init__(self, url: str) -> None:
+        self._session = aiohttp.ClientSession(
+            f"http://{url}",
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
+        )
+
+    async def generate(
+        self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
+    ) -> AsyncIterator[list[int]]:
+        body = {"input_ids": prompt, "request_output_len": new_tokens, "streaming": streaming}
+        body |= {"exclude_input_in_output": True, **options}
+        path = f"/v2/models/{model}/{'generate_stream' if streaming else 'generate'}"
+        try:
+            async with self._session.post(path, json=body) as response:
+                if not streaming:
+                    yield _ids(await response.read())
+                    return
+                async for line in response.content:
+                    if line.startswith(b"data:"):
+                        yield _ids(line[5:])
+                    elif line.strip():
+                        raise RequestFailed(f"HTTP {response.status}: {line.decode(errors='replace').strip()}")
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from None
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _ids(text: bytes) -> list[int]:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        raise RequestFailed(f"not JSON: {text[:200]!r}") from None
+    if "error" in answer:
+        raise RequestFailed(answer["error"])
+    ids = answer.get("output_ids", [])
+    return ids if isinstance(ids, list) else [ids]
+
+
+def connect(protocol: str, url: str) -> Client:
+    """A client for ``grpc`` or ``http``. Create it inside a running event loop."""
+    if protocol not in ("grpc", "http"):
+        raise InputError(f"protocol must be grpc or http, got {protocol!r}")
+    return GrpcClient(url) if protocol == "grpc" else HttpClient(url)
