@@ -15,6 +15,8 @@ from llama_engine.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent / "triton_model_repo"
 MAX_QUERY_BYTES = 1 << 20
+CONTAINER = "nvcr.io/nvidia/tritonserver:24.11-trtllm-python-py3"
+BACKEND = Path("/opt/tritonserver/backends/tensorrtllm")
 
 
 def fill(template: Path, target: Path, values: dict[str, object]) -> None:
@@ -64,11 +66,12 @@ def render_tensorrtllm(
 ) -> None:
     """Write a model repository for the C++ backend ``tensorrtllm``.
 
-    ``served_from`` is the engine directory as the server sees it, inside a container say. ``text`` adds the ensemble.
+    ``served_from`` is the engine directory as the server sees it (default: where :func:`serve_command` puts it).
+    ``text`` adds the ensemble.
     Raises :class:`InputError` unless ``engine_dir`` is a TensorRT engine.
     """
     info = load_engine_json(engine_dir, backend="tensorrt_llm")
-    path = served_from or str(Path(engine_dir).resolve())
+    path = served_from or (str(Path(engine_dir).resolve()) if BACKEND.is_dir() else "/engine")
     values = {
         "max_batch_size": info.engine.max_batch_size,
         "decoupled": decoupled,
@@ -82,6 +85,23 @@ def render_tensorrtllm(
     (models_dir / "tensorrt_llm" / "1").mkdir(exist_ok=True)
     if text:
         render_text(engine_dir, models_dir, max_batch_size=info.engine.max_batch_size, tokenizer_dir=path)
+
+
+def serve_command(engine_dir: Path | str, models_dir: Path, arguments: list[str]) -> list[str]:
+    """How to start Triton over :func:`render_tensorrtllm`'s repository: directly where the backend is installed, else
+    in NVIDIA's container, which sees the engine at /engine and the repository at /models."""
+    if BACKEND.is_dir():
+        return ["/opt/tritonserver/bin/tritonserver", f"--model-repository={models_dir}", *arguments]
+    mounts = [f"{Path(engine_dir).resolve()}:/engine:ro", f"{Path(models_dir).resolve()}:/models:ro"]
+    docker = ["docker", "run", "--rm", "--gpus", "all", "--network", "host", "--shm-size", "2g"]
+    return [
+        *docker,
+        *(part for mount in mounts for part in ("-v", mount)),
+        CONTAINER,
+        "tritonserver",
+        "--model-repository=/models",
+        *arguments,
+    ]
 
 
 def _quoted(value: object) -> str:

@@ -11,19 +11,30 @@ Output:  the addresses; the server's log in the run directory.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from llama_engine.errors import RunError, run_cli
+from llama_engine.build import engine_backend
+from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.files import atomic_dir
+from llama_engine.triton_repo import render_tensorrtllm, serve_command
 from llama_engine.triton_server import ServeConfig, TritonServer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-dir", "--engine_dir", type=Path, required=True)
+    parser.add_argument(
+        "--backend", choices=["auto", "native", "tensorrt_llm"], default="auto", help="auto: the engine's"
+    )
+    parser.add_argument("--print", action="store_true", help="tensorrt_llm: render, print the command, start nothing")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000)
@@ -40,6 +51,12 @@ def main() -> None:
     parser.add_argument("--null-model", action="store_true", help="also serve null_model, the load generator's ceiling")
     parser.add_argument("--run-dir", type=Path, help="model repository and log (default: a temporary one)")
     args = parser.parse_args()
+    backend = engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
+    if backend == "tensorrt_llm":
+        serve_tensorrtllm(args)
+        return
+    if args.print:
+        raise InputError("--print shows what --backend tensorrt_llm would run; the native backend just starts")
     config = ServeConfig(
         device=args.device,
         decoupled=not args.no_decoupled,
@@ -73,6 +90,29 @@ def main() -> None:
         console.print("stopping")
     finally:
         server.stop()
+
+
+def serve_tensorrtllm(args: argparse.Namespace) -> None:
+    """Render for NVIDIA's C++ backend and become the server, or the container that holds it."""
+    run_dir = args.run_dir or Path("build/triton")
+    with atomic_dir(run_dir / "models", force=True) as models:
+        render_tensorrtllm(
+            args.engine_dir,
+            models,
+            decoupled=not args.no_decoupled,
+            max_queue_size=args.max_queue_size,
+            text=args.text,
+        )
+    address = [f"--{kind}-address={args.host}" for kind in ("http", "grpc", "metrics")]
+    ports = [f"--http-port={args.http_port}", f"--grpc-port={args.grpc_port}", f"--metrics-port={args.metrics_port}"]
+    command = serve_command(args.engine_dir, run_dir / "models", ["--disable-auto-complete-config", *address, *ports])
+    print(shlex.join(command))
+    if args.print:
+        return
+    if shutil.which(command[0]) is None:
+        raise InputError(f"{command[0]} is not installed: run the command above where it is, or use a native engine")
+    sys.stdout.flush()
+    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

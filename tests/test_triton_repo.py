@@ -1,0 +1,185 @@
+"""The text models and the repository of NVIDIA's C++ backend, as far as a machine without that backend can tell."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.http
+from transformers import AutoTokenizer
+
+from llama_engine import triton_repo, triton_server, trtllm
+from llama_engine.config import EngineConfig
+from llama_engine.convert import ConvertOptions, convert
+from llama_engine.errors import InputError
+from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent
+NUMPY_1 = pytest.mark.skipif(np.__version__ >= "2", reason="this Triton's Python backend loses strings under NumPy 2")
+
+
+def load_model(name, monkeypatch):
+    """A model.py outside the server, for its pure functions."""
+    stub = types.ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    path = ROOT / "triton_model_repo" / name / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location(f"triton_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def initialized(name, engine, monkeypatch, **parameters):
+    model = load_model(name, monkeypatch).TritonPythonModel()
+    parameters = {"tokenizer_dir": str(engine)} | parameters
+    config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    model.initialize({"model_config": json.dumps(config)})
+    return model
+
+
+@pytest.mark.parametrize("text", ["Paris.", "naïve café", "日本語 🙂 12 34\n\tend", "€" * 5])
+def test_streamed_pieces_join_to_the_exact_text(smollm2_engine, monkeypatch, text):
+    model = initialized("postprocessing", smollm2_engine, monkeypatch)
+    ids = AutoTokenizer.from_pretrained(smollm2_engine)(text)["input_ids"]
+    assert b"".join(model._text([i]) for i in ids).decode() == text
+    assert model._text([1, *ids, 2, -1]).decode() == text  # special tokens and padding give nothing
+
+
+def test_the_byte_alphabet_is_a_bijection(monkeypatch):
+    alphabet = load_model("postprocessing", monkeypatch).byte_of_character()
+    assert sorted(alphabet.values()) == list(range(256))
+    assert alphabet["Ġ"] == ord(" ")
+    assert alphabet["Ċ"] == ord("\n")
+
+
+def test_preprocessing_applies_the_chat_template_or_not(smollm2_engine, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_engine)
+    query = np.array([["Hi"]], dtype=object)
+    query[0, 0] = b"Hi"
+    chat = initialized("preprocessing", smollm2_engine, monkeypatch, chat_template="true", max_query_bytes="10")
+    assert tokenizer.decode(chat._ids(query)).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    plain = initialized("preprocessing", smollm2_engine, monkeypatch, chat_template="false", max_query_bytes="10")
+    assert tokenizer.decode(plain._ids(query)) == "Hi"
+    for bad, message in ((b"\xff", "not UTF-8"), (b"x" * 11, "11 bytes, more than 10"), (b"", "empty")):
+        query[0, 0] = bad
+        with pytest.raises(ValueError, match=message):
+            plain._ids(query)
+    with pytest.raises(ValueError, match="must hold one text"):
+        plain._ids(np.array([[b"a"], [b"b"]], dtype=object))
+
+
+def test_an_engine_without_a_tokenizer_cannot_serve_text(tiny_engine, tmp_path):
+    with pytest.raises(InputError, match="has no tokenizer"):
+        triton_repo.render_text(tiny_engine, tmp_path, max_batch_size=4)
+
+
+@NUMPY_1
+def test_the_ensemble_answers_paris_in_front_of_the_native_engine(smollm2_engine):
+    config = triton_server.ServeConfig(decoupled=False, text=True, device="cpu")
+    with triton_server.TritonServer(smollm2_engine, config) as server:
+        client = tritonclient.http.InferenceServerClient(server.http_url)
+        text = tritonclient.http.InferInput("text_input", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([["What is the capital of France? Answer briefly."]], dtype=object))
+        tokens = tritonclient.http.InferInput("max_tokens", [1, 1], "INT32")
+        tokens.set_data_from_numpy(np.array([[32]], dtype=np.int32))
+        answer = client.infer("ensemble", [text, tokens]).as_numpy("text_output")
+        assert answer[0, 0] == b"The capital of France is Paris."
+
+
+@pytest.fixture
+def trt_engine(installed, smollm2_model, tmp_path):  # noqa: F811
+    convert(smollm2_model, tmp_path / "c", ConvertOptions(int8=True), progress=False)
+    trtllm.build(tmp_path / "c", tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
+    return tmp_path / "e"
+
+
+def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
+    triton_repo.render_tensorrtllm(trt_engine, tmp_path / "models", decoupled=False)
+    text = (tmp_path / "models" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert "$" not in text
+    values = dict(re.findall(r'key: "(\w+)", value: \{ string_value: "([^"]*)"', text))
+    assert all(values.values())
+    assert values["gpt_model_type"] == "inflight_fused_batching"
+    assert values["gpt_model_path"] == "/engine"
+    assert values["kv_cache_free_gpu_mem_fraction"] == "0.9"
+    assert values["exclude_input_in_output"] == "true"
+    assert "max_batch_size: 8" in text
+    assert "decoupled: false" in text
+    # What every request must carry is not optional.
+    for name in ("input_ids", "input_lengths", "request_output_len"):
+        (line,) = [line for line in text.splitlines() if f'"{name}"' in line]
+        assert "optional" not in line
+
+
+def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_path):
+    root = triton_server.wheel()
+    triton_repo.render_tensorrtllm(trt_engine, tmp_path / "models", served_from=str(trt_engine))
+    backend = tmp_path / "backends" / "python"
+    backend.mkdir(parents=True)
+    parts = root / "tritonserver/backends/python"
+    for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", triton_server.stub(root)):
+        (backend / part.name).symlink_to(part)
+    done = subprocess.run(
+        [
+            str(root / "tritonserver/bin/tritonserver"),
+            f"--model-repository={tmp_path / 'models'}",
+            f"--backend-directory={tmp_path / 'backends'}",
+            "--disable-auto-complete-config",
+            "--allow-http=false",
+            "--allow-grpc=false",
+            "--allow-metrics=false",
+        ],
+        env=triton_server.environment(root),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    log = done.stdout + done.stderr
+    rows = dict(re.findall(r"^\| (\w+)\s+\| 1\s+\| (.+?)\s*\|$", log, flags=re.MULTILINE))
+    assert rows["preprocessing"] == rows["postprocessing"] == "READY", log
+    assert "unable to find backend library for backend 'tensorrtllm'" in log, log
+    # Models that do not even parse are listed apart, with another message.
+    assert "failed to read text proto" not in log
+    errors = [line for line in log.splitlines() if re.match(r"E\d{4} ", line) and "CudaDriver" not in line]
+    assert all("tensorrt" in line for line in errors), errors
+
+
+def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tmp_path):
+    command = [
+        "scripts/serve_triton.sh",
+        "--engine-dir",
+        trt_engine,
+        "--run-dir",
+        tmp_path / "run",
+        "--text",
+        "--print",
+    ]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:2] == ["docker", "run"]
+    assert f"{trt_engine}:/engine:ro" in words
+    assert f"{tmp_path / 'run' / 'models'}:/models:ro" in words
+    assert words[words.index(triton_repo.CONTAINER) + 1 :][:2] == ["tritonserver", "--model-repository=/models"]
+    assert "--http-address=127.0.0.1" in words
+    assert {path.name for path in (tmp_path / "run" / "models").iterdir()} == {
+        "tensorrt_llm",
+        "preprocessing",
+        "postprocessing",
+        "ensemble",
+    }
+
+
+def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
+    with pytest.raises(InputError, match="give --backend native"):
+        triton_repo.render_tensorrtllm(tiny_engine, tmp_path / "models")
