@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The whole job: set up, prepare the model, convert, build, measure baseline against engine, serve and load-test through
+# Triton Inference Server, draw the pictures, write the report. Results go to results/local/.
+#
+#   ./scripts/run_all.sh                                   the default model on this machine
+#   ./scripts/run_all.sh --quick                           shorter runs, three minutes on two cores
+#   ./scripts/run_all.sh --device cuda --synthetic llama-3.1-8b --name h100
+#
+#   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
+#   --device DEVICE    auto, cpu or cuda                  --synthetic NAME    llama-3.1-8b, llama-3.2-1b, tiny
+#   --lm-head P        checkpoint (16-bit) or int8        --headline          also render into results/ itself
+set -euo pipefail
+quick= name=local model_args=() device=auto lm_head=checkpoint headline=
+usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=1 ;;
+    --headline) headline=1 ;;
+    --name | --device | --model-dir | --synthetic | --lm-head)
+      [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+      case $1 in
+        --name) name=$2 ;;
+        --device) device=$2 ;;
+        --lm-head) lm_head=$2 ;;
+        *) model_args=("$1" "$2") ;;
+      esac
+      shift
+      ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "error: unknown argument $1 (see --help)" >&2; exit 2 ;;
+  esac
+  shift
+done
+[[ $name =~ ^[a-z0-9][a-z0-9_-]*$ ]] || { echo "error: --name takes lower-case letters, digits, - and _" >&2; exit 2; }
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+results=results/$name
+step() { printf '\n\033[1m[%s/8] %s\033[0m\n' "$1" "$2"; }
+started=$SECONDS
+if [ "$device" = auto ]; then
+  device=$("$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+fi
+if [ "$device" = cuda ]; then batch=64 concurrency="1 2 4 8 16 32 64"; else batch=16 concurrency="1 2 4 8"; fi
+if [ -n "$quick" ]; then
+  measure=(--output-tokens 128 --warmup 1 --runs 5 --batch-output-tokens 64 --batch-runs 2 --prefill-tokens 256)
+  load=(--output-tokens 64)
+  accuracy=(--quick)
+else
+  measure=() load=() accuracy=()
+fi
+
+step 1 "prepare the model"
+model=$("$PY" scripts/prepare_model.py "${model_args[@]}" | tail -n 1)
+checkpoint=checkpoints/$(basename "$model") engine=engines/$(basename "$model")
+echo "$model"
+
+step 2 "convert it to an INT8 weight-only checkpoint"
+./scripts/convert_checkpoint.sh --model_dir "$model" --output_dir "$checkpoint" --force
+
+step 3 "build the engine"
+./scripts/build_engine.sh --checkpoint_dir "$checkpoint" --output_dir "$engine" --backend native \
+  --max_batch_size "$batch" --lm_head "$lm_head" --force
+
+step 4 "baseline and engine, interleaved"
+"$PY" benchmarks/compare.py --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results" --force "${measure[@]}"
+
+step 5 "accuracy of the engine"
+"$PY" benchmarks/accuracy.py --model-dir "$model" --engine-dir "$engine" --device "$device" \
+  --output "$results/accuracy-native.json" --force "${accuracy[@]}"
+
+step 6 "Triton Inference Server under load"
+"$PY" benchmarks/benchmark_triton.py --engine-dir "$engine" --device "$device" --concurrency $concurrency \
+  --output "$results/triton-native.json" --force "${load[@]}"
+
+step 7 "profile"
+./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results/profile.json" --force
+
+step 8 "pictures and report"
+"$PY" scripts/plot_results.py --results-dir "$results"
+[ -z "$headline" ] || "$PY" scripts/plot_results.py --headline "$name"
+
+printf '\n'
+"$PY" scripts/show_results.py "$results"
+printf 'done in %d:%02d\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
