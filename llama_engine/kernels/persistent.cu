@@ -19,13 +19,16 @@ typedef unsigned long long u64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 2
+#define IN_FLIGHT 3
+#endif
+#ifndef IN_FLIGHT_L2
+#define IN_FLIGHT_L2 6
 #endif
 #ifndef PREFETCH
 #define PREFETCH 8
 #endif
 #ifndef PACE
-#define PACE 1300
+#define PACE 1400
 #endif
 constexpr int STAGE = 16384, SMEM = 232448;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
@@ -79,10 +82,9 @@ struct Params {
     float eps;
 };
 enum { QKV_W, QKV_S, O_W, O_S, GU_W, GU_S, DOWN_W, DOWN_S, KV, TABLE };
-enum { LAUNCHES = 0, DONE = 32, BEST = 64, SENT_ATTENDED = 96, SENT_HIDDEN = 128, SENT_X = 160, SYNC_WORDS = 192 };  // words of Params::sync
+enum { LAUNCHES = 0, DONE = 32, BEST = 64, SENT_HIDDEN = 96, SENT_X = 128, SYNC_WORDS = 160 };  // words of Params::sync
 constexpr int UNIT_WORDS = OUTPUTS + 2 * GROUP;
-enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_ATT_LOAD, T_ATT_KEYS, T_ATT_MERGE, T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O, T_GEMV_GU, T_GEMV_DOWN, T_PRODUCER,
-       T_TOTAL, T_COUNT };
+enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_ATT_LOAD, T_ATT_KEYS, T_ATT_MERGE, T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O, T_GEMV_GU, T_GEMV_DOWN, T_TOTAL, T_COUNT };
 
 struct Shared {
     u64 full[16], empty[16];
@@ -198,16 +200,16 @@ struct Ring {
     u32 data, full, empty, slot = 0, parity = 0, issued = 0;
     __device__ void advance() {
         if (++slot == STAGES) { slot = 0; parity ^= 1; }
+        ++issued;
     }
     __device__ u32 stage() const { return data + slot * STAGE; }
     __device__ u32 full_bar() const { return full + slot * 8; }
     __device__ bool is_empty() const { return mbar_test(empty + slot * 8, parity ^ 1); }
-    // Fewer than IN_FLIGHT stages on their way: deeper queues in the memory system would only make everybody's small
-    // loads slow.
-    __device__ void wait_turn() {
-        const bool wrapped = slot < IN_FLIGHT;
-        if (issued++ >= IN_FLIGHT)
-            mbar_wait(full + (slot + (wrapped ? STAGES : 0) - IN_FLIGHT) * 8, parity ^ wrapped);
+    // Whether fewer than `limit` stages are on their way: deeper queues in the memory system would only make
+    // everybody's small loads slow.
+    __device__ bool may_issue(u32 limit) const {
+        const bool wrapped = slot < limit;
+        return issued < limit || mbar_test(full + (slot + (wrapped ? STAGES : 0) - limit) * 8, parity ^ wrapped);
     }
     __device__ void wait_full() const { mbar_wait(full_bar(), parity); }
     __device__ void release() {
@@ -288,25 +290,28 @@ __device__ void produce(const Params& p, Shared& s, Ring ring) {
     const Unit unit = unit_of(s.position);
     Cursor cursor, ahead;
     int lead = 0;  // stages from the current one on that are already on their way to L2
+    long long last = clock64();
+    // While consumers wait for other blocks and the ring is full, device memory goes on reading at its own pace, into
+    // L2; and so it does until the ring, which L2 refills faster, has caught up.
+    auto pump = [&](bool full) {
+        if (lead < PREFETCH && (full || lead) && clock64() - last > PACE) {
+            const Piece next = ahead.next(p, s, unit);
+            if (next.bytes) prefetch(next.a, next.bytes);
+            if (next.bytes && next.second) prefetch(next.b, next.bytes);
+            ++lead, last = clock64();
+        }
+    };
     for (;;) {
         if (lead == 0) ahead = cursor;
         const Piece piece = cursor.next(p, s, unit);
         if (piece.bytes == 0) return;
-        // While consumers wait for other blocks and the ring is full, device memory goes on reading, into L2.
-        long long last = clock64();
-        for (u32 n = 0; !ring.is_empty(); ++n) {
-            if (lead < PREFETCH && clock64() - last > PACE) {
-                const Piece next = ahead.next(p, s, unit);
-                if (next.bytes) {
-                    prefetch(next.a, next.bytes);
-                    if (next.second) prefetch(next.b, next.bytes);
-                }
-                ++lead, last += PACE;
-            }
-            if (n > 16 * SPIN_LIMIT) __trap();
-        }
+        u32 spins = 0;
+        for (; !ring.is_empty(); pump(true))
+            if (++spins > 16 * SPIN_LIMIT) __trap();
+        for (; !ring.may_issue(lead ? IN_FLIGHT_L2 : IN_FLIGHT); pump(false))
+            if (++spins > 16 * SPIN_LIMIT) __trap();
         if (lead) --lead;
-        TIMED(T_PRODUCER, true, ring.wait_turn());
+        else last = clock64();
         mbar_expect(ring.full_bar(), piece.second ? 2 * piece.bytes : piece.bytes);
         bulk_copy(ring.stage(), piece.a, piece.bytes, ring.full_bar(), policy);
         if (piece.second) bulk_copy(ring.stage() + piece.second, piece.b, piece.bytes, ring.full_bar(), policy);
@@ -366,18 +371,14 @@ __device__ __forceinline__ bool ready(uint4 w, u32 flag) {
 }
 // A hint that a block has sent its words: no order is promised, it only keeps readers from polling data too early.
 __device__ __forceinline__ void hint(u32* counter) {
-#ifdef HINT
     consumer_sync();
     if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-#endif
 }
 __device__ __forceinline__ void await_hint(const u32* counter, u32 target) {
-#ifdef HINT
     if (threadIdx.x == 0)
         for (u32 n = 0; peek(counter) < target; ++n)
             if (n > SPIN_LIMIT) __trap();
     consumer_sync();
-#endif
 }
 // N vectors at at(0) .. at(N - 1): polls the first, then asks for the others at once.
 template <int N, typename At> __device__ __forceinline__ void receive(float4 (&v)[N], u32 flag, At at) {
@@ -746,7 +747,6 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         }
         send(p.attended + unit.row * Q_SIZE + Split<Q_SIZE>::permuted(unit.head * OUTPUTS + o), acc / sum, flag);
     }
-    hint(p.sync + SENT_ATTENDED);
     MARK(T_ATT_MERGE)
 }
 
@@ -818,7 +818,6 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         {
             const float weight_scale = scale_of(O_S, rows_x.start + tid, tid < rows_x.count);
             Digits<Q_SIZE> d;
-            await_hint(p.sync + SENT_ATTENDED, UNITS * (layer + 1));
             plain_digits<Q_SIZE>(s, p.attended, flag, d);
             MARK(T_PRO_O)
             gemv<Q_SIZE, RS_Q, false>(ring, s, d, rows_x.count, T_FULL_O);

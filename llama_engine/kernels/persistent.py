@@ -37,7 +37,7 @@ TRACE_FIELDS = (
     *("full_qkv", "full_kv", "full_o", "full_gate_up", "full_down", "full_lm_head"),
     *("attention_wait", "attention_keys", "attention_merge", "digits_qkv", "digits_o", "digits_gate_up", "digits_down"),
     *("epilogue_qkv", "epilogue_o", "epilogue_gate_up", "epilogue_down"),
-    *("gemv_qkv", "gemv_o", "gemv_gate_up", "gemv_down", "producer", "total"),
+    *("gemv_qkv", "gemv_o", "gemv_gate_up", "gemv_down", "total"),
 )
 _POINTERS = (
     *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
@@ -237,7 +237,7 @@ class PersistentDecode:
             "attended": (rows, c.q_size),
             "hidden": (rows, c.intermediate_size),
             "partial": (self.grid, group * (c.head_size + 2)),
-            "sync": (192,),
+            "sync": (160,),
         }
         return {name: torch.zeros(size, dtype=torch.int32, device=self.device) for name, size in sizes.items()}
 
