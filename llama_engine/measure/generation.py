@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 from llama_engine.config import ModelConfig
 from llama_engine.engine import Engine
@@ -189,6 +190,11 @@ class RunnerStack:
         return run
 
 
+def tokenize(model_dir: Path | str, text: str) -> list[int]:
+    """Ids of ``text`` with the special tokens the model's tokenizer adds."""
+    return Tokenizer.from_file(str(Path(model_dir) / "tokenizer.json")).encode(text).ids
+
+
 def make_prompts(model_dir: Path | str, text: str, length: int, count: int = 1) -> list[list[int]]:
     """``count`` prompts of exactly ``length`` ids: successive windows of the tokenized text, wrapped around.
 
@@ -197,9 +203,7 @@ def make_prompts(model_dir: Path | str, text: str, length: int, count: int = 1) 
     if length < 1:
         raise InputError(f"--input-tokens must be at least 1, got {length}")
     if (Path(model_dir) / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(model_dir)(text)["input_ids"]
+        ids = tokenize(model_dir, text)
         if not ids:
             raise InputError("the prompt holds no tokens: give some text")
     else:

@@ -64,7 +64,7 @@ class Story:
 
     @property
     def accuracy_file(self) -> str:
-        return f"accuracy-{self.backend}.json"
+        return "accuracy.json"
 
     @property
     def any(self) -> Result:

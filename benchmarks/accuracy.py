@@ -1,0 +1,134 @@
+"""The accuracy gate: the INT8 engine, through its own kernels and paged cache, against the 16-bit transformers model.
+
+Method: both models score the same windows of a public-domain novel (benchmarks/data/README.md), teacher-forced:
+perplexity, KL(16-bit, engine) a token, agreement of the most likely token; then greedy continuations until the first
+difference. With synthetic weights those figures would mean nothing: the kernels' logits are compared with float32
+arithmetic on the dequantized weights instead. Gate: perplexity ratio <= 1.01 and mean KL <= 0.01 nat; exit code 1 when
+it fails.
+Output: a result file with the figures and "gate". --quick scores an eighth of the text.
+
+    python benchmarks/accuracy.py --model-dir models/smollm2-135m-instruct --engine-dir engines/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_engine.engine import Engine
+from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.hf import model_identity
+from llama_engine.measure import accuracy, protocol, result
+from llama_engine.measure.environment import fingerprint
+from llama_engine.measure.generation import EngineStack, TransformersStack, make_prompts, progress_bar, tokenize
+from llama_engine.model import TorchModel
+
+TEXT = Path(__file__).with_name("data") / "alice.txt"
+SYNTHETIC_WINDOWS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--text", type=Path, default=TEXT, help="what to score")
+    parser.add_argument("--window", type=int, default=512, help="tokens of context, scored independently")
+    parser.add_argument("--greedy-prompts", type=int, default=8, help="continuations to compare")
+    parser.add_argument("--greedy-tokens", type=int, default=64, help="tokens of each")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the text")
+    parser.add_argument("--output", type=Path, default=Path("results/local/accuracy.json"))
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    args = parser.parse_args()
+    result.check_output(args.output, args.force)
+    if not args.text.is_file():
+        raise InputError(f"--text {args.text} does not exist")
+    args.input_tokens = args.output_tokens = args.runs = 1
+    args.warmup = args.prefill_tokens = 0
+    device = protocol.prepare(args)
+    stack, about = protocol.open_engine(args.engine_dir, "native", device, args.threads)
+    protocol.check_same_model(args.model_dir, about)
+    assert isinstance(stack, EngineStack)
+    if not 2 <= args.window <= stack.engine.config.max_seq_len:
+        raise InputError(f"--window must be 2 to {stack.engine.config.max_seq_len} (the engine's max_seq_len)")
+    measured = run(args, stack, about, device)
+    result.write_result(args.output, measured, force=args.force)
+    for key, value in measured["summary"].items():
+        print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
+    print(f"gate {measured['gate']['status']}")
+    if measured["gate"]["status"] != "PASSED":
+        raise RunError("the accuracy gate failed: " + "; ".join(measured["gate"]["reasons"]))
+
+
+def windows_of(args: argparse.Namespace, synthetic: bool) -> list[list[int]]:
+    """Successive windows of the text's ids; seeded random ids for a model without a tokenizer."""
+    text = args.text.read_text(encoding="utf-8")
+    if synthetic or not (args.model_dir / "tokenizer.json").is_file():
+        return make_prompts(args.model_dir, text, args.window, SYNTHETIC_WINDOWS)
+    ids = tokenize(args.model_dir, text)
+    ids = ids[: len(ids) // 8] if args.quick else ids
+    windows = [ids[start : start + args.window] for start in range(0, len(ids), args.window)]
+    return [window for window in windows if len(window) > 1]
+
+
+def run(args: argparse.Namespace, stack: EngineStack, about: dict[str, Any], device: str) -> result.Result:
+    model = model_identity(args.model_dir)
+    synthetic = model["source"] == "synthetic"
+    windows = windows_of(args, synthetic)
+    reference: accuracy.Logits
+    if synthetic:
+        reference = float_reference(args, device)
+    else:
+        baseline = TransformersStack(args.model_dir, device)
+
+        @torch.inference_mode()
+        def reference(ids: list[int]) -> torch.Tensor:
+            return baseline.model(torch.tensor([ids], device=device)).logits[0]
+
+    with progress_bar(protocol.console) as bar:
+        task = bar.add_task("scoring", total=len(windows))
+        compared = accuracy.compare_logits(
+            reference, lambda ids: accuracy.engine_logits(stack.engine, ids), windows, lambda: bar.advance(task)
+        )
+        figures = compared.summary(synthetic=synthetic)
+        if not synthetic and args.greedy_prompts:
+            prompts = make_prompts(args.model_dir, args.text.read_text(encoding="utf-8"), 32, args.greedy_prompts)
+            task = bar.add_task("greedy", total=len(prompts))
+            expected = []
+            for prompt in prompts:
+                expected.append(baseline.generate(prompt, args.greedy_tokens))
+                bar.advance(task)
+            batch = stack.engine.config.max_batch_size
+            got = [
+                run
+                for start in range(0, len(prompts), batch)
+                for run in stack.generate_batch(prompts[start : start + batch], args.greedy_tokens)
+            ]
+            figures["greedy_agreement_tokens"] = accuracy.greedy_agreement(expected, got)
+    return result.new_result(
+        "accuracy",
+        "native",
+        model=model,
+        workload={"text": args.text.name, "window": args.window, "windows": len(windows)},
+        environment=fingerprint(device),
+        summary=figures,
+        engine=about,
+        reference="float32 on the dequantized weights" if synthetic else f"transformers, SDPA, {baseline.dtype}",
+        gate=accuracy.gate(figures, full=not args.quick),
+    )
+
+
+def float_reference(args: argparse.Namespace, device: str) -> accuracy.Logits:
+    """The PyTorch reference on the same engine's dequantized weights, float32 activations."""
+    engine = Engine.from_dir(args.engine_dir, device=device, kernels="torch")
+    model: TorchModel = engine.executor._model  # type: ignore[attr-defined]
+    model.dtype = torch.float32  # on a GPU the fallback would run in float16, which is no reference
+    return lambda ids: accuracy.engine_logits(engine, ids)
+
+
+if __name__ == "__main__":
+    run_cli(main)
