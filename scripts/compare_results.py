@@ -1,8 +1,8 @@
 """Compare two result folders metric by metric, for somebody's CI.
 
-Method: for every result file that both folders have, the raw samples of each metric (TTFT, TPOT, latency; of
-each level too) enter an unpaired bootstrap of the ratio of medians; a metric regressed when its whole 95 % interval is worse
-than 1 - --tolerance. Refused: INVALID results, other workloads or models, other fingerprints (unless --force, then
+Method: for every result file that both folders have, the raw samples of each metric (TTFT, TPOT, latency; of each
+level too) enter an unpaired bootstrap of the ratio of medians; a metric regressed when its whole 95 % interval is
+below 1 - --tolerance. Refused: INVALID results, other workloads or models, other fingerprints (unless --force, then
 labelled).
 Output: a table. Exit code 0 no regression, 3 regression, 4 not comparable.
 

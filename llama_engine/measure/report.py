@@ -238,19 +238,21 @@ def _time(page: Page, story: Story) -> None:
         page.text("No profile was taken on this machine (scripts/profile_nsight.sh).")
     else:
         keys = [
-            ("launches_per_token", "CPU launches a token", "{:,.1f}", 1.0),
+            ("launches_per_token", "CPU launches a token (kernels, graph replays, copies)", "{:,.1f}", 1.0),
             ("kernels_per_token", "GPU kernels executed a token", "{:,.1f}", 1.0),
             ("graph_replays", "CUDA graph replays", "{:,}", 1.0),
             ("api_ms_per_token", "launch API time a token, ms", "{:,.3f}", 1.0),
             ("gpu_busy_share", "device busy while decoding", "{:.1%}", 1.0),
+            ("operators_per_token", "PyTorch operators a token", "{:,.1f}", 1.0),
             ("gap_us_mean", "mean gap between kernels, µs", "{:,.1f}", 1.0),
         ]
         head = [STACK_NAMES.get(name, name) for name in stacks]
+        measured = [key for key in keys if any(stack.get(key[0]) is not None for stack in stacks.values())]
         page.table(
             ("", *head),
             [
                 (label, *(page.value("profile.json", f"stacks.{s}.{key}", form, f) for s in stacks))
-                for key, label, form, f in keys
+                for key, label, form, f in measured
             ],
         )
         for name in stacks:

@@ -1,0 +1,26 @@
+"""The baseline (transformers) under NVTX ranges, for Nsight Systems. A profiled run is slow: no speed is taken from it.
+
+Method: one warm-up marked "warm-up", then one generation in which the prefill and each decode step are marked,
+and inside them embedding, attention, mlp, norm and lm_head. scripts/profile_nsight.sh runs it under nsys.
+Output: a small JSON that says what was run (and, with --torch-profiler, PyTorch's own profile of it).
+
+    python benchmarks/baseline_nvtx.py --output build/baseline_nvtx.json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from llama_engine.errors import run_cli
+from llama_engine.measure import profile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    profile.add_arguments(parser, "build/baseline_nvtx.json")
+
+    profile.main_for(parser.parse_args(), engine=False)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,105 @@
+"""Figures of a hand-made export, then of exports recorded by nsys on an H100."""
+
+import json
+import sqlite3
+
+import pytest
+
+from llama_engine.errors import InputError
+from llama_engine.measure import nsight
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Two decode steps, 0-100 and 100-200 us: in each one kernel launch, one graph replay of two nodes, one copy."""
+    path = tmp_path / "a.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("create table StringIds (id int, value text)")
+        names = ["cudaLaunchKernel_v7000", "cudaGraphLaunch_v10000", "cudaMemcpyAsync_v3020", "cudaStreamSynchronize_v3020",
+                 "gemv", "attention", "decode"]  # fmt: skip
+        db.executemany("insert into StringIds values (?, ?)", enumerate(names))
+        db.execute("create table NVTX_EVENTS (start int, end int, text text, textId int)")
+        db.execute("create table CUPTI_ACTIVITY_KIND_RUNTIME (start int, end int, nameId int, correlationId int)")
+        db.execute(
+            "create table CUPTI_ACTIVITY_KIND_KERNEL (start int, end int, shortName int, demangledName int,"
+            " correlationId int)"
+        )
+        db.execute("create table CUPTI_ACTIVITY_KIND_MEMCPY (start int, end int, correlationId int)")
+        db.execute("insert into NVTX_EVENTS values (-500000, -100000, 'warm-up', null)")
+        for step in (0, 1):
+            t, link = step * 100_000, 10 * step
+            db.execute("insert into NVTX_EVENTS values (?, ?, null, 6)", (t, t + 100_000))
+            calls = [(0, 5_000, 0, 1), (6_000, 9_000, 1, 2), (10_000, 12_000, 2, 3), (13_000, 90_000, 3, 4)]
+            db.executemany(
+                "insert into CUPTI_ACTIVITY_KIND_RUNTIME values (?, ?, ?, ?)",
+                [(t + a, t + b, name, link + number) for a, b, name, number in calls],
+            )
+            kernels = [(10_000, 30_000, 4, 1), (40_000, 60_000, 5, 2), (50_000, 70_000, 4, 2)]
+            db.executemany(
+                "insert into CUPTI_ACTIVITY_KIND_KERNEL values (?, ?, ?, ?, ?)",
+                [(t + a, t + b, name, name, link + number) for a, b, name, number in kernels],
+            )
+            db.execute("insert into CUPTI_ACTIVITY_KIND_MEMCPY values (?, ?, ?)", (t + 80_000, t + 90_000, link + 3))
+    return path
+
+
+def test_figures_by_hand(export):
+    result = nsight.read_export(export)
+    assert result["tokens"] == 2
+    assert result["launches_per_token"] == 3  # synchronizing is not a launch
+    assert (result["kernel_launches_per_token"], result["copies_per_token"], result["graph_replays"]) == (1, 1, 2)
+    assert result["kernels_per_token"] == 3
+    assert result["graph_nodes_traced"]
+    assert result["api_ms_per_token"] == pytest.approx(0.010)
+    assert result["gpu_busy_share"] == pytest.approx(0.6)  # 20 + 30 + 10 of 100 us
+    assert result["gap_us_mean"] == pytest.approx((10 + 10 + 20 + 10 + 10) / 5)
+    assert result["top_kernels"][0] == {"name": "gemv", "share": pytest.approx(2 / 3), "calls": 4, "mean_us": 20.0}
+    decode = result["phases"]["decode"]
+    assert (decode["ranges"], decode["launches"], decode["kernels"]) == (2, 6, 6)
+    assert decode["device_ms"] == pytest.approx(0.12)
+    assert result["phases"]["warm-up"]["launches"] == 0
+
+
+def test_untraced_graphs_are_said_to_be_so(export):
+    with sqlite3.connect(export) as db:
+        db.execute("create table CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start int, end int, correlationId int)")
+        db.execute("insert into CUPTI_ACTIVITY_KIND_GRAPH_TRACE values (90000, 95000, 2)")
+    result = nsight.read_export(export)
+    assert not result["graph_nodes_traced"]
+    assert result["gpu_busy_share"] == pytest.approx((120_000 + 5_000) / 200_000)
+
+
+@pytest.mark.parametrize(("sql", "message"), [
+    ("delete from NVTX_EVENTS", "no 'decode' range"),
+    ("drop table NVTX_EVENTS", "no NVTX ranges"),
+])  # fmt: skip
+def test_unusable_exports(export, sql, message):
+    with sqlite3.connect(export) as db:
+        db.execute(sql)
+    with pytest.raises(InputError, match=message):
+        nsight.read_export(export)
+
+
+def test_not_an_export(tmp_path):
+    with pytest.raises(InputError, match="is missing"):
+        nsight.read_export(tmp_path / "none.sqlite")
+    (tmp_path / "text.sqlite").write_text("hello " * 300)
+    with pytest.raises(InputError, match="not an Nsight"):
+        nsight.read_export(tmp_path / "text.sqlite")
+
+
+def test_combine_refuses_two_models(export, tmp_path):
+    entries = []
+    for index, name in enumerate(("transformers", "native")):
+        info = {
+            "stack": name, "model": {"name": "m", "source": "pretrained", "sha256": str(index) * 64}, "workload": {},
+            "environment": {"cpu": {}, "gpu": None, "software": {}, "git": {}, "fingerprint": "f"}, "engine": None,
+        }  # fmt: skip
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(info))
+        entries.append(f"{path}:{export}")
+    with pytest.raises(InputError, match="different models"):
+        nsight.combine(entries, "Nsight Systems")
+    result = nsight.combine(entries[1:], "Nsight Systems 2025.3")
+    assert result["stacks"]["native"]["launches_per_token"] == 3
+    assert result["validity"]["status"] == "VALID"
