@@ -1,13 +1,13 @@
-"""Decode 1 to 4 sequences with one kernel launch a token: compile, pack pointers, launch ``persistent.cu``.
+"""Decode 1 or 2 sequences with one kernel launch a token: compile, pack pointers, launch ``persistent.cu``.
 
 Interface for an executor::
 
     if persistent.supported(config, engine, weights) is None:
-        decode = PersistentDecode(config, engine, weights, kv, max_rows=4)
+        decode = PersistentDecode(config, engine, weights, kv, max_rows=2)
         decode.launch(slot_ids, last_token, position, block_tables, sampled, logits)
 
 ``launch`` enqueues on the current stream, allocates nothing and can be captured into a CUDA graph. Rows must be one of
-:attr:`PersistentDecode.row_counts` (1, 2, 4); pad with the dummy slot (the last row of the slot state), which the
+:attr:`PersistentDecode.row_counts` (1, 2); pad with the dummy slot (the last row of the slot state), which the
 kernel never moves on. For every other row it reads ``last_token[slot]`` and ``position[slot]`` (where that token will
 stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_token[slot]`` and adds 1 to
 ``position[slot]``. Layouts are those of :mod:`llama_engine.kernels`. The reference is
@@ -30,6 +30,7 @@ from llama_engine.model import rope_tables
 from llama_engine.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
+HEADER = Path(__file__).with_name("persistent_stream.cu")  # included by SOURCE
 THREADS = 288
 SHARED_BYTES = 232448
 STAGE_BYTES = 16384
@@ -75,8 +76,8 @@ def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights)
             return f"{name} {k} is not a multiple of 1024 up to {most}"
     if max(config.intermediate_size, config.qkv_size) > 256 * properties.multi_processor_count:
         return "more than 256 rows a multiprocessor"
-    if config.num_kv_heads > properties.multi_processor_count:
-        return "more KV heads than multiprocessors"
+    if config.num_kv_heads > properties.multi_processor_count or config.num_heads > 8 * config.num_kv_heads:
+        return "more KV heads than multiprocessors, or more than 8 query heads a KV head"
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
             if getattr(layer, name).scale is None:
@@ -103,18 +104,20 @@ def _nvrtc() -> ctypes.CDLL:
 
 def compile_cubin(macros: dict[str, int], architecture: str) -> bytes:
     """``persistent.cu`` for one geometry, compiled by NVRTC and cached under ``$XDG_CACHE_HOME/llama_engine``."""
-    source = SOURCE.read_bytes()
+    source, header = SOURCE.read_bytes(), HEADER.read_bytes()
     options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     nvrtc = _nvrtc()
     version = (ctypes.c_int * 2)()
     nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
-    key = hashlib.sha256(source + repr((options, tuple(version))).encode()).hexdigest()[:32]
+    key = hashlib.sha256(source + header + repr((options, tuple(version))).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_engine"
     cached = folder / f"persistent-{key}.cubin"
     if cached.is_file():
         return cached.read_bytes()
     program = ctypes.c_void_p()
-    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 0, None, None), "NVRTC")
+    headers, names = (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(HEADER.name.encode())
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 1, headers, names)
+    _check(created, "NVRTC")
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()
@@ -158,7 +161,7 @@ class PersistentDecode:
         engine: EngineConfig,
         weights: EngineWeights,
         kv: Sequence[torch.Tensor],
-        max_rows: int = 4,
+        max_rows: int = 2,
         trace: bool = False,
     ) -> None:
         """``kv``: per layer fp16 ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``, contiguous.
@@ -174,7 +177,7 @@ class PersistentDecode:
             raise InputError(f"kv must be {config.num_layers} contiguous float16 tensors {shape}")
         self.device = weights.embedding.device
         self.grid = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.row_counts = tuple(r for r in (1, 2, 4) if r <= max_rows and r * config.num_kv_heads <= self.grid)
+        self.row_counts = tuple(r for r in (1, 2) if r <= max_rows and r * config.num_kv_heads <= self.grid)
         self._config, self._max_blocks = config, engine.max_blocks_per_sequence
         layers = weights.layers
         pointers = [

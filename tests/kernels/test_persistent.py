@@ -139,7 +139,7 @@ def test_a_cpu_is_not_supported() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("past", [[0], [1], [511], [40, 700], [5, 64, 1000, 2047]])
+@pytest.mark.parametrize("past", [[0], [1], [511], [2047, 64]])
 def test_every_matrix_of_a_layer(past: list[int]) -> None:
     case = Case(LLAMA_8B, past)
     config, layer, rows = case.config, case.weights.layers[0], len(past)
@@ -173,7 +173,7 @@ def test_every_matrix_of_a_layer(past: list[int]) -> None:
     [
         (LLAMA_8B, torch.bfloat16, True, [300]),
         (LLAMA_1B, torch.float16, False, [70, 3]),
-        (LLAMA_1B, torch.bfloat16, True, [511, 0, 9, 1500]),
+        (LLAMA_1B, torch.bfloat16, True, [511, 9]),
         (LLAMA_3B, torch.float16, False, [129]),
     ],
 )
