@@ -16,7 +16,6 @@ import torch
 from llama_engine.errors import InputError
 
 TARGET_ARCHES = ("sm80", "sm86", "sm89", "sm90")
-_LDSM_ROWS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 
 
 @dataclass(frozen=True)
@@ -96,26 +95,33 @@ def pack(q: torch.Tensor, layout: Layout) -> torch.Tensor:
     n, k = q.shape
     data = q.contiguous()
     if layout.permuted:
-        data = data.view(n, k // 16, 16)[:, :, _index(_LDSM_ROWS)]
+        # The permutation keeps pairs of rows together: 2 by 4 of them, transposed.
+        data = _transpose(data, torch.int16, (-1, 2, 4))
     if layout.interleaved:
-        data = data.reshape(n // 2, 2, k // 64, 64).transpose(1, 2)
+        data = _transpose(data, torch.int64, (n // 2, 2, k // 64, 8))
     if layout.biased:
-        data = data.reshape(-1, 4)[:, _index((0, 2, 1, 3))] ^ -128
-    return data.reshape(-1)
+        data = _swap_middle(data) ^ -128
+    return data.view(-1)
 
 
 def unpack(data: torch.Tensor, n: int, k: int, layout: Layout) -> torch.Tensor:
     """The inverse of :func:`pack`: bytes (int8, any shape) to int8 ``[N, K]``."""
-    data = data.reshape(-1)
     if layout.biased:
-        data = data.view(-1, 4)[:, _index((0, 2, 1, 3))] ^ -128
+        data = _swap_middle(data ^ -128)
     if layout.interleaved:
-        data = data.reshape(n // 2, k // 64, 2, 64).transpose(1, 2)
+        data = _transpose(data, torch.int64, (n // 2, k // 64, 2, 8))
     if layout.permuted:
-        inverse = [_LDSM_ROWS.index(i) for i in range(16)]
-        data = data.reshape(n, k // 16, 16)[:, :, _index(inverse)]
-    return data.reshape(n, k).contiguous()
+        data = _transpose(data, torch.int16, (-1, 4, 2))
+    return data.reshape(n, k)
 
 
-def _index(order: tuple[int, ...] | list[int]) -> torch.Tensor:
-    return torch.tensor(order)
+def _transpose(data: torch.Tensor, unit: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Swap dimensions 1 and 2 of ``data`` seen as ``unit``s in ``shape``; bytes again, flat."""
+    return data.reshape(-1).view(unit).view(shape).transpose(1, 2).contiguous().view(-1).view(torch.int8)
+
+
+def _swap_middle(data: torch.Tensor) -> torch.Tensor:
+    """Bytes 1 and 2 of every four change places."""
+    words = data.reshape(-1).view(torch.int32)
+    up, down = (words & 0x0000FF00) << 8, (words >> 8) & 0x0000FF00
+    return ((words & ~0x00FFFF00) | up | down).view(torch.int8)
