@@ -91,9 +91,12 @@ class GpuModel:
         linear = self.linears(name)[0]
         outs = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}
         epilogue = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}.get(name, RESIDUAL)
-        a = self.final if linear.scale is None else self.digits[linear.weight.shape[1]]
+        a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
+        if linear.scale is None:
+            a, a_scale = self.final, None
         out = outs.get(name, self.x)
-        gemm.gemm(a, self.a_scale, linear, out, rows, epilogue, tile, self.workspace, self.partials, compile_only=True)
+        partials = self.partials if epilogue == LOGITS else None
+        gemm.gemm(a, a_scale, linear, out, rows, epilogue, tile, self.workspace, partials, compile_only=True)
 
     def _layers(
         self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None], ends: torch.Tensor | None = None
@@ -191,7 +194,7 @@ class GpuModel:
         if count:
             self._sample(x, count, ends[0] if every_row else None, ends[1], sampled, ends[2])
 
-    def sample_step(self, rows: int, prefill: bool, context: int = 256) -> Callable[[], None]:
+    def sample_step(self, rows: int, prefill: bool = False, context: int = 256) -> Callable[[], None]:
         """A decode of ``rows`` sequences after ``context`` tokens, or a prefill of ``rows`` tokens, over scratch: for
         timing. Leaves the slot state meaningless."""
 

@@ -14,5 +14,5 @@ Conventions that the GPU kernels share
   [max_seq_len, head_size / 2]`` (:func:`llama_engine.model.rope_tables`).
 * **Activations** between operations are fp16 in the residual stream; a linear layer's input row is quantized to
   ``a = 256 * hi + lo`` with signed 8-bit digits, ``|a| <= 32512``, and one float32 scale ``amax / 32512`` a row
-  (rounded half away from zero), so ``y = (256 * (hi . W) + lo . W) * row_scale * weight_scale`` with exact integer sums.
+  (rounded half away from zero), so ``y = (256 * (hi . W) + lo . W) * row_scale * weight_scale``, the sums exact.
 """

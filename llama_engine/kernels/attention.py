@@ -19,30 +19,24 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels.common import launch_options, next_power_of_2
 from llama_engine.kernels.quant import store_digits
 
-CHUNK, DECODE_WARPS = 128, 4
+CHUNK, MAX_CHUNKS, DECODE_STAGES = 128, 128, 2
 QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
 def chunk_size(max_seq_len: int) -> int:
-    """Positions in one decode chunk: all of them in registers at once."""
-    return min(CHUNK, next_power_of_2(max_seq_len))
+    """Positions in one decode chunk: more of them where there would be very many chunks."""
+    return max(CHUNK, next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
 
 
 @triton.jit
-def _load_chunk(kv_ptr, table, kvh, start, pos, v_offset, KVH: tl.constexpr, TPB: tl.constexpr, HALF: tl.constexpr,
-                HALF_P: tl.constexpr, HEAD_P: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Cached keys (two halves) and values of positions ``start .. start + CHUNK``, zero from ``pos`` on."""
-    HEAD: tl.constexpr = 2 * HALF
-    d = tl.arange(0, HALF_P)[None, :]
-    e = tl.arange(0, HEAD_P)[None, :]
-    key = start + tl.arange(0, CHUNK)
-    blocks = tl.load(table + key // TPB, mask=key < pos, other=0).to(tl.int64)
-    at = (kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD)[:, None]
-    key_in = (key < pos)[:, None]
-    k_lo = tl.load(at + d, mask=key_in & (d < HALF), other=0.0)
-    k_hi = tl.load(at + HALF + d, mask=key_in & (d < HALF), other=0.0)
-    v = tl.load(at + v_offset + e, mask=key_in & (e < HEAD), other=0.0)
-    return k_lo, k_hi, v
+def _rotated(x_ptr, offs, cos_ptr, sin_ptr, pos, e, mask, HALF: tl.constexpr):
+    """RoPE at ``pos`` of heads at ``x_ptr + offs``, whose dimensions are ``e``; fp16."""
+    partner = tl.where(e < HALF, HALF, -HALF)
+    cos = tl.load(cos_ptr + pos * HALF + e % HALF)
+    sin = tl.load(sin_ptr + pos * HALF + e % HALF)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + offs + partner, mask=mask, other=0.0).to(tl.float32)
+    return (x * cos + y * tl.where(e < HALF, -sin, sin)).to(tl.float16)
 
 
 @triton.jit
@@ -62,88 +56,74 @@ def _decode(
     KVH: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_P: tl.constexpr,
+    HEAD: tl.constexpr,
     HEAD_P: tl.constexpr,
     TPB: tl.constexpr,
     CHUNK: tl.constexpr,
     MAXC: tl.constexpr,
+    BT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    HEAD: tl.constexpr = 2 * HALF
+    HALF: tl.constexpr = HEAD // 2
     HEADS: tl.constexpr = KVH * G
     row = tl.program_id(0)
     kvh = tl.program_id(1)
     g = tl.arange(0, GP)
-    d = tl.arange(0, HALF_P)
     e = tl.arange(0, HEAD_P)
-    d_in = d < HALF
+    t = tl.arange(0, BT)
     e_in = e < HEAD
     if PDL:
         gdc_launch_dependents()
-    # Everything but qkv was written by earlier steps, so it is read before the wait (see _embed).
+    # The slots' state was written by earlier steps, so it is read before the wait (see _embed).
     slot = tl.load(slots_ptr + row)
     pos = tl.load(position_ptr + slot)
     table = tables_ptr + slot * max_blocks
     chunks = pos // CHUNK + 1
-    first = tl.program_id(2)
-    if first < chunks:
-        k_lo, k_hi, v = _load_chunk(
-            kv_ptr, table, kvh, first * CHUNK, pos, v_offset, KVH, TPB, HALF, HALF_P, HEAD_P, CHUNK
-        )
-        cos = tl.load(cos_ptr + pos * HALF + d, mask=d_in, other=0.0)
-        sin = tl.load(sin_ptr + pos * HALF + d, mask=d_in, other=0.0)
-        block = tl.load(table + pos // TPB).to(tl.int64)
+    newest = tl.load(table + pos // TPB).to(tl.int64)
+    if tl.program_id(2) < chunks:
         if PDL:
             gdc_wait()
         qkv = qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD)
-        q_at = qkv + (kvh * G + g)[:, None] * HEAD + d[None, :]
-        q_in = (g < G)[:, None] & d_in[None, :]
-        q1 = tl.load(q_at, mask=q_in, other=0.0).to(tl.float32)
-        q2 = tl.load(q_at + HALF, mask=q_in, other=0.0).to(tl.float32)
-        q_lo = (q1 * cos[None, :] - q2 * sin[None, :]).to(tl.float16)
-        q_hi = (q2 * cos[None, :] + q1 * sin[None, :]).to(tl.float16)
-        for chunk in range(first, chunks, tl.num_programs(2)):
-            key_in = chunk * CHUNK + tl.arange(0, CHUNK) < pos
-            s = tl.dot(q_hi, tl.trans(k_hi), tl.dot(q_lo, tl.trans(k_lo))) * scale
-            s = tl.where(key_in[None, :], s, float("-inf"))
-            m = tl.max(s, axis=1)
+        q_at = (kvh * G + g)[:, None] * HEAD + e[None, :]
+        q_in = (g < G)[:, None] & e_in[None, :]
+        q = _rotated(qkv, q_at, cos_ptr, sin_ptr, pos, e[None, :], q_in, HALF)
+        for chunk in range(tl.program_id(2), chunks, tl.num_programs(2)):
+            m = tl.full((GP,), float("-inf"), tl.float32)
+            total = tl.zeros((GP,), tl.float32)
+            acc = tl.zeros((GP, HEAD_P), tl.float32)
             if chunk == chunks - 1:
                 # The newest position: rotated and cached here, and attended to from registers.
-                k_at = qkv + (HEADS + kvh) * HEAD + d
-                k1 = tl.load(k_at, mask=d_in, other=0.0).to(tl.float32)
-                k2 = tl.load(k_at + HALF, mask=d_in, other=0.0).to(tl.float32)
-                new_lo = (k1 * cos - k2 * sin).to(tl.float16)
-                new_hi = (k2 * cos + k1 * sin).to(tl.float16)
-                new_v = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
-                new = kv_ptr + ((block * KVH + kvh) * TPB + pos % TPB) * HEAD
-                tl.store(new + d, new_lo, mask=d_in)
-                tl.store(new + HALF + d, new_hi, mask=d_in)
-                tl.store(new + v_offset + e, new_v, mask=e_in)
-                s_lo = q_lo.to(tl.float32) * new_lo.to(tl.float32)[None, :]
-                s_hi = q_hi.to(tl.float32) * new_hi.to(tl.float32)[None, :]
-                s_new = tl.sum(s_lo + s_hi, axis=1) * scale
-                m = tl.maximum(m, s_new)
-                p_new = tl.exp2(s_new - m)
-                total = p_new
-                acc = p_new[:, None] * new_v.to(tl.float32)[None, :]
-            else:
-                total = tl.zeros((GP,), tl.float32)
-                acc = tl.zeros((GP, HEAD_P), tl.float32)
-            p = tl.exp2(s - m[:, None])
-            total += tl.sum(p, axis=1)
-            acc = tl.dot(p.to(tl.float16), v, acc)
-            head = kvh * G + g
-            where = (row * MAXC + chunk) * HEADS + head
+                k_new = _rotated(qkv, (HEADS + kvh) * HEAD + e, cos_ptr, sin_ptr, pos, e, e_in, HALF)
+                v_new = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
+                new = kv_ptr + ((newest * KVH + kvh) * TPB + pos % TPB) * HEAD + e
+                tl.store(new, k_new, mask=e_in)
+                tl.store(new + v_offset, v_new, mask=e_in)
+                m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
+                total = tl.full((GP,), 1.0, tl.float32)
+                acc += v_new.to(tl.float32)[None, :]
+            for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, pos), BT):
+                key_in = start + t < pos
+                if TPB % BT == 0:
+                    block = tl.load(table + start // TPB).to(tl.int64)
+                    at = kv_ptr + ((block * KVH + kvh) * TPB + start % TPB) * HEAD + t * HEAD
+                else:
+                    blocks = tl.load(table + (start + t) // TPB, mask=key_in, other=0).to(tl.int64)
+                    at = kv_ptr + ((blocks * KVH + kvh) * TPB + (start + t) % TPB) * HEAD
+                tile_in = key_in[:, None] & e_in[None, :]
+                k = tl.load(at[:, None] + e[None, :], mask=tile_in, other=0.0)
+                v = tl.load(at[:, None] + v_offset + e[None, :], mask=tile_in, other=0.0)
+                s = tl.dot(q, tl.trans(k)) * scale
+                s = tl.where(key_in[None, :], s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, axis=1))
+                p = tl.exp2(s - m_new[:, None])
+                shrink = tl.exp2(m - m_new)
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
+                m = m_new
+            where = (row * MAXC + chunk) * HEADS + kvh * G + g
             tl.store(stat_ptr + where * 2, m, mask=g < G)
             tl.store(stat_ptr + where * 2 + 1, total, mask=g < G)
-            out = part_ptr + where[:, None] * HEAD + e[None, :]
-            tl.store(out, acc, mask=(g < G)[:, None] & e_in[None, :])
-            start = (chunk + tl.num_programs(2)) * CHUNK
-            if start < pos:
-                k_lo, k_hi, v = _load_chunk(
-                    kv_ptr, table, kvh, start, pos, v_offset, KVH, TPB, HALF, HALF_P, HEAD_P, CHUNK
-                )
+            tl.store(part_ptr + where[:, None] * HEAD + e[None, :], acc, mask=q_in)
 
 
 @triton.jit
@@ -192,7 +172,7 @@ def _merge(
             total += weight * tl.load(stat + chunk * (HEADS * 2) + 1, mask=there, other=0.0)
             acc_c = tl.load(part + chunk * (HEADS * HEAD), mask=mask & (chunk < chunks), other=0.0)
             acc += weight[:, None] * acc_c
-    out = tl.where(mask, acc / total[:, None], 0.0)
+    out = tl.where(mask, acc / tl.where(h < HEADS, total, 1.0)[:, None], 0.0)
     store_digits(out, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
 
 
@@ -357,7 +337,6 @@ class PagedAttention:
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
         c = self.config
-        half = c.head_size // 2
         # Enough programs to fill the chip; beyond that each walks several chunks.
         programs = min(self.max_chunks, -(-528 // (num_rows * c.num_kv_heads)))
         _decode[(num_rows, c.num_kv_heads, programs)](
@@ -376,13 +355,14 @@ class PagedAttention:
             KVH=c.num_kv_heads,
             G=self.group,
             GP=max(16, next_power_of_2(self.group)),
-            HALF=half,
-            HALF_P=max(16, next_power_of_2(half)),
+            HEAD=c.head_size,
             HEAD_P=max(16, next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            num_warps=DECODE_WARPS,
+            BT=KEYS,
+            num_warps=4,
+            num_stages=DECODE_STAGES,
             **self.options,
         )
         _merge[(num_rows,)](

@@ -21,7 +21,7 @@ LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
 def store_digits(x, digits_ptr, scale_ptr, row, offs, mask, K, plane):
     """Quantize the row ``x`` (float32, zero where masked; element ``offs``) and store its digits and scale."""
     amax = tl.max(tl.abs(x))
-    inverse = tl.where(amax > 0, 32512.0 / amax, 0.0)
+    inverse = 32512.0 / tl.maximum(amax, 1e-30)
     magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
     a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)
     lo = ((a + 128) & 255) - 128

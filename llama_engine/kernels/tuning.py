@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.kernels.gemm import Tile, fit
 from llama_engine.weights import Linear
 
@@ -43,9 +44,11 @@ def default_tile(name: str, num_rows: int) -> Tile:
     if bucket == 128:
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
     if bucket == 64:
-        return Tile(64, 64, 128) if name == "gate_up" else Tile(64, 32, 256)
+        tiles = {"qkv": Tile(64, 64, 256), "gate_up": Tile(64, 64, 128), "down": Tile(64, 32, 512, stages=3)}
+        return tiles.get(name, Tile(64, 32, 256))
     if bucket == 32:
-        return Tile(32, 64, 256) if name in ("qkv", "o") else Tile(32, 64, 128, 4 if name == "down" else 1, stages=5)
+        tiles = {"gate_up": Tile(32, 64, 128, stages=5), "down": Tile(32, 64, 512, 2, stages=3)}
+        return tiles.get(name, Tile(32, 64, 256))
     return Tile(bucket, 64, 512, split=4 if name == "down" else 1, stages=3)
 
 
@@ -57,9 +60,8 @@ def candidates(name: str, bucket: int) -> list[Tile]:
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
-        splits = (1,) if name == "gate_up" else (1, 2, 4)
-        steps = ((128, 5), (256, 4), (256, 6), (512, 3))
-        shapes = itertools.product((32, 64, 128), steps, splits)
+        splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
+        shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
         tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 
@@ -133,14 +135,14 @@ def tune(
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
     work: dict[int, dict[str, list[Tile]]] = {}
+    prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
     for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         rows = TUNED_ROWS[bucket]
-        if rows <= min(model.x.shape[0], model.logits.shape[0] if bucket < 128 else rows):
-            if name == "lm_head" and bucket in (8, 128):
-                continue  # as for 16 rows, and as for up to 64
-            linear = model.linears(name)[0]
-            tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
-            work.setdefault(bucket, {})[name] = list(tiles)
+        if rows > model.x.shape[0] or (name == "lm_head" and (bucket == 8 or prefill[bucket])):
+            continue  # lm_head never runs with the tiles of 8 rows, and a prefill needs it for one row
+        linear = model.linears(name)[0]
+        tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
+        work.setdefault(bucket, {})[name] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
     mode = getattr(triton, "AsyncCompileMode", None)
@@ -151,7 +153,7 @@ def tune(
                     model.compile_linear(name, TUNED_ROWS[bucket], tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
-        run = model.sample_step(TUNED_ROWS[bucket], prefill=bucket == ROW_BUCKETS[-1])
+        run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])
         for name, tiles in names.items():
             timed = []
             for tile in tiles:
@@ -174,6 +176,26 @@ def save_tuning(engine_dir: Path, tuning: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(tuning, indent=1))
     os.replace(partial, path)
+
+
+def tune_engine(engine_dir: Path, progress: Callable[[str], None] = lambda _: None) -> str:
+    """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it."""
+    from llama_engine.build import load_engine_json
+    from llama_engine.gpu_model import GpuModel
+    from llama_engine.weights import load_weights
+
+    started = time.perf_counter()
+    info = load_engine_json(engine_dir)
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        weights = load_weights(engine_dir, info.model, device)
+        model = GpuModel(info.model, replace(info.engine, num_kv_blocks=2), weights, Tiles(None, ""))
+        tuning = tune(model, progress)
+    except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
+        return f"GPU kernels: not tuned ({' '.join(str(error).split())})"
+    save_tuning(engine_dir, tuning)
+    count, seconds = len(tuning["tiles"]), time.perf_counter() - started
+    return f"GPU kernels: {count} tiles tuned for {tuning['gpu']} in {seconds:.0f} s"
 
 
 def load_tuning(engine_dir: Path) -> dict[str, Any] | None:

@@ -16,10 +16,3 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     pytest.importorskip("triton")
     torch.manual_seed(0)
     return torch.device(request.param)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
