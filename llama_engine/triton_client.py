@@ -68,7 +68,7 @@ class GrpcClient:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
 
-        responses = self._client.stream_infer(requests())
+        responses, done = self._client.stream_infer(requests()), False
         try:
             async for result, error in responses:
                 if error is not None:
@@ -76,15 +76,16 @@ class GrpcClient:
                 response = result.get_response()
                 if response.outputs:
                     yield result.as_numpy("output_ids").reshape(-1).tolist()
-                if response.parameters["triton_final_response"].bool_param:
-                    return
-            raise RequestFailed("the stream ended without a final response")
+                done = done or response.parameters["triton_final_response"].bool_param
+            if not done:
+                raise RequestFailed("the stream ended without a final response")
         except InferenceServerException as error:
             raise RequestFailed(str(error)) from None
         except grpc.aio.AioRpcError as error:
             raise RequestFailed(f"{error.code().name}: {error.details()}") from None
         finally:
-            responses.cancel()
+            if not done:
+                responses.cancel()
 
     async def close(self) -> None:
         await self._client.close()

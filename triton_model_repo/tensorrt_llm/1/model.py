@@ -43,10 +43,14 @@ METRICS = {
 
 
 class Live:
-    """A request between ``execute`` and its final response. ``ids`` only grows; ``sent`` of them are answered."""
+    """A request between ``execute`` and its final response. ``ids`` only grows; ``sent`` of them are answered.
+
+    ``lock`` guards ``sender``: Triton frees what ``is_cancelled`` reads when the final response is sent.
+    """
 
     def __init__(self, request: GenerationRequest, sender: Any, name: str) -> None:
         self.request, self.sender, self.name = request, sender, name
+        self.lock = threading.Lock()
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
         self.sent = 0
@@ -147,7 +151,8 @@ class TritonPythonModel:
             if ids:
                 live.sender.send(_response(ids))
             return
-        sender, live.sender = live.sender, None
+        with live.lock:
+            sender, live.sender = live.sender, None
         self.live.pop(live.id, None)
         if reason in ("stop", "length"):
             sender.send(_response(ids), flags=FINAL)
@@ -179,8 +184,9 @@ class TritonPythonModel:
                         metric.increment(value - published[name])
                     published[name] = value
             for live in list(self.live.values()):
-                sender = live.sender
-                if sender is not None and sender.is_cancelled():
+                with live.lock:
+                    cancelled = live.sender is not None and live.sender.is_cancelled()
+                if cancelled:
                     self.loop.cancel(live.id)
                 self.closing.wait(0.002)
             self.closing.wait(0.005)
