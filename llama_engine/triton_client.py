@@ -32,6 +32,15 @@ DTYPES: dict[str, tuple[str, Any]] = {
 }
 
 
+# unlimited messages, as the client's own default; a restarted server is found again within a second
+CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
 class RequestFailed(RunError):
     """The server refused or dropped one request."""
 
@@ -50,7 +59,14 @@ class GrpcClient:
     """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server."""
 
     def __init__(self, url: str) -> None:
-        self._client = grpc_aio.InferenceServerClient(url)
+        self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL)
+
+    async def ready(self, model: str = "tensorrt_llm") -> bool:
+        """True when the server can be reached and has the model loaded."""
+        try:
+            return await self._client.is_model_ready(model, client_timeout=2)
+        except (InferenceServerException, grpc.aio.AioRpcError):
+            return False
 
     async def generate(
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any

@@ -1,0 +1,1 @@
+"""Demo applications: an OpenAI-compatible gateway with a page, a terminal chat, the smallest example."""
