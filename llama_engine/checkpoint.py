@@ -157,7 +157,13 @@ class Checkpoint:
         if not self.dir.is_dir():
             raise InputError(f"checkpoint {self.dir} does not exist: run scripts/convert_checkpoint.sh")
         data = read_json(self.dir / "config.json")
-        self.dtype_name, self.tp_size, self.quant_algo = _check_config(data, self.dir / "config.json")
+        try:
+            self.dtype_name, self.tp_size, self.quant_algo = _check_config(data, self.dir / "config.json")
+            _model_config(data, {})
+        except InputError:
+            raise
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"{self.dir}/config.json holds a value of the wrong kind: {error}") from None
         self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
         missing = [path.name for path in self.files if not path.is_file()]
         if missing:

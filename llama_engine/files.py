@@ -119,9 +119,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
-def row_chunks(rows: int, columns: int, multiple: int = 2) -> Iterator[tuple[int, int]]:
-    """Split ``rows`` into ranges of about :data:`CHUNK_ELEMENTS` elements, each starting at a ``multiple``."""
-    step = max(CHUNK_ELEMENTS // max(columns, 1) // multiple, 1) * multiple
+def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
+    """Split ``rows`` into ranges of about ``elements`` (default: :data:`CHUNK_ELEMENTS`), each from an even row on."""
+    step = max((elements or CHUNK_ELEMENTS) // columns // 2, 1) * 2
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

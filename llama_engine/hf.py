@@ -59,11 +59,16 @@ class HFModel:
         if self.hf_config.get("quantization_config"):
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")
         prepared = read_json(self.dir / PREPARED) if (self.dir / PREPARED).is_file() else {}
-        self.config = ModelConfig.from_hf(
-            self.hf_config,
-            name=prepared.get("name", self.dir.resolve().name),
-            source=prepared.get("source", "pretrained"),
-        )
+        try:
+            self.config = ModelConfig.from_hf(
+                self.hf_config,
+                name=prepared.get("name", self.dir.resolve().name),
+                source=prepared.get("source", "pretrained"),
+            )
+        except InputError:
+            raise
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"{self.dir}/config.json holds a value of the wrong kind: {error}") from None
         self.files = self._weight_files()
         self._where: dict[str, Path] = {}
         self.shapes = dict(tensor_shapes(self.config))
@@ -71,9 +76,10 @@ class HFModel:
 
     def _weight_files(self) -> list[Path]:
         if (self.dir / INDEX).is_file():
-            names = sorted(set(read_json(self.dir / INDEX).get("weight_map", {}).values()))
-            if any("/" in name or "\\" in name for name in names):
-                raise InputError(f"{self.dir / INDEX}: shard names must not contain a path")
+            weight_map = read_json(self.dir / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+                raise InputError(f"{self.dir / INDEX}: weight_map must map tensors to file names without a path")
+            names = sorted(set(weight_map.values()))
         elif (self.dir / SINGLE).is_file():
             names = [SINGLE]
         elif any(self.dir.glob("*.bin")) or any(self.dir.glob("*.pt")):

@@ -32,6 +32,7 @@ from llama_engine.files import (
 from llama_engine.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SEEDED_ELEMENTS = 4 << 20  # random weights depend on where their row ranges begin: never change it
 _LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -206,7 +207,7 @@ def prepare_synthetic(
                     (file, key, rows)
                     for file, keys in shards.items()
                     for key in keys
-                    for rows in row_chunks(shapes[key][0], math.prod(shapes[key][1:]))
+                    for rows in row_chunks(shapes[key][0], math.prod(shapes[key][1:]), SEEDED_ELEMENTS)
                 ],
             )
         for writer in writers.values():

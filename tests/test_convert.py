@@ -1,6 +1,9 @@
 """The converter and the checkpoint reader, against the original weights."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from llama_engine.files import TensorFileWriter
 from llama_engine.hf import HFModel, model_identity, tensor_shapes
 from llama_engine.prepare import GEOMETRIES
 from llama_engine.quantization import LAYOUTS, quantize, unpack
+from tests.conftest import ROOT
 
 INT8 = ConvertOptions(int8=True)
 
@@ -232,6 +236,24 @@ def test_damaged_weights_leave_no_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_killed_conversion_leaves_nothing_and_starts_again(smollm2_model, tmp_path, run_script):
+    args = ["--model_dir", str(smollm2_model), "--output_dir", str(tmp_path / "c"), "--use_weight_only"]
+    process = subprocess.Popen(
+        [sys.executable, "scripts/convert_checkpoint.py", *args], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".c.partial" / "rank0.safetensors").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "c").exists()
+    assert run_script("scripts/convert_checkpoint.py", *args).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+    Checkpoint(tmp_path / "c")
+
+
 def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_script):
     args = ("--model_dir", tiny_model, "--output_dir", tmp_path / "c", "--target_arch", "sm90")
     done = run_script("scripts/convert_checkpoint.sh", *args)
@@ -256,6 +278,8 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
         ({"mapping": {"tp_size": 2}}, "rank1.safetensors missing"),
         ({"num_hidden_layers": 3}, r"transformer.layers.2.* is missing"),
         ({"intermediate_size": 512}, "has shape"),
+        ({"num_attention_heads": 0, "head_size": None}, "value of the wrong kind"),
+        ({"mapping": [1]}, "value of the wrong kind"),
         ({"vocab_size": None}, r"missing keys \['vocab_size'\]"),
         ({"rotary_scaling": {"rope_type": "yarn", "factor": 2}}, "rotary_scaling"),
     ],

@@ -124,7 +124,28 @@ def bad_escaping_shard(model, edit_json):
     shard(model)
     index = model / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00002", "../model-00002"))
-    return "must not contain a path"
+    return "file names without a path"
+
+
+def bad_index(model, edit_json):
+    shard(model)
+    edit_json(model / "model.safetensors.index.json", {"weight_map": ["model.safetensors"]})
+    return "weight_map must map"
+
+
+def bad_kind(model, edit_json):
+    edit_json(model / "config.json", {"num_attention_heads": 0, "head_dim": None})
+    return "config.json holds a value of the wrong kind"
+
+
+def bad_rope_kind(model, edit_json):
+    edit_json(model / "config.json", {"rope_scaling": "llama3"})
+    return "config.json"
+
+
+def bad_head_type(model, edit_json):
+    edit_json(model / "config.json", {"num_attention_heads": "32", "head_dim": None})
+    return "config.json holds a value of the wrong kind"
 
 
 def bad_truncated(model, edit_json):
