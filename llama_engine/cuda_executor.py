@@ -7,14 +7,15 @@ ran beside it (batches of up to 4 may run the persistent kernel, whose attention
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.executor import Chunk, Step
 from llama_engine.gpu_model import GpuModel
 from llama_engine.kernels import persistent
@@ -34,18 +35,18 @@ def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
 
 @dataclass
 class _Pass:
-    """Ids of one pass on their way to the host. ``rows[i]`` is where chunk ``i`` of the pass stands in ``ids``."""
+    """What one pass over the model sends to the host."""
 
     chunks: list[int]  # indices into the step's chunks
-    ids: torch.Tensor  # pinned int32
+    ids: torch.Tensor  # pinned int32, one for each of them, -1 where the chunk samples nothing
     logits: list[torch.Tensor]  # one [n, vocab] for each chunk, if asked for
 
 
 class CudaHandle:
     """A step on its way. Reading waits for the device."""
 
-    def __init__(self, passes: list[_Pass], event: torch.cuda.Event, count: int) -> None:
-        self._passes, self._event, self._count = passes, event, count
+    def __init__(self, passes: list[_Pass], event: torch.cuda.Event) -> None:
+        self._passes, self._event = passes, event
 
     def tokens(self) -> list[int]:
         self._event.synchronize()
@@ -100,7 +101,10 @@ class CudaExecutor:
         self._bound: list[int] = []
         self._persistent = None
         if kernels == "auto" and self._cuda and persistent.supported(config, engine, weights) is None:
-            self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
+            try:
+                self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
+            except RunError as error:
+                warnings.warn(f"{error}; decoding with the Triton kernels alone", stacklevel=2)
         self.kernels = "cuda-persistent+triton" if self._persistent else "cuda-triton"
         self._use_graphs = graphs and self._cuda
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -135,7 +139,7 @@ class CudaExecutor:
                 passes.append(self._prefill(step, prefills))
             event = _ReadyEvent() if self._stream is None else torch.cuda.Event()
             event.record()
-        return CudaHandle(passes, event, len(step.chunks))
+        return CudaHandle(passes, event)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
@@ -255,7 +259,7 @@ class CudaExecutor:
                 run = lambda v=views: self.model.prefill(*v, self._sampled)  # noqa: E731
                 self._prefill_graphs[tokens, chunks] = self._capture(run)
 
-    def _capture(self, run) -> torch.cuda.CUDAGraph:  # noqa: ANN001
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         run()  # compiles and loads the kernels
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()

@@ -86,17 +86,19 @@ class GpuModel:
         layers = self.weights.layers
         return [self.weights.lm_head] if name == "lm_head" else [getattr(layer, name) for layer in layers]
 
-    def compile_linear(self, name: str, rows: int, tile: gemm.Tile) -> None:
-        """Compile what the chain would run for this tile, without running it."""
-        linear = self.linears(name)[0]
+    def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile | None = None) -> None:
+        """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""
+        linears = self.linears(name)
+        linear = linears[index % len(linears)]
         outs = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}
         epilogue = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}.get(name, RESIDUAL)
         a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
         if linear.scale is None:
             a, a_scale = self.final, None
-        out = outs.get(name, self.x)
         partials = self.partials if epilogue == LOGITS else None
-        gemm.gemm(a, a_scale, linear, out, rows, epilogue, tile, self.workspace, partials, compile_only=True)
+        operands = (a, a_scale, linear, outs.get(name, self.x), rows, epilogue)
+        used = tile or self.tiles.get(name, linear, rows)
+        gemm.gemm(*operands, used, self.workspace, partials, compile_only=tile is not None)
 
     def _layers(
         self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None], ends: torch.Tensor | None = None

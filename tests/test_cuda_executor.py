@@ -153,3 +153,25 @@ def test_graphs_equal_eager_and_batches_equal_single_requests(geometry):
     step = Step((Chunk(2, 0, prompts[2]),), "all")
     want, got = host.submit(step).logits(), graphs.submit(step).logits()
     assert (got - want).abs().max() <= want.abs().max() / 128 * 1.5
+
+
+def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
+    from llama_engine.engine import Engine
+
+    config = EngineConfig(max_batch_size=3, max_seq_len=64, max_num_tokens=16, tokens_per_block=16, num_kv_blocks=5)
+
+    def run(executor):
+        engine = Engine(TINY, config, executor)
+        prompts = [[1, 2, 3], list(range(30, 50)), [9] * 7]
+        ids = [engine.add_request(prompt, 24) for prompt in prompts]
+        found = {i: [] for i in ids}
+        while engine.has_unfinished:
+            for output in engine.step():
+                found[output.request_id] += output.token_ids
+        return [found[i] for i in ids], engine.scheduler.preemptions
+
+    fused, host = _pair(engine=config)
+    (got, preemptions), (want, _) = run(fused), run(host)
+    assert got == want
+    assert [len(tokens) for tokens in got] == [24, 24, 24]
+    assert preemptions > 0

@@ -150,7 +150,7 @@ def tune(
         for bucket, names in work.items() if mode else ():
             for name, tiles in names.items():
                 for tile in tiles:
-                    model.compile_linear(name, TUNED_ROWS[bucket], tile)
+                    model.run_linear(name, 0, TUNED_ROWS[bucket], tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
         run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])

@@ -20,7 +20,7 @@ def test_choices_survive_the_file_and_reach_the_kernels(device, tmp_path, monkey
     if device.type == "cpu":
         # The interpreter has neither graphs nor a clock worth reading: count the weight rows of a tile instead.
         monkeypatch.setattr(tuning, "time_graph", lambda run: run() or sum(t.n for t in model.tiles._chosen.values()))
-        monkeypatch.setattr(GpuModel, "compile_linear", lambda *_: None)
+        monkeypatch.setattr(GpuModel, "run_linear", lambda *_: None)
     lines = []
 
     def choices(name, bucket):
