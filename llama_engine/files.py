@@ -22,7 +22,7 @@ from llama_engine.errors import InputError, RunError
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
-CHUNK_ELEMENTS = 1 << 20  # elements one worker holds at a time: 4 MB in float32, which stays in the cache
+CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
