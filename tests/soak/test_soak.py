@@ -1,0 +1,100 @@
+"""Mixed load for SOAK_S seconds (60 by default, 1200 for a release): nothing leaks, nothing answers differently.
+
+SOAK_S=1200 python -m pytest tests/soak -m slow
+"""
+
+import asyncio
+import os
+import random
+import sys
+import time
+
+import psutil
+import pytest
+
+from llama_engine.engine import Engine
+from llama_engine.triton_client import RequestFailed, connect
+from llama_engine.triton_server import ServeConfig, TritonServer
+
+SOAK_S = float(os.environ.get("SOAK_S", 60))
+MAX_GROWTH = 100e6
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux"),
+    pytest.mark.timeout(SOAK_S + 300),
+]
+
+
+def answers_alone(engine_dir, prompts, new_tokens):
+    engine = Engine.from_dir(engine_dir, device="cpu", threads=1)
+    answers = []
+    for prompt in prompts:
+        engine.add_request(prompt, new_tokens)
+        ids = []
+        while engine.has_unfinished:
+            ids += [token for output in engine.step() for token in output.token_ids]
+        answers.append(ids)
+    return answers
+
+
+def resident(pid):
+    process = psutil.Process(pid)
+    return sum(part.memory_info().rss for part in [process, *process.children(recursive=True)])
+
+
+def test_soak(tiny_engine):
+    rng = random.Random(0)
+    prompts = [[rng.randrange(512) for _ in range(rng.randint(1, 120))] for _ in range(64)]
+    right = answers_alone(tiny_engine, prompts, 100)
+    counts = {"answered": 0, "refused": 0, "vanished": 0, "impatient": 0, "bad": 0}
+
+    async def user(clients, number, end):
+        rng = random.Random(number)
+        while time.monotonic() < end:
+            client, which = rng.choice(clients), rng.randrange(len(prompts))
+            new_tokens, streaming = rng.randint(1, 100), rng.random() < 0.5
+            deed = rng.choices(["ask", "vanish", "hurry", "bad"], [6, 2, 2, 1])[0]
+            prompt = [999] if deed == "bad" else prompts[which]
+            answers = client.generate(prompt, new_tokens, streaming=streaming)
+
+            async def take(answers=answers, deed=deed):
+                ids = []
+                async for new in answers:
+                    ids += new
+                    if deed == "vanish":
+                        break
+                await answers.aclose()
+                return ids
+
+            try:
+                ids = await asyncio.wait_for(take(), 0.02 if deed == "hurry" else 60)
+                if deed in ("ask", "hurry"):
+                    assert ids == right[which][:new_tokens]
+                    counts["answered"] += 1
+                counts["vanished"] += deed == "vanish"
+            except asyncio.TimeoutError:
+                assert deed == "hurry", "an ordinary request took a minute"
+                counts["impatient"] += 1
+            except RequestFailed as error:
+                if deed != "bad" and "queue is full" not in str(error):
+                    raise
+                counts["bad" if deed == "bad" else "refused"] += 1
+
+    async def load(server, seconds):
+        clients = [connect("grpc", server.grpc_url), connect("http", server.http_url)]
+        end = time.monotonic() + seconds
+        await asyncio.gather(*(user(clients, number, end) for number in range(16)))
+        for client in clients:
+            await client.close()
+
+    with TritonServer(tiny_engine, ServeConfig(max_queue_size=8), env={"OMP_NUM_THREADS": "1"}) as server:
+        asyncio.run(load(server, min(15.0, SOAK_S / 3)))  # pools and caches fill
+        before = resident(server.process.pid)
+        asyncio.run(load(server, SOAK_S))
+        growth = resident(server.process.pid) - before
+        deadline = time.monotonic() + 10
+        while (metrics := server.metrics())["kv_blocks_used"] or metrics["requests"]:
+            assert time.monotonic() < deadline, f"blocks leaked: {metrics}"
+            time.sleep(0.1)
+    print(f"soak {SOAK_S:.0f} s: {counts}, growth {growth / 1e6:.1f} MB, preemptions {metrics['preemptions']:.0f}")
+    assert growth < MAX_GROWTH
+    assert min(counts["answered"], counts["vanished"], counts["bad"]) > 0
