@@ -62,9 +62,12 @@ if [ -n "$nsys" ] && [ "$device" = cuda ]; then
   fi
   fallback=() runs=()
   for name in baseline_nvtx trt_nvtx; do
-    if ! run $name "$nsys" profile --trace=cuda,nvtx --cuda-graph-trace=node --sample=none --cpuctxsw=none \
-      --force-overwrite=true --output="$work/$name" >"$work/$name.log" 2>&1 ||
-      ! "$nsys" export --type sqlite --force-overwrite=true --output="$work/$name.sqlite" "$work/$name.nsys-rep" >>"$work/$name.log" 2>&1; then
+    if ! {
+      run $name "$nsys" profile --trace=cuda,nvtx --cuda-graph-trace=node --sample=none --cpuctxsw=none \
+        --force-overwrite=true --output="$work/$name" &&
+        { [ -e "$work/$name.nsys-rep" ] || "$host"/host-linux-x64/QdstrmImporter -i "$work/$name.qdstrm"; } &&
+        "$nsys" export --type sqlite --force-overwrite=true --output="$work/$name.sqlite" "$work/$name.nsys-rep"
+    } >"$work/$name.log" 2>&1; then
       tail -n 5 "$work/$name.log" >&2
       echo "error: nsys ($nsys) failed on $name; it needs libdw1 and libelf1 (apt-get install libdw1 libelf1)" >&2
       exit 1
@@ -79,7 +82,7 @@ else
   fi
   fallback=(--torch-profiler) runs=()
   for name in baseline_nvtx trt_nvtx; do
-    run $name env
+    run $name env >"$work/$name.log" 2>&1 || { tail -n 5 "$work/$name.log" >&2; exit 1; }
     runs+=(--run "$work/$name.json")
   done
   profiler="the PyTorch profiler (no $([ "$device" = cuda ] && echo nsys || echo GPU))"

@@ -188,7 +188,9 @@ def _git() -> dict[str, Any]:
         return out.stdout.strip() if out.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    commit = git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")  # a copied tree has no .git
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": os.environ.get("GIT_COMMIT"), "dirty": None}  # a copied tree has no history to ask
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 

@@ -27,13 +27,17 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative", "cuLa
 REPLAYS = ("cudaGraphLaunch", "cuGraphLaunch")
 TRANSFERS = ("cudaMemcpy", "cuMemcpy", "cudaMemset", "cuMemset")
 
+Call = tuple[int, int, str, int]  # start and end in ns, name, correlation id
+
 
 def read_export(path: Path | str) -> dict[str, Any]:
-    """Figures of one export, over its "decode" ranges. Raises :class:`InputError` when there are none.
+    """Figures of one export: what its "decode" ranges submitted. Raises :class:`InputError` when there are none.
 
     ``launches`` is everything the CPU submits: kernels, graph replays, copies and memsets. ``kernels`` is what the
     GPU executed, also inside graphs when they were traced by node; ``graph_nodes_traced`` says whether they were.
-    ``gpu_busy_share`` is the union of device intervals over the wall time from the first decode step to the last.
+    ``gpu_busy_share`` is the union of that work's device intervals over the time from its first start to its last
+    end. ``tokens`` counts the decode steps that submitted something: an engine that runs ahead ends with one that only
+    reads.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is missing: run scripts/profile_nsight.sh")
@@ -61,34 +65,34 @@ def _read(database: sqlite3.Connection, path: Path | str) -> dict[str, Any]:
     steps = ranges.get("decode")
     if not steps:
         raise InputError(f"{path}: no 'decode' range was recorded: profile benchmarks/*_nvtx.py")
-    first, last = steps[0][0], steps[-1][1]
-    calls = [
-        (start, end, strings[name], link)
-        for start, end, name, link in rows(RUNTIME, "start, end, nameId, correlationId")
-    ]
+    columns = "start, end, nameId, correlationId"
+    calls = [(start, end, strings[name], link) for start, end, name, link in rows(RUNTIME, columns)]
     calls = [call for call in calls if call[2].startswith((*LAUNCHES, *REPLAYS, *TRANSFERS))]
-    inside = [call for call in calls if first <= call[0] <= last]
-    names = "start, end, coalesce(shortName, demangledName), correlationId"
-    kernels = [(start, end, strings[name], link) for start, end, name, link in rows(KERNELS, names)]
+    columns = "start, end, coalesce(shortName, demangledName), correlationId"
+    kernels = [(start, end, strings[name], link) for start, end, name, link in rows(KERNELS, columns)]
+    graphs = [(*row[:2], "CUDA graph", row[2]) for row in rows(GRAPHS, "start, end, correlationId")]
     copies = [
-        (start, end, table, link)
-        for table in (COPIES, MEMSETS)
-        for start, end, link in rows(table, "start, end, correlationId")
+        (*row[:2], table, row[2]) for table in (COPIES, MEMSETS) for row in rows(table, "start, end, correlationId")
     ]
-    graphs = [(start, end, "CUDA graph", link) for start, end, link in rows(GRAPHS, "start, end, correlationId")]
-    during = [kernel for kernel in kernels if first <= kernel[0] <= last]
-    device = [(a, b) for a, b, *_ in (*kernels, *copies, *graphs) if first <= a <= last]
-    busy, gaps = _union(device)
-    tokens = len(steps)
+    inside = _within(calls, steps)
+    links = {call[3] for call in inside}
+    # An engine that runs ahead submits a step while the one before is on the device: correlation, not time, decides.
+    device = [item for item in (*kernels, *graphs, *copies) if item[3] in links]
+    executed = [kernel for kernel in kernels if kernel[3] in links]
+    if not device:
+        raise InputError(f"{path}: no decode step submitted GPU work: was it profiled on a GPU with --trace=cuda?")
+    tokens = sum(bool(_within(inside, [step])) for step in steps)
+    busy, gaps = _union([item[:2] for item in device])
+    span = max(item[1] for item in device) - min(item[0] for item in device)
     count = {
         kind: sum(call[2].startswith(prefixes) for call in inside)
         for kind, prefixes in (("kernel", LAUNCHES), ("replay", REPLAYS), ("copy", TRANSFERS))
     }
-    ranked: dict[str, list[int]] = {}
-    for start, end, name, _ in during:
-        ranked.setdefault(name, []).append(end - start)
-    total = sum(map(sum, ranked.values())) or 1
-    top = sorted(ranked.items(), key=lambda item: -sum(item[1]))[:10]
+    by_name: dict[str, list[int]] = {}
+    for start, end, name, _ in executed:
+        by_name.setdefault(name, []).append(end - start)
+    total = sum(map(sum, by_name.values())) or 1
+    top = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:10]
     return {
         "tokens": tokens,
         "launches": len(inside),
@@ -97,16 +101,24 @@ def _read(database: sqlite3.Connection, path: Path | str) -> dict[str, Any]:
         "copies_per_token": count["copy"] / tokens,
         "graph_replays": count["replay"],
         "graph_nodes_traced": bool(kernels) and not graphs,
-        "kernels": len(during),
-        "kernels_per_token": len(during) / tokens,
+        "kernels": len(executed),
+        "kernels_per_token": len(executed) / tokens,
         "api_ms_per_token": sum(call[1] - call[0] for call in inside) / tokens / 1e6,
-        "gpu_busy_share": busy / (last - first),
+        "gpu_busy_share": busy / span,
         "gap_us_mean": float(np.mean(gaps)) / 1e3 if gaps else 0.0,
         "top_kernels": [
-            {"name": n, "share": sum(t) / total, "calls": len(t), "mean_us": sum(t) / len(t) / 1e3} for n, t in top
+            {"name": name, "share": sum(times) / total, "calls": len(times), "mean_us": sum(times) / len(times) / 1e3}
+            for name, times in top
         ],
         "phases": {name: _phase(spans, calls, [*kernels, *graphs]) for name, spans in sorted(ranges.items())},
     }
+
+
+def _within(calls: Sequence[Call], spans: Sequence[tuple[int, int]]) -> list[Call]:
+    """The calls that start inside one of the spans, which are sorted and do not overlap."""
+    starts, ends = (np.array([span[i] for span in spans]) for i in (0, 1))
+    places = np.searchsorted(starts, np.array([call[0] for call in calls], dtype=np.int64), side="right") - 1
+    return [call for call, place in zip(calls, places) if place >= 0 and call[0] <= ends[place]]
 
 
 def _union(intervals: Sequence[tuple[int, int]]) -> tuple[int, list[int]]:
@@ -124,18 +136,13 @@ def _union(intervals: Sequence[tuple[int, int]]) -> tuple[int, list[int]]:
     return busy, gaps
 
 
-def _phase(spans: list[tuple[int, int]], calls: list[tuple[Any, ...]], work: list[tuple[Any, ...]]) -> dict[str, Any]:
+def _phase(spans: list[tuple[int, int]], calls: list[Call], work: list[Call]) -> dict[str, Any]:
     """A range name's totals: device time belongs to the phase whose API call submitted it (by correlation id)."""
-    starts, ends = (np.array([span[i] for span in spans]) for i in (0, 1))
-    links = set()
-    for start, _, _, link in calls:
-        place = int(np.searchsorted(starts, start, side="right")) - 1
-        if place >= 0 and start <= ends[place]:
-            links.add(link)
+    links = {call[3] for call in _within(calls, spans)}
     mine = [(start, end) for start, end, _, link in work if link in links]
     return {
         "ranges": len(spans),
-        "wall_ms": float((ends - starts).sum()) / 1e6,
+        "wall_ms": sum(end - start for start, end in spans) / 1e6,
         "launches": len(links),
         "kernels": len(mine),
         "device_ms": sum(end - start for start, end in mine) / 1e6,

@@ -1,7 +1,9 @@
 """Figures of a hand-made export, then of exports recorded by nsys on an H100."""
 
+import gzip
 import json
 import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +17,8 @@ def export(tmp_path):
     path = tmp_path / "a.sqlite"
     with sqlite3.connect(path) as db:
         db.execute("create table StringIds (id int, value text)")
-        names = ["cudaLaunchKernel_v7000", "cudaGraphLaunch_v10000", "cudaMemcpyAsync_v3020", "cudaStreamSynchronize_v3020",
-                 "gemv", "attention", "decode"]  # fmt: skip
+        names = ["cudaLaunchKernel_v7000", "cudaGraphLaunch_v10000", "cudaMemcpyAsync_v3020",
+                 "cudaStreamSynchronize_v3020", "gemv", "attention", "decode"]  # fmt: skip
         db.executemany("insert into StringIds values (?, ?)", enumerate(names))
         db.execute("create table NVTX_EVENTS (start int, end int, text text, textId int)")
         db.execute("create table CUPTI_ACTIVITY_KIND_RUNTIME (start int, end int, nameId int, correlationId int)")
@@ -51,7 +53,7 @@ def test_figures_by_hand(export):
     assert result["kernels_per_token"] == 3
     assert result["graph_nodes_traced"]
     assert result["api_ms_per_token"] == pytest.approx(0.010)
-    assert result["gpu_busy_share"] == pytest.approx(0.6)  # 20 + 30 + 10 of 100 us
+    assert result["gpu_busy_share"] == pytest.approx(120 / 180)  # 20 + 30 + 10 of every 100 us, from 10 to 190
     assert result["gap_us_mean"] == pytest.approx((10 + 10 + 20 + 10 + 10) / 5)
     assert result["top_kernels"][0] == {"name": "gemv", "share": pytest.approx(2 / 3), "calls": 4, "mean_us": 20.0}
     decode = result["phases"]["decode"]
@@ -66,10 +68,41 @@ def test_untraced_graphs_are_said_to_be_so(export):
         db.execute("insert into CUPTI_ACTIVITY_KIND_GRAPH_TRACE values (90000, 95000, 2)")
     result = nsight.read_export(export)
     assert not result["graph_nodes_traced"]
-    assert result["gpu_busy_share"] == pytest.approx((120_000 + 5_000) / 200_000)
+    assert result["gpu_busy_share"] == pytest.approx((120 + 5) / 180)
+
+
+def test_work_belongs_to_the_step_that_submitted_it(export):
+    """An engine that runs ahead: the prefill's kernel executes while a decode step is being submitted."""
+    with sqlite3.connect(export) as db:
+        db.execute("insert into NVTX_EVENTS values (-90000, -10000, 'prefill', null)")
+        db.execute("insert into CUPTI_ACTIVITY_KIND_RUNTIME values (-80000, -79000, 0, 99)")
+        db.execute("insert into CUPTI_ACTIVITY_KIND_KERNEL values (1000, 9000, 4, 4, 99)")
+        db.execute("insert into NVTX_EVENTS values (200000, 210000, 'decode', null)")  # reads, submits nothing
+    result = nsight.read_export(export)
+    assert (result["tokens"], result["kernels_per_token"]) == (2, 3)
+    assert result["phases"]["prefill"]["device_ms"] == pytest.approx(0.008)
+
+
+def test_recorded_export(tmp_path):
+    """Llama 3.2 1B geometry, transformers on an H100, nsys 2025.3.1: three decode steps of 693 kernels."""
+    path = tmp_path / "h100.sqlite"
+    dump = Path(__file__).parents[1] / "golden" / "nsight_h100_baseline.sql.gz"
+    with sqlite3.connect(path) as db:
+        db.executescript(gzip.decompress(dump.read_bytes()).decode())
+    result = nsight.read_export(path)
+    assert result["tokens"] == 3
+    assert result["graph_replays"] == 0
+    assert 690 < result["kernels_per_token"] == result["kernel_launches_per_token"] < 700
+    assert 0.05 < result["gpu_busy_share"] < 0.15
+    phases = result["phases"]
+    assert phases["attention"]["ranges"] == phases["mlp"]["ranges"] == 16 * 4  # layers x (prefill + 3 steps)
+    assert phases["norm"]["ranges"] == 2 * phases["mlp"]["ranges"]
+    assert phases["mlp"]["device_ms"] > phases["norm"]["device_ms"]
+    assert result["top_kernels"][0]["share"] < 0.5
 
 
 @pytest.mark.parametrize(("sql", "message"), [
+    ("delete from CUPTI_ACTIVITY_KIND_RUNTIME", "no decode step submitted"),
     ("delete from NVTX_EVENTS", "no 'decode' range"),
     ("drop table NVTX_EVENTS", "no NVTX ranges"),
 ])  # fmt: skip
