@@ -10,6 +10,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import gemm, quant
 from llama_engine.kernels.attention import PagedAttention
+from llama_engine.kernels.finish import finish
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.tuning import Tiles
 from llama_engine.model import rope_tables
@@ -158,7 +159,7 @@ class GpuModel:
             tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
             following = None if next_position is None else next_position[piece]
             state = (slots[piece], self.last_token, self.position)
-            gemm.finish(self.partials, tiles, sampled[piece], *state, n, following)
+            finish(self.partials, tiles, sampled[piece], *state, n, following)
 
     def decode(self, slots: torch.Tensor, sampled: torch.Tensor) -> None:
         """One token for each of ``slots`` (int32 ``[rows]``): greedy ids to ``sampled`` and the slots, logits to

@@ -39,10 +39,11 @@ def _reference(config, attention, kv, qkv, slot, start):
     return model._attend(q.float(), kv, table, start)
 
 
+@pytest.mark.parametrize("tokens_per_block", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64), (4, 2, 32)])
-def test_decode_over_the_block_table(device, heads, kv_heads, head_size):
+def test_decode_over_the_block_table(device, heads, kv_heads, head_size, tokens_per_block):
     lengths = [0, 255, 256, 700]
-    config, kv, attention = _setup(device, heads, kv_heads, head_size, lengths)
+    config, kv, attention = _setup(device, heads, kv_heads, head_size, lengths, tokens_per_block)
     position = torch.tensor([*lengths, 0], dtype=torch.int32, device=device)
     slots = torch.tensor([3, 1, 0, 2, 4], dtype=torch.int32, device=device)
     qkv = torch.randn(5, config.qkv_size, device=device).half()
@@ -61,9 +62,10 @@ def test_decode_over_the_block_table(device, heads, kv_heads, head_size):
     assert torch.equal(alone[:, 0], digits[:, 0])
 
 
+@pytest.mark.parametrize("tokens_per_block", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64)])
-def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size):
-    config, kv, attention = _setup(device, heads, kv_heads, head_size, [0, 0], max_seq_len=128)
+def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block):
+    config, kv, attention = _setup(device, heads, kv_heads, head_size, [0, 0], tokens_per_block, max_seq_len=128)
     lengths = {0: 75, 1: 20}
     qkv = torch.randn(95, config.qkv_size, device=device).half()
     expected_kv = kv.clone()

@@ -76,7 +76,8 @@ def test_silu_mul_over_stacked_rows(device, swap):
 
 @pytest.mark.parametrize("int8", [True, False])
 def test_logits_argmax_and_slot_state(device, int8):
-    from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, finish, gemm, gemm_reference
+    from llama_engine.kernels.finish import finish
+    from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm, gemm_reference
 
     m, n, k = 3, 200, 64
     linear, x, a, a_scale, digits, scale = _problem(device, m, n, k)
