@@ -28,21 +28,24 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--dtype", default="float16", help="float16 or bfloat16 (default: float16)")
     parser.add_argument("--use_weight_only", action="store_true", help="quantize the linear layers' weights")
-    parser.add_argument("--weight_only_precision", choices=["int8"], default="int8")
-    parser.add_argument(
-        "--target_arch", choices=["auto", *TARGET_ARCHES], default="auto", help="auto: the GPU, or sm80"
-    )
-    parser.add_argument("--trtllm_version", default="0.15.0", help="whose byte layout (default: 0.15.0)")
+    parser.add_argument("--weight_only_precision", choices=["int8"], help="int8 is the only one")
+    parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: auto, the GPU or sm80")
+    parser.add_argument("--trtllm_version", help="whose byte layout (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
     parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR")
     args = parser.parse_args()
 
+    if args.weight_only_precision and not args.use_weight_only:
+        raise InputError("--weight_only_precision needs --use_weight_only")
+    packed = args.use_weight_only and not args.quantize_at_build
+    if not packed and (args.target_arch or args.trtllm_version):
+        raise InputError("--target_arch and --trtllm_version choose the byte order of INT8: 16-bit weights have none")
     options = ConvertOptions(
         dtype=args.dtype,
         int8=args.use_weight_only,
-        target_arch=visible_arch() if args.target_arch == "auto" else args.target_arch,
-        trtllm_version=args.trtllm_version,
+        target_arch=args.target_arch if args.target_arch in TARGET_ARCHES else visible_arch() if packed else "sm80",
+        trtllm_version=args.trtllm_version or "0.15.0",
         quantize_at_build=args.quantize_at_build,
         tp_size=args.tp_size,
     )

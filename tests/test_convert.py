@@ -225,6 +225,22 @@ def test_bad_options_are_refused(options, message):
         ConvertOptions(**options)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weight_only_precision", "int8"], "--weight_only_precision needs --use_weight_only"),
+        (["--target_arch", "sm90"], "16-bit weights have none"),
+        (["--use_weight_only", "--quantize_at_build", "--trtllm_version", "0.17.0"], "16-bit weights have none"),
+    ],
+)
+def test_flags_without_effect_are_refused(tiny_model, tmp_path, run_script, flags, message):
+    args = ("--model_dir", tiny_model, "--output_dir", tmp_path / "c", *flags)
+    done = run_script("scripts/convert_checkpoint.py", *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
 def test_damaged_weights_leave_no_checkpoint(tmp_path):
     model = write_model(tmp_path / "m")
     path = model / "model.safetensors"
@@ -263,7 +279,7 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
     assert done.returncode == 2
     assert "--force" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert run_script("scripts/convert_checkpoint.py", *args, "--force").returncode == 0
+    assert run_script("scripts/convert_checkpoint.py", *args[:4], "--force").returncode == 0
     assert not Checkpoint(tmp_path / "c").quantized
 
 
