@@ -1,0 +1,321 @@
+"""The gateway's application: requests to token ids, Triton's or the baseline's ids back to OpenAI's answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_engine.build import load_engine_json
+from llama_engine.errors import InputError, RunError
+from llama_engine.triton_client import GrpcClient, RequestFailed
+from llm_demo.api import ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
+from llm_demo.baseline import Baseline
+from llm_demo.text import ChatTokenizer, TextStream
+
+STATIC = Path(__file__).parent / "static"
+DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+T = TypeVar("T")
+
+
+class Gateway:
+    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
+
+    def __init__(self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str) -> None:
+        self.info = load_engine_json(engine_dir)
+        self.tokenizer = ChatTokenizer(engine_dir)
+        self.triton_url = triton_url
+        self.baseline = Baseline(model_dir, device) if model_dir else None
+        self.name = self.info.model.name
+        self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
+        self.counts: Counter[str] = Counter()
+        self.running = 0
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self.client = GrpcClient(self.triton_url)
+        yield
+        await self.client.close()
+        if self.baseline:
+            await self.baseline.close()
+
+    async def encode(self, request: Sampling) -> list[int]:
+        """Ids of a request's prompt, off the event loop: a long text takes a while."""
+        if isinstance(request, ChatRequest):
+            messages = [{"role": message.role, "content": message.text} for message in request.messages]
+            return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        if isinstance(request, CompletionRequest) and isinstance(request.prompt, str):
+            return await asyncio.to_thread(self.tokenizer.encode, request.prompt)
+        return request.prompt
+
+    def room(self, prompt: list[int], request: Sampling) -> int:
+        """How many tokens may be made. Raises :class:`ApiError` where prompt and answer do not fit."""
+        where = "messages" if isinstance(request, ChatRequest) else "prompt"
+        limit = self.info.engine.max_seq_len
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", param=where)
+        if bad := [token for token in prompt if not 0 <= token < self.info.model.vocab_size]:
+            raise ApiError(400, f"token id {bad[0]} is outside the vocabulary", param=where)
+        if len(prompt) + (request.max_tokens or 1) > limit:
+            asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
+            raise ApiError(
+                400,
+                f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them.",
+                code="context_length_exceeded",
+                param=where,
+            )
+        return request.max_tokens or limit - len(prompt)
+
+    async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:
+        """New ids from the model the request names, cut before an end-of-sequence id. Leaving early cancels."""
+        eos = {*self.info.model.eos_token_ids, *filter(None, [self.tokenizer.eos_token_id])}
+        seed = request.seed % (1 << 64)
+        if request.model == self.name:
+            options: dict[str, Any] = {"end_id": min(eos)} if eos else {}
+            if request.temperature > 0:
+                options |= {"temperature": request.temperature, "runtime_top_p": request.top_p, "random_seed": seed}
+            source = self.client.generate(prompt, max_tokens, streaming=True, **options)
+        else:
+            sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": seed}
+            source = self.baseline.generate(prompt, max_tokens, eos=sorted(eos), **sampling)
+        async with contextlib.aclosing(source):
+            async for new in source:
+                end = next((i for i, token in enumerate(new) if token in eos), None)
+                yield new[:end]
+                if end is not None:
+                    return
+
+    async def answer(self, request: Sampling) -> AsyncIterator[tuple[str, str | None, dict[str, int]]]:
+        """Pieces of text as ``(text, finish reason or None, usage so far)``. Raises :class:`ApiError`."""
+        if request.model not in self.models:
+            raise ApiError(
+                404,
+                f"The model {request.model!r} does not exist; there is {' and '.join(self.models)}.",
+                code="model_not_found",
+                param="model",
+            )
+        start, first = time.perf_counter(), 0.0
+        text = TextStream(self.tokenizer, request.stop)
+        self.running += 1
+        try:
+            prompt = await self.encode(request)
+            room = self.room(prompt, request)
+            self.counts["prompt_tokens_total"] += len(prompt)
+            source = self.ids(prompt, room, request)
+            async with contextlib.aclosing(source):
+                async for new in source:
+                    first = first or time.perf_counter() - start
+                    self.counts["completion_tokens_total"] += len(new)
+                    piece = text.push(new)
+                    if text.stopped:
+                        break
+                    yield piece, None, usage_of(len(prompt), text.tokens)
+            if not text.stopped:
+                piece = text.push([], last=True)
+            reason = "length" if text.tokens >= room and not text.stopped else "stop"
+            self.counts["ttft_seconds_sum"] += first
+            self.counts["ttft_seconds_count"] += 1
+            yield piece, reason, usage_of(len(prompt), text.tokens)
+        except InputError as error:
+            raise ApiError(400, str(error)) from None
+        except RunError as error:
+            raise _api_error(error) from None
+        finally:
+            self.running -= 1
+
+    def metrics(self) -> str:
+        rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])
+
+
+class Guard:
+    """Security headers on every answer, and a count of the API's by status."""
+
+    def __init__(self, app: ASGIApp, counts: Counter[str]) -> None:
+        self.app, self.counts = app, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                if scope["path"].startswith("/v1/"):
+                    self.counts[f'requests_total{{code="{message["status"]}"}}'] += 1
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+
+def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> FastAPI:
+    """``local_only`` refuses other host names, so that no foreign page can reach a loopback server by renaming it."""
+    app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, counts=gateway.counts)
+    if local_only:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+
+    def known(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if api_key and not secrets.compare_digest(given, api_key.encode()):
+            raise ApiError(401, "Incorrect or missing API key.", code="invalid_api_key")
+
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse(ApiError(400, f"{where or 'body'}: {first['msg']}", param=where or None).body(), 400)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+    @app.get("/v1/models", dependencies=[Depends(known)])
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in gateway.models]}
+
+    @app.get("/v1/models/{name}", dependencies=[Depends(known)])
+    async def model(name: str) -> dict[str, Any]:
+        if name not in gateway.models:
+            raise ApiError(404, f"The model {name!r} does not exist.", code="model_not_found", param="model")
+        return _model(name)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(known)])
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await _complete(gateway, request, body)
+
+    @app.post("/v1/completions", dependencies=[Depends(known)])
+    async def completion(request: Request, body: CompletionRequest) -> Response:
+        return await _complete(gateway, request, body)
+
+    @app.post("/baseline", dependencies=[Depends(known)])
+    async def baseline() -> dict[str, bool]:
+        """Load the race's baseline now, so that loading is not part of the race."""
+        if gateway.baseline is None:
+            raise ApiError(404, "There is no baseline: start the gateway with --model-dir.")
+        try:
+            await gateway.baseline.load()
+        except RunError as error:
+            raise _api_error(error) from None
+        return {"loaded": True}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        ready = await gateway.client.ready()
+        state = {
+            "status": "ok" if ready else "unavailable",
+            "message": "" if ready else DOWN,
+            "models": gateway.models,
+            "source": gateway.info.model.source,
+            "max_seq_len": gateway.info.engine.max_seq_len,
+            "baseline_loaded": gateway.baseline is not None and gateway.baseline.loaded,
+        }
+        return JSONResponse(state, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(gateway.metrics(), media_type="text/plain; version=0.0.4")
+
+    app.mount("/", StaticFiles(directory=STATIC, html=True))
+    return app
+
+
+async def _complete(gateway: Gateway, request: Request, body: Sampling) -> Response:
+    """An error before the first token is a status code; after it, an ``error`` event that ends the stream."""
+    shape = Shape(body.model, isinstance(body, ChatRequest))
+    pieces = gateway.answer(body)
+    if not body.stream:
+        return JSONResponse(await _unless_gone(request, _whole(shape, pieces)))
+    opening = await _unless_gone(request, anext(pieces))
+    return StreamingResponse(_events(shape, body, opening, pieces), media_type="text/event-stream")
+
+
+async def _whole(shape: Shape, pieces: AsyncIterator[tuple[str, str | None, dict[str, int]]]) -> dict[str, Any]:
+    async with contextlib.aclosing(pieces):
+        parts = [part async for part in pieces]
+    return shape.whole("".join(text for text, _, _ in parts), *parts[-1][1:])
+
+
+async def _events(
+    shape: Shape,
+    body: Sampling,
+    opening: tuple[str, str | None, dict[str, int]],
+    pieces: AsyncIterator[tuple[str, str | None, dict[str, int]]],
+) -> AsyncIterator[str]:
+    every, usage = body.stream_options.continuous_usage_stats, opening[2]
+    async with contextlib.aclosing(pieces):
+        try:
+            if shape.chat:
+                yield _event(shape.opening())
+            text, reason, usage = opening
+            yield _event(shape.chunk(text, reason, usage if every else None))
+            async for text, reason, usage in pieces:
+                if text or reason or every:
+                    yield _event(shape.chunk(text, reason, usage if every else None))
+            if body.stream_options.include_usage:
+                yield _event(shape.chunk(None, usage=usage))
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body())
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """``work``'s result; when the client leaves first, ``work`` is cancelled, which frees its place in the engine."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "The client left.")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.wait({task, gone})
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llama-engine"}
+
+
+def _api_error(error: RunError) -> ApiError:
+    """Triton's refusals by what they say: its error codes do not reach a gRPC stream's client."""
+    text = str(error)
+    if "queue is full" in text:
+        return ApiError(429, f"The engine is busy, try again: {text}", code="queue_full")
+    if "max_seq_len" in text or "KV blocks" in text:
+        return ApiError(400, text, code="context_length_exceeded")
+    if isinstance(error, RequestFailed) and not text.startswith("the request"):
+        return ApiError(503, f"{DOWN} ({text[:200]})", code="engine_unavailable")
+    return ApiError(500, text)

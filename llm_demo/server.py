@@ -1,0 +1,88 @@
+r"""An OpenAI-compatible gateway in front of Triton Inference Server, and a page to chat and to race on.
+
+Purpose: feel the engine from a browser, or from any OpenAI client with base_url http://127.0.0.1:8080/v1.
+Method:  the engine's tokenizer and chat template make token ids, Triton's tensorrt_llm model answers over gRPC. The
+         race's other lane is the Hugging Face model, loaded at first use in a process of its own.
+Output:  the page at /, the API under /v1, /health, /metrics (Prometheus). Starts Triton itself unless --triton-url.
+
+    python llm_demo/server.py --engine-dir engines/smollm2-135m-instruct --model-dir models/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.triton_server import ServeConfig, TritonServer
+from llm_demo.gateway import Gateway, create_app
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-dir", type=Path, required=True)
+    parser.add_argument("--model-dir", type=Path, help="the Hugging Face model; without it there is no race")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--api-key", default=os.environ.get("LLM_DEMO_API_KEY"), help="or $LLM_DEMO_API_KEY")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--triton-url", help="gRPC host:port of a running server (default: start one)")
+    args = parser.parse_args()
+    if args.model_dir and not (args.model_dir / "config.json").is_file():
+        raise InputError(f"--model-dir {args.model_dir} holds no model: run scripts/prepare_model.py")
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
+        signal.signal(stop, signal.default_int_handler)
+    console = Console(highlight=False, soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt), listen(args.host, args.port) as door, triton(args, console) as url:
+        gateway = Gateway(args.engine_dir, url, model_dir=args.model_dir, device=args.device)
+        app = create_app(gateway, api_key=args.api_key, local_only=args.host in LOOPBACK)
+        if args.host not in LOOPBACK and not args.api_key:
+            console.print(f"note: {args.host} is open to others and no --api-key is set")
+        console.print(f"ready: http://{args.host}:{args.port} (OpenAI clients: /v1; Ctrl-C stops)")
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        uvicorn.Server(config).run(sockets=[door])
+    console.print("stopped")
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The bound socket, claimed before anything slow starts. Raises :class:`InputError` when it is taken."""
+    try:
+        door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on {host}:{port} ({why}): choose another --host or --port") from None
+    with door:
+        yield door
+
+
+@contextlib.contextmanager
+def triton(args: argparse.Namespace, console: Console) -> Iterator[str]:
+    """The gRPC address of the server: the one given, or one of our own that ends with us."""
+    if args.triton_url:
+        yield args.triton_url
+        return
+    server = TritonServer(args.engine_dir, ServeConfig(device=args.device, drain_s=2))
+    try:
+        with console.status("starting Triton Inference Server"):
+            server.start()
+        yield server.grpc_url
+        if not server.alive:
+            raise RunError(f"Triton Inference Server ended by itself: {server.log}")
+    finally:
+        with console.status("stopping Triton Inference Server"):
+            server.stop()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,368 @@
+// The page's logic. Text from people and models reaches the document through textContent only.
+const $ = (id) => document.getElementById(id);
+const UNREACHABLE = "This page cannot reach the demo. If it was stopped, start it again with ./scripts/demo.sh; the page then goes on by itself.";
+const SVG = "http://www.w3.org/2000/svg";
+
+function el(tag, options = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(options)) node[key] = value;
+  node.append(...children);
+  return node;
+}
+const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
+const speed = (rate) => (rate >= 100 ? rate.toFixed(0) : rate.toFixed(1));
+
+// ---- the server ----------------------------------------------------------------------------------------------------
+
+let server = { models: [], status: "unknown" };
+
+async function request(path, options = {}) {
+  const key = sessionStorage.getItem("key");
+  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error(UNREACHABLE);
+  }
+  if (response.status === 401) $("key-form").hidden = false;
+  if (!response.ok) {
+    const body = await response.json().catch(() => null);
+    throw new Error(body?.error?.message ?? `The server answered with status ${response.status}.`);
+  }
+  return response;
+}
+
+async function watch() {
+  try {
+    const response = await fetch("health");
+    server = await response.json();
+  } catch {
+    server = { ...server, status: "unreachable", message: UNREACHABLE };
+  }
+  const up = server.status === "ok";
+  $("status").className = up ? "ok" : "down";
+  $("status-text").textContent = up
+    ? server.models[0] + (server.source === "synthetic" ? " (synthetic weights: the text means nothing)" : "") + ", INT8"
+    : "not available";
+  if ($("banner").textContent !== (up ? "" : server.message)) $("banner").textContent = up ? "" : server.message;
+  $("banner").hidden = up;
+  controls();
+  setTimeout(watch, up ? 4000 : 1000);
+}
+
+/** Stream a chat completion; calls `on(text, tokens so far)` for every piece. Resolves when the answer is complete. */
+async function complete(body, on, signal) {
+  const stream_options = { include_usage: true, continuous_usage_stats: true };
+  const response = await request("v1/chat/completions", {
+    method: "POST", signal, body: JSON.stringify({ ...body, stream: true, stream_options }),
+  });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    let part;
+    try {
+      part = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error(`The answer broke off. ${UNREACHABLE}`);
+    }
+    if (part.done) throw new Error("The answer broke off: the server closed the connection.");
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      if (line.includes("[DONE]") && line.slice(5).trim() === "[DONE]") return;
+      const event = JSON.parse(line.slice(5));
+      if (event.error) throw new Error(event.error.message);
+      if (event.usage) on(event.choices[0]?.delta.content ?? "", event.usage.completion_tokens);
+    }
+  }
+}
+
+/** When each token came. TTFT = t1 - t0; speed = (N - n1) / (tN - t1), decode only. */
+class Meter {
+  constructor() { this.start = performance.now(); this.points = []; }
+  add(tokens) {
+    if (tokens > (this.points.at(-1)?.tokens ?? 0)) this.points.push({ ms: performance.now() - this.start, tokens });
+  }
+  get tokens() { return this.points.at(-1)?.tokens ?? 0; }
+  get ttft() { return this.points[0]?.ms ?? 0; }
+  get total() { return this.points.at(-1)?.ms ?? 0; }
+  get rate() { return Meter.between(this.points[0], this.points.at(-1)); }
+  /** Tokens a second over a window of eight arrivals. */
+  get rates() { return this.points.map((p, i) => [p.ms, Meter.between(this.points[Math.max(0, i - 8)], p)]).slice(4); }
+  static between(a, b) { return a && b && b.ms > a.ms ? ((b.tokens - a.tokens) * 1000) / (b.ms - a.ms) : 0; }
+}
+
+// ---- plots ---------------------------------------------------------------------------------------------------------
+
+function svg(parent, tag, attributes, text = "") {
+  const node = document.createElementNS(SVG, tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.textContent = text;
+  parent.append(node);
+}
+
+/** Lines of `[x, y]` points in the box `[left, top, right, bottom]` of an svg, both axes from zero. */
+function lines(target, series, [left, top, right, bottom], maxX, maxY) {
+  const at = ([x, y]) => [left + (x / maxX) * (right - left), bottom - (y / maxY) * (bottom - top)];
+  for (const [name, points] of series) {
+    if (!points.length) continue;
+    const path = points.map((point) => at(point).map((v) => v.toFixed(1)).join(",")).join(" ");
+    svg(target, "polyline", { class: name, points: path });
+    const [cx, cy] = at(points.at(-1));
+    svg(target, "circle", { class: name, cx, cy, r: 3 });
+  }
+}
+
+function sparkline(target, meter) {
+  const points = meter.rates;
+  if (points.length < 2) return;
+  target.replaceChildren();
+  target.setAttribute("viewBox", "0 0 160 32");
+  const top = Math.max(...points.map((p) => p[1])) * 1.1;
+  svg(target, "path", { class: "axis", d: "M0 31.5H160" });
+  lines(target, [["engine", points.map(([x, y]) => [x - points[0][0], y])]], [1, 3, 156, 31], points.at(-1)[0] - points[0][0], top);
+  target.setAttribute("aria-label", `Speed over the answer, up to ${speed(top / 1.1)} tokens a second`);
+}
+
+function raceplot(lanes, goal) {
+  const plot = $("plot"), { width, height } = plot.getBoundingClientRect();
+  const maxX = Math.max(1000, ...lanes.map((lane) => lane.meter.total)) * 1.02;
+  const [left, top, right, bottom] = [30, 18, width - 10, height - 18];
+  plot.replaceChildren();
+  plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const step = [0.25, 0.5, 1, 2, 5, 10, 30, 60].find((s) => maxX / 1000 / s <= Math.max(3, width / 90)) ?? 120;
+  for (let s = 0; s * 1000 <= maxX; s += step) {
+    const x = left + ((s * 1000) / maxX) * (right - left);
+    svg(plot, "path", { class: "axis", d: `M${x} ${top}V${bottom}` });
+    if (x < right - 20) svg(plot, "text", { x: x + 2, y: height - 4 }, `${s} s`);
+  }
+  svg(plot, "path", { class: "axis", d: `M${left} ${bottom}H${right}` });
+  svg(plot, "path", { class: "finish", d: `M${left} ${top}H${right}` });
+  svg(plot, "text", { x: left, y: top - 6 }, `finish line: ${goal} tokens`);
+  for (const n of [0, goal / 2]) svg(plot, "text", { x: 0, y: bottom - (n / goal) * (bottom - top) + 4 }, String(n));
+  const points = (meter) => [[0, 0], ...meter.points.map((p) => [p.ms, p.tokens])];
+  lines(plot, lanes.map((lane) => [lane.kind, points(lane.meter)]), [left, top, right, bottom], maxX, goal);
+}
+
+// ---- chat ----------------------------------------------------------------------------------------------------------
+
+const history = [];
+let chatting = null, racing = null; // AbortController while busy
+
+function controls() {
+  const up = server.status === "ok";
+  $("send").disabled = !up || !!racing;
+  $("send").hidden = !!chatting;
+  $("stop").hidden = !chatting;
+  $("start").disabled = !up || !!chatting || server.models.length < 2;
+  $("start").hidden = !!racing;
+  $("abort").hidden = !racing;
+}
+
+function scroll(force) {
+  const log = $("log");
+  if (force || log.scrollHeight - log.scrollTop - log.clientHeight < 90) log.scrollTop = log.scrollHeight;
+}
+
+function options() {
+  const body = { model: server.models[0] };
+  for (const name of ["temperature", "top_p", "seed", "max_tokens"]) if ($(name).value !== "") body[name] = Number($(name).value);
+  return body;
+}
+
+async function say(question) {
+  $("empty").hidden = true;
+  $("log").append(el("div", { className: "message user" }, el("p", { textContent: question })));
+  const text = el("p"), meta = el("div", { className: "meta" });
+  const box = el("div", { className: "message assistant busy", ariaBusy: "true" }, text, meta);
+  const plot = document.createElementNS(SVG, "svg");
+  plot.setAttribute("role", "img");
+  const [ttft, rate, count] = [el("b"), el("b"), el("b")];
+  $("log").append(box);
+  scroll(true);
+  chatting = new AbortController();
+  controls();
+  const system = $("system").value.trim(), meter = new Meter();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...history, { role: "user", content: question }];
+  let answer = "", failed = false;
+  const show = () => {
+    text.textContent = answer;
+    if (meter.tokens && !meta.firstChild)
+      meta.append(el("span", {}, "first token ", ttft), el("span", {}, rate, " tok/s"), el("span", {}, count, " tokens"), plot);
+    ttft.textContent = seconds(meter.ttft);
+    rate.textContent = meter.rate ? speed(meter.rate) : "–";
+    count.textContent = meter.tokens;
+    sparkline(plot, meter);
+    scroll(false);
+  };
+  const draw = painter(show);
+  try {
+    await complete({ ...options(), messages }, (piece, tokens) => { answer += piece; meter.add(tokens); draw(); }, chatting.signal);
+  } catch (error) {
+    failed = !answer;
+    if (error.name !== "AbortError") box.append(el("p", { className: "error", role: "alert", textContent: error.message }));
+    else if (!answer) text.textContent = "(stopped)";
+  }
+  show();
+  if (!failed) history.push({ role: "user", content: question }, { role: "assistant", content: answer });
+  else if (!$("prompt").value) $("prompt").value = question.slice(0, 4000);
+  box.classList.remove("busy");
+  box.ariaBusy = "false";
+  chatting = null;
+  controls();
+  scroll(false);
+}
+
+/** At most one drawing a frame, however fast tokens come. */
+function painter(draw) {
+  let waiting = false;
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => { waiting = false; draw(); });
+  };
+}
+
+$("composer").onsubmit = (event) => {
+  event.preventDefault();
+  const question = $("prompt").value.trim();
+  if (!question || chatting || $("send").disabled) return;
+  $("prompt").value = "";
+  say(question);
+};
+for (const [area, form] of [["prompt", "composer"], ["race-prompt", "race-form"]])
+  $(area).onkeydown = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    $(form).requestSubmit();
+  };
+$("stop").onclick = () => chatting?.abort();
+$("abort").onclick = () => racing?.abort();
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") (chatting ?? racing)?.abort(); });
+$("clear").onclick = () => {
+  chatting?.abort();
+  history.length = 0;
+  $("log").replaceChildren($("empty"));
+  $("empty").hidden = false;
+  $("prompt").focus();
+};
+for (const idea of ["What is the capital of France?", "Explain rainbows to a child.", "Write a haiku about the sea."])
+  $("ideas").append(el("button", { type: "button", textContent: idea, onclick: () => { $("prompt").value = idea; $("composer").requestSubmit(); } }));
+$("key-form").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", $("key").value);
+  $("key-form").hidden = true;
+};
+
+// ---- race ----------------------------------------------------------------------------------------------------------
+
+function lane(kind, title, what) {
+  const [rate, times, text] = [el("p", { className: "speed" }), el("p", { className: "times" }), el("p", { className: "text" })];
+  const bar = el("progress", { value: 0, ariaLabel: `${title}: tokens made` });
+  const box = el("section", { className: `lane ${kind}` }, el("h2", { textContent: title }), el("p", { className: "what", textContent: what }), rate, times, bar, text);
+  const self = { kind, box, meter: new Meter(), answer: "", goal: 1 };
+  self.show = () => {
+    const { meter } = self;
+    rate.replaceChildren(meter.rate ? speed(meter.rate) : "–", el("small", { textContent: " tok/s" }));
+    times.textContent = meter.tokens
+      ? `first token ${seconds(meter.ttft)} · ${meter.tokens} tokens in ${seconds(meter.total)}` : "waiting for the start";
+    Object.assign(bar, { max: self.goal, value: meter.tokens });
+    text.textContent = self.answer;
+  };
+  self.run = async (body, signal, draw) => {
+    self.meter = new Meter();
+    await complete(body, (piece, tokens) => { self.answer += piece; self.meter.add(tokens); draw(); }, signal);
+  };
+  self.reset = (goal) => { Object.assign(self, { goal, meter: new Meter(), answer: "" }); self.show(); };
+  self.reset(1);
+  return self;
+}
+
+const lanes = [
+  lane("engine", "INT8 engine", "Triton Inference Server, paged KV cache"),
+  lane("base", "Baseline", "Hugging Face transformers, SDPA, 16-bit"),
+];
+$("lanes").append(...lanes.map((each) => each.box));
+
+function verdict(headline, kind, detail) {
+  $("verdict").replaceChildren(el("b", { className: kind, textContent: headline }), detail);
+}
+
+async function race() {
+  const goal = Number($("race-tokens").value), turns = $("turns").checked;
+  const messages = [{ role: "user", content: $("race-prompt").value.trim() }];
+  racing = new AbortController();
+  const { signal } = racing;
+  controls();
+  lanes.forEach((each) => each.reset(goal));
+  const show = () => { lanes.forEach((each) => each.show()); raceplot(lanes, goal); };
+  show();
+  $("race-note").textContent = "";
+  try {
+    verdict("On your marks", "", server.baseline_loaded ? "" : "Loading the baseline: this happens once.");
+    await request("baseline", { method: "POST", signal });
+    verdict("Go", "", turns ? "Each lane has the machine to itself, the engine first." : "Both lanes run at once and share this machine.");
+    const run = (each, i) => each.run({ model: server.models[i], messages, temperature: 0, max_tokens: goal }, signal, painter(show));
+    if (turns) for (const [i, each] of lanes.entries()) await run(each, i);
+    else await Promise.all(lanes.map(run));
+    show();
+    finish(turns, goal);
+  } catch (error) {
+    racing.abort();
+    show();
+    if (signal.aborted && error.name === "AbortError") verdict("Stopped", "", "");
+    else verdict("No result", "base", error.message);
+  }
+  racing = null;
+  controls();
+}
+
+/** Ratio of the mean time a token, first token included: of the finish times where both lanes made as many tokens. */
+function finish(turns, goal) {
+  const [engine, base] = lanes.map((each) => each.meter);
+  if (!engine.tokens || !base.tokens) return verdict("No result", "base", "A lane made no tokens: try another prompt.");
+  const ratio = base.total / base.tokens / (engine.total / engine.tokens);
+  const [winner, factor] = ratio >= 1 ? ["INT8 engine", ratio] : ["Baseline", 1 / ratio];
+  const early = [engine, base].some((meter) => meter.tokens < goal) ? " A lane's answer ended before the line, so time a token is compared." : "";
+  verdict(
+    `${winner}: ${factor.toFixed(2)}× faster`, ratio >= 1 ? "engine" : "base",
+    `${engine.tokens} tokens in ${seconds(engine.total)} against ${base.tokens} in ${seconds(base.total)}; ` +
+    `first token after ${seconds(engine.ttft)} against ${seconds(base.ttft)}.${early}`,
+  );
+  $("race-note").textContent = (turns ? "One run each, one after the other" : "One run, both at once, so that the lanes shared this machine's cores") +
+    ", measured in this browser. The benchmark, with intervals and accuracy beside it, is in results/.";
+}
+
+$("race-form").onsubmit = (event) => {
+  event.preventDefault();
+  if (!racing && !$("start").disabled) race();
+};
+
+// ---- tabs ----------------------------------------------------------------------------------------------------------
+
+const tabs = ["chat", "race"];
+function select(name) {
+  for (const each of tabs) {
+    $(each).hidden = each !== name;
+    $(`tab-${each}`).ariaSelected = String(each === name);
+    $(`tab-${each}`).tabIndex = each === name ? 0 : -1;
+  }
+  if (name === "race") raceplot(lanes, Number($("race-tokens").value));
+  window.history.replaceState(null, "", `#${name}`);
+}
+for (const name of tabs) {
+  $(`tab-${name}`).onclick = () => select(name);
+  $(`tab-${name}`).onkeydown = (event) => {
+    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+    const other = tabs[(tabs.indexOf(name) + 1) % 2];
+    select(other);
+    $(`tab-${other}`).focus();
+  };
+}
+window.addEventListener("resize", () => { if (!$("race").hidden) raceplot(lanes, Number($("race-tokens").value)); });
+select(window.location.hash === "#race" ? "race" : "chat");
+watch();
