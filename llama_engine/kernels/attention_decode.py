@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201 (Triton kernels take untyped pointers)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
 """Decode attention kernels: split over chunks of the context, then merged in order and quantized."""
 
 from __future__ import annotations
