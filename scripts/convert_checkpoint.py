@@ -41,10 +41,13 @@ def main() -> None:
     packed = args.use_weight_only and not args.quantize_at_build
     if not packed and (args.target_arch or args.trtllm_version):
         raise InputError("--target_arch and --trtllm_version choose the byte order of INT8: 16-bit weights have none")
+    arch = args.target_arch or "auto"
+    if arch == "auto":
+        arch = visible_arch() if packed else "sm80"
     options = ConvertOptions(
         dtype=args.dtype,
         int8=args.use_weight_only,
-        target_arch=args.target_arch if args.target_arch in TARGET_ARCHES else visible_arch() if packed else "sm80",
+        target_arch=arch,
         trtllm_version=args.trtllm_version or "0.15.0",
         quantize_at_build=args.quantize_at_build,
         tp_size=args.tp_size,

@@ -275,7 +275,7 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
     done = run_script("scripts/convert_checkpoint.sh", *args)
     assert done.returncode == 0, done.stderr
     assert "INT8, layout column_major," in done.stdout
-    done = run_script("scripts/convert_checkpoint.py", *args)
+    done = run_script("scripts/convert_checkpoint.py", *args[:4])
     assert done.returncode == 2
     assert "--force" in done.stderr
     assert len(done.stderr.splitlines()) == 1
