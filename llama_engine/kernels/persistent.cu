@@ -6,8 +6,8 @@
 // planes of signed 8-bit digits in registers and add exact integer sums.
 //
 // Blocks exchange activations as words that carry their own readiness: 24 bits of a float32 and an 8-bit flag that
-// counts layers. A reader polls the words it needs (where many would poll for long, after a counter has hinted that they
-// are there); there are no fences and no barriers between blocks, because under a saturated memory system each of those
+// counts layers. A reader polls the words it needs (where many would poll for long, after a counter has hinted that
+// they are there); there are no fences and no barriers between blocks, because under a saturated memory system each
 // costs a round trip. A word is overwritten one layer later at the earliest, when every block is known, through the
 // chain of its own inputs, to have read it.
 //
@@ -95,7 +95,8 @@ template <int N, bool POLL, typename At> __device__ __forceinline__ void receive
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = make_float4(received(w[i].x), received(w[i].y), received(w[i].z), received(w[i].w));
+    for (int i = 0; i < N; ++i)
+        v[i] = make_float4(received(w[i].x), received(w[i].y), received(w[i].z), received(w[i].w));
 }
 // N words at at(0) .. at(N - 1), one or a few a thread, into shared memory; the caller synchronizes.
 template <int N, typename At> __device__ __forceinline__ void receive_shared(float* to, u32 flag, At at) {
@@ -337,7 +338,10 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
     MARK(T_ATT_LOAD)
     float qa[GROUP][8], qb[GROUP][8];
 #pragma unroll
-    for (int h = 0; h < GROUP; ++h) load8(s.inputs + h * HEAD + d, qa[h]), load8(s.inputs + h * HEAD + HEAD / 2 + d, qb[h]);
+    for (int h = 0; h < GROUP; ++h) {
+        load8(s.inputs + h * HEAD + d, qa[h]);
+        load8(s.inputs + h * HEAD + HEAD / 2 + d, qb[h]);
+    }
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) rotate(s, d, 1.44269504f * rsqrtf((float)HEAD), qa[h], qb[h]);
     auto scores = [&](const float (&ka)[8], const float (&kb)[8], bool valid, float (&score)[GROUP]) {
@@ -466,7 +470,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     };
     auto receive_x = [&](const u32* x, int layer) {
         await_hint(p.sync + SENT_X, sent * GRID);
-        receive<ROWS * W, false>(v, flag_of(s, layer), [&](int i) { return x + i / W * HIDDEN + Split<HIDDEN>::word(i % W); });
+        auto at = [&](int i) { return x + i / W * HIDDEN + Split<HIDDEN>::word(i % W); };
+        receive<ROWS * W, false>(v, flag_of(s, layer), at);
     };
     auto add_residual = [&](u32* x, int layer, const float (&scale)[ROWS], float weight_scale) {
         consumer_sync();
@@ -497,7 +502,9 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     for (int layer = 0; layer < LAYERS; ++layer) {
         const u64* table = s.table[layer];
         const u32 flag = flag_of(s, layer);
-        auto scale_of = [&](int which, int row, bool mine) { return mine ? __ldg((const float*)table[which] + row) : 0.0f; };
+        auto scale_of = [&](int which, int row, bool mine) {
+            return mine ? __ldg((const float*)table[which] + row) : 0.0f;
+        };
         {
             const Part part = part_of(QKV, layer);
             const float weight_scale = scale_of(QKV_S, part.start + tid, tid < part.count);

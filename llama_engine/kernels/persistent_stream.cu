@@ -7,7 +7,7 @@ typedef unsigned long long u64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int STAGE = 16384, SMEM = 232448;
-// Tuned on an H100: stages on their way from device memory and from L2, stages read ahead into L2, clocks between those.
+// Tuned on an H100: stages on their way from device memory and from L2, stages read ahead into L2, clocks between them.
 constexpr int IN_FLIGHT = 3, IN_FLIGHT_L2 = 6, PREFETCH = 8, PACE = 1400;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -162,7 +162,8 @@ template <int N> __device__ __forceinline__ float sum_many(const float (&values)
 }
 __device__ __forceinline__ float2 widen_half(u32 w) {
     float2 f;
-    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(f.x), "=f"(f.y) : "r"(w));
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(f.x), "=f"(f.y) : "r"(w));
     return f;
 }
 __device__ __forceinline__ u32 narrow_half(float a, float b) {
@@ -251,7 +252,8 @@ struct Cursor {
                 const int block = __ldg(p.block_tables + (u64)s.slot[unit.row] * p.table_stride + pos / TPB);
                 base = t[KV] + (((u64)block * KV_HEADS + unit.head) * TPB + pos % TPB) * HEAD * 2;
                 at = end - unit.lo;
-                return {base, base + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2, (u32)(end - pos) * HEAD * 2, STAGE / 2};
+                const u64 values = base + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2;
+                return {base, values, (u32)(end - pos) * HEAD * 2, STAGE / 2};
             } else if (part == 2) {
                 rows = part_of(HIDDEN, 0), base = t[O_W], per = RS_Q, bytes = Q_SIZE;
             } else if (part == 3) {
