@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +53,26 @@ def run(args: argparse.Namespace, device: str, stack: Stack, about: dict[str, An
         "engine": about or None,
         "profile": None,
     }
-    with ExitStack() as scope:
-        scope.enter_context(marked_baseline(stack) if isinstance(stack, TransformersStack) else marked_engine(stack))
-        if args.torch_profiler:
-            info["profile"] = torch_profile(stack, prompt, args.output_tokens, device)
-        else:
+    if args.torch_profiler:
+        info["profile"] = torch_profile(stack, prompt, args.output_tokens, device)
+    else:
+        with marked(stack):
             stack.generate(prompt, args.output_tokens)
-            if device == "cuda":
-                torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
     write_text(check_output(args.output, args.force), json.dumps(info, indent=1) + "\n")
+
+
+def marked(stack: Stack) -> AbstractContextManager[None]:
+    """Ranges named prefill and decode around the steps of whatever is generated inside."""
+    return marked_baseline(stack) if isinstance(stack, TransformersStack) else marked_engine(stack)
 
 
 @contextmanager
 def marked_baseline(stack: TransformersStack) -> Iterator[None]:
-    """Each forward is a prefill (more than one token) or a decode step; inside it, its phases."""
+    """Prefill, then decode steps from one forward to the next, so that sampling counts; inside them, the phases."""
     scopes: list[ExitStack] = []
+    step = ExitStack()
     hooks = []
 
     def enter(name: str) -> None:
@@ -80,10 +85,10 @@ def marked_baseline(stack: TransformersStack) -> Iterator[None]:
 
     def enter_step(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        enter("decode" if ids.shape[1] == 1 else "prefill")
+        step.close()
+        step.enter_context(mark("decode" if ids.shape[1] == 1 else "prefill"))
 
     hooks.append(stack.model.register_forward_pre_hook(enter_step, with_kwargs=True))
-    hooks.append(stack.model.register_forward_hook(leave))
     parts = {stack.model.lm_head: "lm_head", stack.model.get_input_embeddings(): "embedding"}
     for layer in stack.model.model.layers:
         parts |= {getattr(layer, attribute): name for attribute, name in PHASES.items()}
@@ -93,6 +98,7 @@ def marked_baseline(stack: TransformersStack) -> Iterator[None]:
     try:
         yield
     finally:
+        step.close()
         for hook in hooks:
             hook.remove()
 
@@ -125,7 +131,8 @@ def torch_profile(stack: Stack, prompt: list[int], new_tokens: int, device: str)
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        stack.generate(prompt, new_tokens)
+        with marked(stack):
+            stack.generate(prompt, new_tokens)
         if cuda:
             torch.cuda.synchronize()
     events = list(profiler.events())
