@@ -214,7 +214,7 @@ async function say(question) {
   box.ariaBusy = "false";
   chatting = null;
   controls();
-  scroll(false);
+  scroll(failed);
 }
 
 /** At most one drawing a frame, however fast tokens come. */
@@ -329,7 +329,7 @@ function finish(turns, goal) {
   const [winner, factor] = ratio >= 1 ? ["INT8 engine", ratio] : ["Baseline", 1 / ratio];
   const early = [engine, base].some((meter) => meter.tokens < goal) ? " A lane's answer ended before the line, so time a token is compared." : "";
   verdict(
-    `${winner}: ${factor.toFixed(2)}× faster`, ratio >= 1 ? "engine" : "base",
+    `${winner}: ${factor.toFixed(1)}× faster`, ratio >= 1 ? "engine" : "base",
     `${engine.tokens} tokens in ${seconds(engine.total)} against ${base.tokens} in ${seconds(base.total)}; ` +
     `first token after ${seconds(engine.ttft)} against ${seconds(base.ttft)}.${early}`,
   );

@@ -1,0 +1,27 @@
+"""Run inference from Python, with either engine: the directory says whether it is a native or a TensorRT one.
+
+python llm_demo/run_inference.py engines/smollm2-135m-instruct "What is the capital of France? Answer briefly."
+"""
+
+import sys
+
+import torch
+
+from llama_engine.errors import InputError, run_cli
+from llama_engine.runner import ModelRunner
+from llm_demo.text import ChatTokenizer
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise InputError("give an engine directory and a question; see the first lines of this script")
+    tokenizer = ChatTokenizer(sys.argv[1])
+    runner = ModelRunner.from_dir(sys.argv[1])
+    prompt = torch.tensor(tokenizer.encode_chat([{"role": "user", "content": sys.argv[2]}]), dtype=torch.int32)
+    end = tokenizer.eos_token_id
+    output_ids = runner.generate([prompt], max_new_tokens=128, end_id=end, pad_id=end)  # (batch, beams, length)
+    print(tokenizer.decode(output_ids[0, 0, len(prompt) :].tolist()))
+
+
+if __name__ == "__main__":
+    run_cli(main)
