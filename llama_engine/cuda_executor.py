@@ -24,7 +24,8 @@ from llama_engine.sampling import SamplingParams, sample
 from llama_engine.weights import EngineWeights
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-PREFILL_BUCKETS = (16, 32, 64, 128, 256)  # tokens; more run eagerly, launched faster than they compute
+# Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
+PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
 
 
@@ -250,7 +251,7 @@ class CudaExecutor:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
         for tokens in PREFILL_BUCKETS:
             for chunks in PREFILL_CHUNKS:
-                if tokens > self.engine.max_num_tokens or chunks > min(tokens, self.engine.max_batch_size):
+                if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine.max_batch_size):
                     continue
                 views = self._views(tokens, *self._graph_shape(tokens, chunks))
                 self._inputs.zero_()

@@ -206,10 +206,14 @@ class GpuModel:
 
         sampled = ints(*[0] * rows)
         if prefill:
-            tiles = ints(*(i for tile in self.attention.tiles(0, 0, rows, 0) for i in tile)).view(-1, 4)
-            inputs = (sampled, sampled, ints(*range(rows)), tiles, ints(rows - 1, 0, rows).view(3, 1))
+            step = min(rows, self.engine.max_seq_len)
+            starts = range(0, rows, step)
+            tiles = [t for first in starts for t in self.attention.tiles(first, 0, min(step, rows - first), 0)]
+            positions = ints(*(i % step for i in range(rows)))
+            table = ints(*(i for tile in tiles for i in tile)).view(-1, 4)
+            inputs = (sampled, sampled, positions, table, ints(rows - 1, 0, 0).view(3, 1))
             return lambda: self.prefill(*inputs, self.last_token)
-        slots = ints(*range(rows))
+        slots = ints(*range(rows))  # at most max_batch_size of them
 
         def decode() -> None:
             self.position.fill_(min(context, self.engine.max_seq_len - 1))

@@ -20,6 +20,14 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     return {"PDL": False}
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one block may use on ``device``; plenty in the interpreter."""
+    if device.type != "cuda":
+        return 1 << 20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.errors import InputError
-from llama_engine.kernels.common import launch_options
+from llama_engine.kernels.common import launch_options, shared_memory
 from llama_engine.weights import Linear
 
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
@@ -205,18 +205,26 @@ class Workspace:
 
 
 def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
-    """``tile`` with its K step made a divisor of K and its split bounded by the workspace."""
+    """``tile`` with its K step made a divisor of K, its stages made to fit this GPU's shared memory, and its split
+    bounded by the workspace. Raises :class:`InputError` for a K that no step divides."""
     n, k = linear.weight.shape
-    step = tile.k
-    while k % step:
+    int8 = linear.scale is not None
+    step, stages = tile.k, tile.stages
+    column = tile.n + 2 * tile.m if int8 else 2 * (tile.n + tile.m)  # bytes of one k
+    # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
+    buffers = 0 if (tile.n if tile.swap else tile.m) >= 64 and tile.m >= 16 else 1
+    room = shared_memory(linear.weight.device)
+    while k % step or (step > 32 and (min(stages, 2) - buffers) * step * column > room):
         step //= 2
+    while stages > 2 and (stages - buffers) * step * column > room:
+        stages -= 1
     if step < 16:
         raise InputError(f"linear layer with {k} inputs: the GPU kernels need a multiple of 16")
     tiles = -(-n // tile.n) * -(-num_rows // tile.m)
     split = min(tile.split, k // step, MAX_SPLIT)
     while split > 1 and (tiles > MAX_TILES or tiles * split * 2 * tile.m * tile.n > MAX_PARTIAL):
         split //= 2
-    return replace(tile, k=step, split=1 if linear.scale is None else split)
+    return replace(tile, k=step, stages=stages, split=split if int8 else 1)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], compile_only: bool) -> Any:

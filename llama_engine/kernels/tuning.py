@@ -71,6 +71,7 @@ class Tiles:
 
     def __init__(self, tuning: dict[str, Any] | None, gpu: str) -> None:
         self._chosen: dict[tuple[str, int], Tile] = {}
+        self._fitted: dict[tuple[str, int], Tile] = {}
         if tuning is None:
             return
         if tuning.get("format_version") != FORMAT_VERSION or tuning.get("gpu") != gpu:
@@ -88,13 +89,17 @@ class Tiles:
     def set(self, name: str, bucket: int, tile: Tile) -> None:
         """Use ``tile`` for the bucket's rows from now on."""
         self._chosen[name, bucket] = tile
+        self._fitted.clear()
 
     def get(self, name: str, linear: Linear, num_rows: int) -> Tile:
-        """The tile for ``num_rows`` rows of ``linear``."""
+        """The tile for ``num_rows`` rows of ``linear``, the engine's matrix called ``name``."""
         if name == "lm_head":
             num_rows = max(16, num_rows)
-        tile = self._chosen.get((name, row_bucket(num_rows))) or default_tile(name, num_rows)
-        return fit(tile, linear, num_rows)
+        tile = self._fitted.get((name, num_rows))
+        if tile is None:
+            tile = self._chosen.get((name, row_bucket(num_rows))) or default_tile(name, num_rows)
+            tile = self._fitted[name, num_rows] = fit(tile, linear, num_rows)
+        return tile
 
 
 def gpu_name(device: torch.device) -> str:

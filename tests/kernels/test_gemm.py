@@ -107,6 +107,22 @@ def test_logits_argmax_and_slot_state(device, int8):
     assert position.tolist() == [8, 1, 9, 3, 4]
 
 
+def test_tiles_shrink_to_a_smaller_gpu(monkeypatch):
+    from llama_engine.kernels import gemm
+    from llama_engine.kernels.tuning import default_tile
+
+    linear = Linear(torch.zeros((64, 14336), dtype=torch.int8), torch.zeros(64))
+    for room in (232448, 101376):
+        monkeypatch.setattr(gemm, "shared_memory", lambda _, room=room: room)
+        for rows in (1, 16, 32, 64, 1000):
+            for name in ("qkv", "o", "gate_up", "down"):
+                tile, wanted = gemm.fit(default_tile(name, rows), linear, rows), default_tile(name, rows)
+                # What Triton was seen to allocate: one buffer a stage, one less without asynchronous instructions.
+                slow = (tile.n if tile.swap else tile.m) < 64 or tile.m < 16
+                assert (tile.stages - slow) * tile.k * (tile.n + 2 * tile.m) <= room
+                assert room < 200000 or (tile.k, tile.stages) == (wanted.k, wanted.stages)
+
+
 def test_misfit_operands_are_refused(device):
     from llama_engine.kernels.gemm import STORE, Tile, Workspace, fit, gemm
 
