@@ -123,7 +123,8 @@ async def measure(
     values, kernels = await asyncio.to_thread(_metrics, metrics_url)
     cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"])) if values else None
     levels = []
-    with Telemetry(device, own_processes=2) as telemetry, progress_bar(console) as bar:
+    own = 3  # GPU processes: this one, tritonserver, the engine
+    with Telemetry(device, own_processes=own) as telemetry, progress_bar(console) as bar:
         task = bar.add_task("levels", total=len(plan))
         for kind, value in plan:
             name = f"{value:g} {'at once' if kind == 'concurrency' else 'requests/s'}"

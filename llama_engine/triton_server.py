@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -33,6 +35,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.triton_repo import REPOSITORY, fill, render_text
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Linux on x86-64 or arm64)"
+CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 _instances = itertools.count()
 
 
@@ -229,7 +232,10 @@ class TritonServer:
             f"--metrics-port={self.metrics_port}",
             "--allow-gpu-metrics=false",
             "--model-control-mode=none",
-            f"--exit-timeout-secs={int(self.config.drain_s) + 10}",
+            # these need a header that nobody knows: clients infer, read metadata, health and statistics, no more
+            f"--http-restricted-api={CLOSED_APIS}:admin={secrets.token_hex(16)}",
+            f"--grpc-restricted-protocol={CLOSED_APIS}:admin={secrets.token_hex(16)}",
+            f"--exit-timeout-secs={math.ceil(self.config.drain_s) + 3}",  # 3: what unloading takes
         ]
         with self.log.open("ab") as log:
             # a session of its own: Ctrl-C reaches the caller only, who then stops the server in order
@@ -247,7 +253,7 @@ class TritonServer:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(self.config.drain_s + 20)
+                self.process.wait(self.config.drain_s + 10)
             except subprocess.TimeoutExpired:
                 self.kill()
         self._clean()

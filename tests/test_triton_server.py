@@ -280,10 +280,20 @@ def test_two_hundred_more_than_the_queue_holds(server, tiny_engine):
     assert served == alone(tiny_engine, [[3, 4, 5]], 64) * len(served)
 
 
-def test_no_model_control(server):
-    for action in ("load", "unload"):
-        status, _ = post(server, f"/v2/repository/models/tensorrt_llm/{action}", {})
-        assert status >= 400
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/repository/index",
+        "/v2/repository/models/tensorrt_llm/load",
+        "/v2/repository/models/tensorrt_llm/unload",
+        "/v2/systemsharedmemory/region/x/register",
+        "/v2/logging",
+        "/v2/trace/setting",
+    ],
+)
+def test_administration_is_closed(server, path):
+    status, _ = post(server, path, {"log_verbose_level": 9, "key": "/x", "offset": 0, "byte_size": 64})
+    assert status == 403
     assert isinstance(ask(server, [[1]], 2)[0], list)
 
 

@@ -14,12 +14,12 @@ import threading
 import time
 from typing import Any
 
+# The backend's stub ignores PYTHONPATH; without a virtual environment the package is found only through it.
+sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-
-# The backend's stub ignores PYTHONPATH; without a virtual environment the package is found only through it.
-sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError, RunError
