@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--greedy-prompts", type=int, default=8, help="continuations to compare")
     parser.add_argument("--greedy-tokens", type=int, default=64, help="tokens of each")
     parser.add_argument("--quick", action="store_true", help="an eighth of the text")
-    parser.add_argument("--output", type=Path, default=Path("results/local/accuracy.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/local/accuracy-native.json"))
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     args = parser.parse_args()
     result.check_output(args.output, args.force)

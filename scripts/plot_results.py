@@ -16,11 +16,14 @@ import re
 from pathlib import Path
 
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.measure import definitions
 from llama_engine.measure.plots import draw_all
 from llama_engine.measure.report import readme_block, render, replace_block
-from llama_engine.measure.result import write_text
+from llama_engine.measure.result import load_folder, write_text
 from llama_engine.measure.story import Story
 
 REPORT = "PERFORMANCE_REPORT.md"
@@ -31,10 +34,17 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=Path("results/local"))
     parser.add_argument("--headline", metavar="NAME", help="publish results/NAME as the headline, into results/ too")
     parser.add_argument("--check", action="store_true", help="fail when a committed page or picture is stale")
+    parser.add_argument(
+        "--definitions", metavar="TOOL", help="print the samples as ours, vllm, aiperf, ... define them"
+    )
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository")
     args = parser.parse_args()
     results = args.root / "results"
-    if args.check:
+    if args.definitions:
+        if args.definitions not in definitions.DEFINITIONS:
+            raise InputError(f"--definitions knows {', '.join(definitions.DEFINITIONS)}, not {args.definitions!r}")
+        print_definitions(args.results_dir, args.definitions)
+    elif args.check:
         check(results, args.root / "README.md")
     elif args.headline:
         publish(results, args.headline, args.root / "README.md")
@@ -43,6 +53,25 @@ def main() -> None:
         write_text(args.results_dir / REPORT, render(story))
         for path in [args.results_dir / REPORT, *draw_all(story, args.results_dir)]:
             print(path)
+
+
+def print_definitions(folder: Path, tool: str) -> None:
+    """Every result's samples, levels included, under another tool's names."""
+    out = Console()
+    for name, result in load_folder(folder).items():
+        parts = [(name, result["samples"])]
+        parts += [
+            (f"{name}, {x.get('concurrency', '?')} at once", x.get("samples", {})) for x in result.get("levels", [])
+        ]
+        for title, samples in parts:
+            if not {"ttft_ms", "latency_s", "output_tokens"} <= set(samples):
+                continue
+            table = Table(title=f"{title}, as {tool} defines it", title_justify="left")
+            for column in ("metric", "formula", "mean", "p50", "p90", "p99"):
+                table.add_column(column)
+            for metric, formula, figures in definitions.table(tool, samples):
+                table.add_row(metric, formula, *(f"{figures[key]:.2f}" for key in ("mean", "p50", "p90", "p99")))
+            out.print(table)
 
 
 def published(results: Path) -> dict[str, Story]:

@@ -64,7 +64,8 @@ class Story:
 
     @property
     def accuracy_file(self) -> str:
-        return "accuracy.json"
+        named = f"accuracy-{self.backend}.json"
+        return named if named in self.files else "accuracy.json"
 
     @property
     def any(self) -> Result:
