@@ -90,7 +90,8 @@ class Gateway:
                         raise RunError(event["error"]["message"])
                     delta = event["choices"][0]["delta"] if event["choices"] else {}
                     if event["usage"]:
-                        yield delta.get("content", ""), event["usage"]["completion_tokens"]
+                        text = "".join(c for c in delta.get("content", "") if c.isprintable() or c in "\n\t")
+                        yield text, event["usage"]["completion_tokens"]  # no control codes from a model to a terminal
         except httpx.HTTPError as error:
             raise self._lost(error) from None
 

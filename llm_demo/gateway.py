@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -239,7 +239,11 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(gateway.metrics(), media_type="text/plain; version=0.0.4")
 
-    app.mount("/", StaticFiles(directory=STATIC, html=True))
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    app.mount("/static", StaticFiles(directory=STATIC))
     return app
 
 

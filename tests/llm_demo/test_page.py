@@ -1,0 +1,139 @@
+"""The page in a real browser: headless Chromium, driven by playwright. UPDATE_SCREENSHOT=1 renews docs/race.png."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+
+from tests.conftest import ROOT
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium found (Debian: apt-get install chromium)")
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync"
+expect = sync_api.expect
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, gateway):
+    """The open page; fails when it logged an error of its own or asked anything of another host."""
+    context = browser.new_context(viewport={"width": 1100, "height": 860})
+    page, errors, hosts = context.new_page(), [], set()
+    page.set_default_timeout(30_000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: hosts.add(re.match(r"\w+:(//[^/]*)?", request.url)[0]))
+    page.goto(gateway)
+    expect(page.locator("#status")).to_have_class("ok")
+    yield page
+    context.close()
+    assert errors == []
+    assert hosts <= {gateway, "data:"}
+
+
+def ask(page, text):
+    page.fill("#prompt", text)
+    page.keyboard.press("Enter")
+
+
+def last_answer(page):
+    return page.locator(".assistant").last
+
+
+def test_an_answer_streams_in(page):
+    page.click("summary")
+    page.fill("#max_tokens", "1500")
+    ask(page, "Write a long story about a fox.")
+    growing = page.locator(".assistant.busy p")
+    expect(growing).to_have_text(re.compile(".{20}", re.DOTALL))
+    early = growing.inner_text()
+    expect(growing).to_have_text(re.compile(f".{{{len(early) + 40}}}", re.DOTALL))
+    expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#send")).to_be_visible()
+    assert last_answer(page).locator("p").inner_text().startswith(early)
+    assert re.search(r"first token [\d.]+ m?s\s*[\d.]+ tok/s\s*\d+ tokens", last_answer(page).inner_text())
+    expect(last_answer(page).locator("svg polyline")).to_be_attached()
+
+
+def test_the_conversation_is_sent_along(page):
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data) if "completions" in request.url else None)
+    for question in ("What is the capital of France? Answer briefly.", "And of Italy?"):
+        ask(page, question)
+        expect(page.locator(".assistant:not(.busy)")).to_have_count(len(sent) or 1)
+        expect(page.locator("#send")).to_be_visible()
+    assert "Paris" in page.locator(".assistant p").first.inner_text()
+    assert [message["role"] for message in json.loads(sent[1])["messages"]] == ["user", "assistant", "user"]
+
+
+def test_html_in_an_answer_stays_text(page):
+    evil = "<img src=x onerror='window.harmed=1'><script>window.harmed=1</script><b>bold</b> &amp; `code`"
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    chunk = {"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": "stop"}], "usage": usage}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "<i>mine</i>")
+    expect(last_answer(page).locator("p")).to_have_text(evil)
+    expect(page.locator(".user p")).to_have_text("<i>mine</i>")
+    assert page.locator("#log img, #log script, #log b:not(.meta b), #log i").count() == 0
+    assert page.evaluate("window.harmed") is None
+
+
+def test_an_over_long_prompt_says_so_and_is_given_back(page):
+    ask(page, "word " * 3000)
+    expect(page.locator(".error")).to_contain_text("context is 2048 tokens")
+    expect(page.locator(".error")).to_be_in_viewport()
+    assert page.input_value("#prompt").startswith("word word")
+    ask(page, "What is the capital of France? Answer briefly.")
+    expect(last_answer(page).locator("p").first).to_contain_text("Paris")
+
+
+def test_the_race_ends_with_a_ratio(page, tmp_path):
+    page.focus("#tab-chat")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#race")).to_be_visible()
+    page.select_option("#race-tokens", "64")
+    page.focus("#race-prompt")
+    page.keyboard.press("Enter")
+    expect(page.locator("#verdict")).to_contain_text(re.compile(r"(engine|Baseline): \d+\.\d× faster"), timeout=90_000)
+    for lane in page.locator(".lane").all():
+        assert re.search(r"first token [\d.]+ m?s · 64 tokens in [\d.]+ m?s", lane.locator(".times").inner_text())
+        assert len(lane.locator(".text").inner_text()) > 100
+    assert page.locator("#plot polyline").count() == 2
+    assert page.locator("#plot text", has_text="finish line: 64 tokens").count() == 1
+    picture = page.screenshot(path=tmp_path / "race.png")
+    assert picture.startswith(b"\x89PNG")
+    if os.environ.get("UPDATE_SCREENSHOT"):
+        shutil.copy(tmp_path / "race.png", ROOT / "docs/race.png")
+    for width, scheme in ((390, "dark"), (320, "light")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        for tab in ("#tab-race", "#tab-chat"):
+            page.click(tab)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_stopped_server_is_said_and_recovered_from(page, triton):
+    ask(page, "What is the capital of France? Answer briefly.")
+    expect(last_answer(page).locator("p")).to_contain_text("Paris")
+    triton.stop()
+    try:
+        expect(page.locator("#banner")).to_contain_text("The inference server does not answer", timeout=20_000)
+        expect(page.locator("#send")).to_be_disabled()
+    finally:
+        triton.start()
+    expect(page.locator("#banner")).to_be_hidden(timeout=20_000)
+    ask(page, "What is the capital of Italy? Answer briefly.")
+    expect(page.locator(".assistant")).to_have_count(2)
+    expect(last_answer(page).locator("p")).to_contain_text("Rome")
