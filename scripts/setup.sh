@@ -36,6 +36,10 @@ else
     "$PY" -m pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
     "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
     "$PY" -m pip install -q --disable-pip-version-check --no-deps -e .
+    # CUDA builds of torch bring their own triton; a CPU build needs one to run the kernels' tests in its interpreter.
+    if [ -n "${SETUP_DEV:-}" ] && ! "$PY" -c 'import triton' 2>/dev/null; then
+      "$PY" -m pip install -q --disable-pip-version-check triton==3.6.0
+    fi
     for package in $NO_DEPS; do
       "$PY" -m pip install -q --disable-pip-version-check --no-deps "$package" 2>/dev/null ||
         echo "note: $package is not available for this platform; what needs it will say so"
