@@ -40,15 +40,12 @@ def default_tile(name: str, num_rows: int) -> Tile:
     bucket = row_bucket(num_rows)
     if name == "lm_head":
         # Never below 16 rows: another matrix instruction would add in another order.
-        return Tile(max(16, min(bucket, 64)), 128 if bucket > 16 else 64, 128, stages=3 if bucket > 16 else 4)
+        return Tile(max(16, min(bucket, 64)), 128, 128)
     if bucket == 128:
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
-    if bucket == 64:
-        tiles = {"qkv": Tile(64, 64, 256), "gate_up": Tile(64, 64, 128), "down": Tile(64, 32, 512, stages=3)}
-        return tiles.get(name, Tile(64, 32, 256))
-    if bucket == 32:
-        tiles = {"gate_up": Tile(32, 64, 128, stages=5), "down": Tile(32, 64, 512, 2, stages=3)}
-        return tiles.get(name, Tile(32, 64, 256))
+    if bucket >= 32:
+        gate_up = Tile(64, 64, 128) if bucket == 64 else Tile(32, 128, 256)
+        return {"gate_up": gate_up, "down": Tile(bucket, 64, 256, 2)}.get(name, Tile(bucket, 64, 256))
     return Tile(bucket, 64, 512, split=4 if name == "down" else 1, stages=3)
 
 
