@@ -62,6 +62,8 @@ def _finish(figure: Figure, story: Story, title: str) -> Figure:
             0.98, 0.012, f"INVALID: {', '.join(invalid)}", fontsize=10, color="#b00000", ha="right", weight="bold"
         )
     if story.synthetic:
+        badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}
+        figure.text(0.985, 0.985, "SYNTHETIC WEIGHTS", fontsize=12, ha="right", va="top", weight="bold", bbox=badge)
         figure.text(0.5, 0.5, "synthetic weights", fontsize=54, color="#000000", alpha=0.06, rotation=20, ha="center")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
@@ -96,6 +98,11 @@ def _blank(axes: Axes, title: str, why: str = "not measured on this machine") ->
 def _rows(story: Story, path: str, factor: float = 1.0) -> list[tuple[str, float, str]]:
     values = [(label, story.get(file, path), colour) for file, label, colour in _stacks(story)]
     return [(label, value * factor, colour) for label, value, colour in values if value is not None]
+
+
+def _short(value: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(story: Story, metric: str, what: str, fallback: str) -> str:
@@ -135,7 +142,8 @@ def executive_summary(story: Story) -> Figure | None:
     rows = [(str(x["concurrency"]), x["summary"]["output_tokens_per_s"]["p50"], TRITON) for _, x in levels]
     if rows:
         _bars(axes[2], rows, "{:,.0f}", "tokens/s through Triton", f"Served: {rows[-1][1]:,.0f} tok/s at {rows[-1][0]}")
-        axes[2].set_xlabel("concurrent requests")
+        each = story.get(story.triton_file, "workload.output_tokens")
+        axes[2].set_xlabel("concurrent requests" + (f", {each} new tokens each" if each else ""))
     else:
         _blank(axes[2], "Served through Triton")
     withheld = story.withheld()
@@ -171,9 +179,10 @@ def performance_comparison(story: Story) -> Figure | None:
     for file, label, colour in _stacks(story):
         times = story.get(file, "samples.latency_s") or []
         axes[3].plot(range(1, len(times) + 1), times, "o-", color=colour, label=label.replace("\n", " "))
-    axes[3].set(ylim=(0, None), xlabel="timed run (interleaved)", ylabel="latency, s", title="Every run, not the best")
+    axes[3].set(xlabel="timed run (interleaved)", ylabel="latency, s", title="Every run, not the best")
+    axes[3].set_ylim(0, axes[3].get_ylim()[1] * 1.35)
     axes[3].xaxis.get_major_locator().set_params(integer=True)
-    axes[3].legend(frameon=False, loc="center right", fontsize=10)
+    axes[3].legend(frameon=False, loc="upper right", fontsize=10)
     used = [story.get(file, "summary.mbu") for file, _, _ in _stacks(story)]
     title = f"{used[-1]:.0%} of read bandwidth used" if used and used[-1] else "Memory bandwidth used (MBU)"
     _bars(axes[4], _rows(story, "summary.mbu", 100), "{:.0f} %", "MBU, % of measured read bandwidth", title)
@@ -209,12 +218,12 @@ def _grouped(axes: Axes, story: Story, metric: str, title: str, unit: str, extra
         bars = axes.bar(
             places, [values[f"p{q}"] for q in PERCENTILES], width * 0.92, color=colour, label=label.replace("\n", " ")
         )
-        axes.bar_label(bars, fmt="{:.3g}", fontsize=10 if len(groups) <= 3 else 8, padding=2)
+        axes.bar_label(bars, fmt=_short, fontsize=10 if len(groups) <= 3 else 8, padding=2)
     axes.set_xticks(range(len(PERCENTILES)), [f"p{q}" for q in PERCENTILES])
     axes.set(ylabel=unit, title=title)
     if groups:
         axes.set_ylim(0, max(group[0][f"p{q}"] for group in groups for q in PERCENTILES) * 1.3)
-        axes.legend(frameon=False, loc="upper left", fontsize=10, ncols=2 if len(groups) > 3 else 1)
+        axes.legend(frameon=False, loc="upper left", fontsize=10, ncols=3 if len(groups) > 3 else 1)
 
 
 def ttft_percentiles(story: Story) -> Figure | None:
@@ -222,6 +231,7 @@ def ttft_percentiles(story: Story) -> Figure | None:
     figure, axes = plt.subplots(figsize=(13, 7))
     shades = plt.get_cmap("Oranges")
     levels = story.levels(story.triton_file)
+    levels = [item for item in levels if item[1]["concurrency"] <= 8] or levels[:4]  # more bars cannot be read
     extra = [
         (
             level["summary"].get("ttft_ms"),
@@ -259,7 +269,7 @@ def triton_scaling(story: Story) -> Figure | None:
         )
     for a, b in zip(x, y):
         left.annotate(f"{b:,.0f}", (a, b), textcoords="offset points", xytext=(8, -14), fontweight="bold")
-    left.set(xlabel="concurrent requests", ylabel="output tokens/s, all requests", ylim=(0, None), xlim=(0, None))
+    left.set(xlabel="concurrent requests", ylabel="output tokens/s, all requests", ylim=(0, None))
     scaling = f"{y[-1] / y[0]:.1f}x the throughput at {x[-1] / x[0]:g}x the load"
     left.set_title(scaling if story.valid(story.triton_file) else "Throughput (INVALID run)")
     left.legend(frameon=False, loc="upper left")
@@ -268,14 +278,21 @@ def triton_scaling(story: Story) -> Figure | None:
         if points:
             right.plot(*zip(*points), "o-", color=colour, label=label, linewidth=2.5)
             for n, value in points:
-                right.annotate(f"{value:.3g}", (n, value), textcoords="offset points", xytext=(0, 8), ha="center")
+                right.annotate(_short(value), (n, value), textcoords="offset points", xytext=(0, 8), ha="center")
     right.set(xlabel="concurrent requests", ylabel="ms", yscale="log", title="What each user sees")
     low, high = right.get_ylim()
     right.set_ylim(low / 1.3, high * 1.6)
     right.legend(frameon=False, loc="upper left", ncols=2)
     for axes in (left, right):
-        axes.set_xticks(x)
+        if x[-1] > 8 * x[0]:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [str(n) for n in x])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
+    if x[-1] > 8 * x[0]:
+        left.set_yscale("log")
+        shown = [*y, *(level["summary"]["output_tokens_per_s"]["p50"] for _, level in inside)]
+        left.set_ylim(min(shown) / 1.6, max(shown) * 3)
     return _finish(figure, story, f"Triton serves {y[-1]:,.0f} tokens/s at {x[-1]} concurrent requests")
 
 
@@ -293,7 +310,8 @@ def waterfall(story: Story) -> Figure | None:
             axes.text(
                 len(labels), max(value, previous), f"{change:+.2f} ms", ha="center", va="bottom", fontweight="bold"
             )
-            labels.append("engine gains" if change < 0 else "serving costs" if "Triton" in name else "costs")
+            what = "serving" if "Triton" in name else "engine"
+            labels.append(f"{what} {'saves' if change < 0 else 'costs'}")
         bar = axes.bar(len(labels), value, color=colour, width=0.6)
         axes.bar_label(bar, [f"{value:.2f} ms"], padding=3, fontweight="bold")
         labels.append(name)
