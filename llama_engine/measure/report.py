@@ -243,7 +243,7 @@ def _time(page: Page, story: Story) -> None:
             ("graph_replays", "CUDA graph replays", "{:,}", 1.0),
             ("api_ms_per_token", "launch API time a token, ms", "{:,.3f}", 1.0),
             ("gpu_busy_share", "device busy while decoding", "{:.1%}", 1.0),
-            ("operators_per_token", "PyTorch operators a token", "{:,.1f}", 1.0),
+            ("operators_per_token", "PyTorch operators a token, nested ones included", "{:,.1f}", 1.0),
             ("gap_us_mean", "mean gap between kernels, µs", "{:,.1f}", 1.0),
         ]
         head = [STACK_NAMES.get(name, name) for name in stacks]
@@ -257,7 +257,7 @@ def _time(page: Page, story: Story) -> None:
         )
         for name in stacks:
             top = stacks[name].get("top_kernels", [])[:6]
-            page.table((f"{STACK_NAMES.get(name, name)}: top kernels", "share of device time", "calls"), [(f"`{k['name'][:70]}`", page.value("profile.json", f"stacks.{name}.top_kernels.{i}.share", "{:.1%}"), page.value("profile.json", f"stacks.{name}.top_kernels.{i}.calls", "{:,}")) for i, k in enumerate(top)])  # fmt: skip
+            page.table((f"{STACK_NAMES.get(name, name)}: top kernels", "share of time", "calls"), [(f"`{k['name'][:70]}`", page.value("profile.json", f"stacks.{name}.top_kernels.{i}.share", "{:.1%}"), page.value("profile.json", f"stacks.{name}.top_kernels.{i}.calls", "{:,}")) for i, k in enumerate(top)])  # fmt: skip
         page.text(
             f"Profiled with {page.value('profile.json', 'profiler', '{}')}; profiling slows a run, so no speed is taken from it."
         )
@@ -268,6 +268,8 @@ def _time(page: Page, story: Story) -> None:
     page.table(
         ("telemetry while timed", "GPU busy", "power", "SM clock", "hottest", "process CPU", "process memory"), rows
     )
+    share = page.value(next(iter(_files(story)), story.engine_file), "telemetry.sampler_busy_share", "{:.2%}")
+    page.text(f"Sampled 25 times a second by a thread that was itself busy for {share} of the time.")
     if points := roofline_points(story):
         page._sources += [f"{file}:{key}" for file in _files(story) for key in ("cost", "summary.tpot_ms.p50")]
         page.table(
