@@ -35,6 +35,8 @@ def page(browser, gateway):
     page.on("request", lambda request: hosts.add(re.match(r"\w+:(//[^/]*)?", request.url)[0]))
     page.goto(gateway)
     expect(page.locator("#status")).to_have_class("ok")
+    page.click("summary")
+    page.fill("#temperature", "0")
     yield page
     context.close()
     assert errors == []
@@ -51,7 +53,6 @@ def last_answer(page):
 
 
 def test_an_answer_streams_in(page):
-    page.click("summary")
     page.fill("#max_tokens", "1500")
     ask(page, "Write a long story about a fox.")
     growing = page.locator(".assistant.busy p")
@@ -96,6 +97,23 @@ def test_an_over_long_prompt_says_so_and_is_given_back(page):
     expect(page.locator(".error")).to_be_in_viewport()
     assert page.input_value("#prompt").startswith("word word")
     ask(page, "What is the capital of France? Answer briefly.")
+    expect(last_answer(page).locator("p").first).to_contain_text("Paris")
+
+
+def test_a_key_is_asked_for_and_sent(page):
+    refusal = json.dumps({"error": {"message": "Incorrect or missing API key.", "code": "invalid_api_key"}})
+
+    def guard(route):
+        known = route.request.headers.get("authorization") == "Bearer sesame"
+        route.continue_() if known else route.fulfill(status=401, body=refusal, content_type="application/json")
+
+    page.route("**/v1/chat/completions", guard)
+    ask(page, "What is the capital of France? Answer briefly.")
+    expect(page.locator(".error")).to_contain_text("Incorrect or missing API key")
+    page.fill("#key", "sesame")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-form")).to_be_hidden()
+    page.click("#send")  # the question was given back
     expect(last_answer(page).locator("p").first).to_contain_text("Paris")
 
 
