@@ -27,6 +27,8 @@ from llama_engine.files import atomic_dir
 from llama_engine.triton_repo import render_tensorrtllm, serve_command
 from llama_engine.triton_server import ServeConfig, TritonServer
 
+MAX_RESTARTS = 5
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,11 +83,13 @@ def main() -> None:
             soft_wrap=True,
             highlight=False,
         )
-        while server.alive:
-            time.sleep(0.5)
-        raise RunError(
-            f"tritonserver ended with exit code {server.process and server.process.returncode}: {server.log}"
-        )
+        for left in reversed(range(MAX_RESTARTS)):
+            while server.alive:
+                time.sleep(0.5)
+            console.print(f"tritonserver ended by itself (see {server.log}); {left} restarts left", soft_wrap=True)
+            server.kill()  # what is left of it may still hold the GPU
+            server.start()
+        raise RunError(f"tritonserver ended {MAX_RESTARTS} times by itself: see {server.log}")
     except KeyboardInterrupt:
         console.print("stopping")
     finally:
