@@ -64,7 +64,7 @@ class GrpcClient:
     async def ready(self, model: str = "tensorrt_llm") -> bool:
         """True when the server can be reached and has the model loaded."""
         try:
-            return await self._client.is_model_ready(model, client_timeout=2)
+            return await self._client.is_model_ready(model, client_timeout=5)
         except (InferenceServerException, grpc.aio.AioRpcError):
             return False
 

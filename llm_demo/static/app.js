@@ -15,6 +15,7 @@ const speed = (rate) => (rate >= 100 ? rate.toFixed(0) : rate.toFixed(1));
 // ---- the server ----------------------------------------------------------------------------------------------------
 
 let server = { models: [], status: "unknown" };
+let misses = 0; // in a row: one late answer of a busy machine is no outage
 
 async function request(path, options = {}) {
   const key = sessionStorage.getItem("key");
@@ -41,7 +42,9 @@ async function watch() {
   } catch {
     server = { ...server, status: "unreachable", message: UNREACHABLE };
   }
-  const up = server.status === "ok";
+  misses = server.status === "ok" ? 0 : misses + 1;
+  const up = misses === 0 || (misses === 1 && $("status").className === "ok");
+  if (up) server.status = "ok";
   $("status").className = up ? "ok" : "down";
   $("status-text").textContent = up
     ? server.models[0] + (server.source === "synthetic" ? " (synthetic weights: the text means nothing)" : "") + ", INT8"
@@ -49,7 +52,7 @@ async function watch() {
   if ($("banner").textContent !== (up ? "" : server.message)) $("banner").textContent = up ? "" : server.message;
   $("banner").hidden = up;
   controls();
-  setTimeout(watch, up ? 4000 : 1000);
+  setTimeout(watch, misses ? 1000 : 4000);
 }
 
 /** Stream a chat completion; calls `on(text, tokens so far)` for every piece. Resolves when the answer is complete. */
