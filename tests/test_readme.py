@@ -1,0 +1,105 @@
+"""The README's commands: the step-by-step block runs for real with short settings, every other flag must exist."""
+
+import functools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = {
+    "baseline.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0",
+    "benchmark_optimized.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0 --batch 2 --batch-runs 1",
+    "compare.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0 --batch 2 --batch-runs 1",
+    "accuracy.py": "--quick --greedy-prompts 1 --greedy-tokens 8",
+    "benchmark_triton.py": "--concurrency 1 2 --output-tokens 8",
+    "profile_nsight.sh": "--output-tokens 8",
+}
+
+
+def commands(block):
+    """The commands of a shell block, continued lines joined, comments and ``source`` dropped."""
+    joined = re.sub(r"\\\n\s*", " ", block)
+    lines = (line.split(" #")[0].strip() for line in joined.splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "source"))]
+
+
+BLOCKS = [commands(block) for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+STEPS = next(block for block in BLOCKS if any("prepare_model" in line for line in block))
+SERVE = next(block for block in BLOCKS if any("triton_client" in line for line in block))
+
+
+def runnable(line, work):
+    """The command with its outputs moved to ``work`` and short settings added, as an argument list."""
+    for folder in ("results/local", "engines/", "checkpoints/"):
+        line = line.replace(folder, f"{work}/{folder}")
+    words = shlex.split(line.replace("$PY", sys.executable))
+    script = next(word for word in words if word.endswith((".py", ".sh")))
+    if "/benchmarks/" in f"/{script}" or "profile" in script:
+        if "--engine-dir" not in words and "baseline" not in script:
+            words += ["--engine-dir", f"{work}/engines/smollm2-135m-instruct"]
+        words += shlex.split(SHORT.get(os.path.basename(script), ""))
+    return words
+
+
+@functools.cache
+def help_of(script):
+    command = [sys.executable, script, "--help"] if script.endswith(".py") else [f"./{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_step_by_step_commands_run_in_order(tmp_path, smollm2_model):
+    assert len(STEPS) >= 11
+    for line in STEPS:
+        done = subprocess.run(runnable(line, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    results = tmp_path / "results/local"
+    assert (results / "PERFORMANCE_REPORT.md").stat().st_size > 1000
+    for picture in ("executive_summary", "performance_comparison", "triton_scaling", "ttft_percentiles"):
+        assert (results / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_serve_and_ask(smollm2_engine):
+    serve, ask = (line.replace("engines/smollm2-135m-instruct", str(smollm2_engine)) for line in SERVE)
+    server = subprocess.Popen(
+        shlex.split(serve.rstrip(" &")), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline, answer = time.monotonic() + 120, None
+        while time.monotonic() < deadline and server.poll() is None:
+            words = shlex.split(ask.replace("$PY", sys.executable))
+            answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            if answer.returncode == 0:
+                break
+            time.sleep(1)
+        assert answer is not None
+        assert answer.returncode == 0, answer.stderr
+        assert "Paris" in answer.stdout
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130)
+
+
+@pytest.mark.parametrize("line", [line for block in BLOCKS for line in block if ".sh" in line or ".py" in line])
+def test_every_flag_in_the_readme_exists(line):
+    words = shlex.split(line.rstrip(" &"))
+    script = next(word for word in words if word.endswith((".py", ".sh"))).removeprefix("./")
+    text = help_of(script)
+    for flag in (word for word in words if word.startswith("--")):
+        assert flag in text, f"{script} has no {flag}"
+
+
+def test_the_two_commands_stand_in_the_first_screen():
+    first = README[:1200]
+    assert "./scripts/run_all.sh" in first
+    assert "./scripts/test.sh" in first
