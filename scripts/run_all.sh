@@ -40,6 +40,13 @@ started=$SECONDS
 if [ "$device" = auto ]; then
   device=$("$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 fi
+case $device in
+  cpu) ;;
+  cuda)
+    "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+      { echo "error: no CUDA GPU is visible to PyTorch: use --device cpu, or check nvidia-smi" >&2; exit 2; } ;;
+  *) echo "error: --device takes auto, cpu or cuda" >&2; exit 2 ;;
+esac
 if [ "$device" = cuda ]; then batch=64 concurrency="1 2 4 8 16 32 64"; else batch=16 concurrency="1 2 4 8"; fi
 if [ -n "$quick" ]; then
   measure=(--output-tokens 128 --warmup 1 --runs 5 --batch-output-tokens 64 --batch-runs 2 --prefill-tokens 256)

@@ -103,3 +103,19 @@ def test_the_two_commands_stand_in_the_first_screen():
     first = README[:1200]
     assert "./scripts/run_all.sh" in first
     assert "./scripts/test.sh" in first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "auto, cpu or cuda"),
+        (["--name", "../elsewhere"], "lower-case"),
+        (["--bogus"], "--bogus"),
+        (["--name"], "needs a value"),
+    ],
+)
+def test_run_all_refuses_bad_arguments_in_one_line(arguments, message):
+    done = subprocess.run(["./scripts/run_all.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
