@@ -4,7 +4,6 @@
 #   ./scripts/build_engine.sh --checkpoint_dir checkpoints/smollm2-135m-instruct --output_dir engines/smollm2-135m-instruct
 set -euo pipefail
 scripts="$(cd "$(dirname "$0")" && pwd)"
-python="$scripts/../.venv/bin/python"
-[ -x "$python" ] || python=python3
-exec "$python" "$scripts/build_engine.py" --gemm_plugin auto --gpt_attention_plugin auto \
+source "$scripts/python.sh"
+exec "$PY" "$scripts/build_engine.py" --gemm_plugin auto --gpt_attention_plugin auto \
     --use_paged_context_fmha enable --use_fused_mlp enable --max_batch_size 16 "$@"

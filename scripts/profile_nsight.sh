@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PY=${PY:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+source scripts/python.sh
 [ ! -e "$output" ] || [ ${#force[@]} -gt 0 ] || { echo "error: $output already exists: give --force" >&2; exit 2; }
 if [ "$device" = auto ]; then
   device=$("$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')

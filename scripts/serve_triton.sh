@@ -4,6 +4,5 @@
 #   ./scripts/serve_triton.sh --engine-dir engines/smollm2-135m-instruct
 set -euo pipefail
 scripts="$(cd "$(dirname "$0")" && pwd)"
-python="$scripts/../.venv/bin/python"
-[ -x "$python" ] || python=python3
-exec "$python" "$scripts/serve_triton.py" "$@"
+source "$scripts/python.sh"
+exec "$PY" "$scripts/serve_triton.py" "$@"

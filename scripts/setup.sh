@@ -16,7 +16,7 @@ if [ -n "${LLAMA_ENGINE_PYTHON:-}" ]; then
 else
   requirements=requirements.txt
   [ -n "${SETUP_DEV:-}" ] && requirements=requirements-dev.txt
-  PY=.venv/bin/python
+  PY=$PWD/.venv/bin/python
   stamp=".venv/.installed-$(cat requirements.txt "$requirements" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"
   if [ ! -e "$stamp" ]; then
     base=
