@@ -15,7 +15,7 @@ import torch
 from llama_engine.build import engine_backend
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import SamplingParams, require_int_ids
 from llama_engine.trtllm import TensorRTRunner
 
 
@@ -63,9 +63,7 @@ class ModelRunner:
         ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS pass an ``end_id``
         that cannot occur, such as -1. Raises :class:`InputError`.
         """
-        for name, value in (("end_id", end_id), ("pad_id", pad_id)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} must be an int, got {value!r}")
+        require_int_ids(end_id=end_id, pad_id=pad_id)
         prompts = [_as_list(ids) for ids in batch_input_ids]
         if not prompts:
             raise InputError("batch_input_ids is empty")

@@ -21,6 +21,7 @@ from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
 from llama_engine.quantization import layout_for
+from llama_engine.sampling import require_int_ids
 
 INSTALL = "pip install -r requirements-trtllm.txt, or use --backend native"
 
@@ -145,9 +146,7 @@ class TensorRTRunner:
         output_sequence_lengths: bool = False,
     ) -> Any:
         """As :meth:`llama_engine.runner.ModelRunner.generate`; an ``end_id`` of -1 cannot occur, so EOS is ignored."""
-        for name, value in (("end_id", end_id), ("pad_id", pad_id)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} must be an int, got {value!r}")
+        require_int_ids(end_id=end_id, pad_id=pad_id)
         prompts = [torch.as_tensor(ids, dtype=torch.int32) for ids in batch_input_ids]
         self._validate(prompts, max_new_tokens)
         width = max(prompt.numel() for prompt in prompts) + max_new_tokens

@@ -23,6 +23,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.measure.load import Generator, Length
 from llama_engine.triton_client import RequestFailed, connect
 from llama_engine.triton_server import ServeConfig, TritonServer, free_port, render
+from tests.test_engine import generate
 
 ROOT = Path(__file__).parent.parent
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
@@ -81,14 +82,7 @@ def ask(server, prompts, new_tokens, protocol="grpc", streaming=True, **options)
 
 def alone(engine_dir, prompts, new_tokens):
     engine = Engine.from_dir(engine_dir, device="cpu", threads=1)
-    answers = []
-    for prompt in prompts:
-        engine.add_request(prompt, new_tokens)
-        ids = []
-        while engine.has_unfinished:
-            ids += [token for output in engine.step() for token in output.token_ids]
-        answers.append(ids)
-    return answers
+    return [generate(engine, prompt, new_tokens) for prompt in prompts]
 
 
 def some_prompts(count, seed=0, longest=40):

@@ -12,9 +12,9 @@ import time
 import psutil
 import pytest
 
-from llama_engine.engine import Engine
 from llama_engine.triton_client import RequestFailed, connect
 from llama_engine.triton_server import ServeConfig, TritonServer
+from tests.test_triton_server import alone
 
 SOAK_S = float(os.environ.get("SOAK_S", 60))
 MAX_GROWTH = 100e6
@@ -22,18 +22,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux"),
     pytest.mark.timeout(SOAK_S + 300),
 ]
-
-
-def answers_alone(engine_dir, prompts, new_tokens):
-    engine = Engine.from_dir(engine_dir, device="cpu", threads=1)
-    answers = []
-    for prompt in prompts:
-        engine.add_request(prompt, new_tokens)
-        ids = []
-        while engine.has_unfinished:
-            ids += [token for output in engine.step() for token in output.token_ids]
-        answers.append(ids)
-    return answers
 
 
 def resident(pid):
@@ -44,7 +32,7 @@ def resident(pid):
 def test_soak(tiny_engine):
     rng = random.Random(0)
     prompts = [[rng.randrange(512) for _ in range(rng.randint(1, 120))] for _ in range(64)]
-    right = answers_alone(tiny_engine, prompts, 100)
+    right = alone(tiny_engine, prompts, 100)
     counts = {"answered": 0, "refused": 0, "vanished": 0, "impatient": 0, "bad": 0}
 
     async def user(clients, number, end):
