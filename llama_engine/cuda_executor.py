@@ -27,6 +27,8 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
+# Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
+FIRST_LAYERS = 4
 
 
 def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
@@ -68,7 +70,8 @@ class CudaHandle:
 
 
 class CudaExecutor:
-    """Implements :class:`llama_engine.executor.Executor`. ``kernels``: "auto" or "triton" (no persistent kernel).
+    """Implements :class:`llama_engine.executor.Executor`. ``kernels``: "auto", "stream" (no persistent kernel) or
+    "triton" (nor the streaming one).
 
     Raises :class:`InputError` for a model no kernel runs, :class:`RunError` without memory for a KV cache.
     """
@@ -85,12 +88,14 @@ class CudaExecutor:
         kernels: str = "auto",
         graphs: bool = True,
     ) -> None:
-        if kernels not in ("auto", "triton"):
-            raise InputError(f"kernels must be 'auto' or 'triton' on the CUDA executor, got {kernels!r}")
+        if kernels not in ("auto", "stream", "triton"):
+            raise InputError(f"kernels must be 'auto', 'stream' or 'triton' on the CUDA executor, got {kernels!r}")
         self.device = weights.embedding.device
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
-        self.model = model = GpuModel(config, engine, weights, Tiles(tuning, gpu_name(self.device)))
+        self.model = model = GpuModel(
+            config, engine, weights, Tiles(tuning, gpu_name(self.device)), kernels != "triton"
+        )
         self.engine = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
@@ -106,10 +111,11 @@ class CudaExecutor:
                 self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
             except RunError as error:
                 warnings.warn(f"{error}; decoding with the Triton kernels alone", stacklevel=2)
-        self.kernels = "cuda-persistent+triton" if self._persistent else "cuda-triton"
+        used = [name for name, there in (("persistent", self._persistent), ("stream", model.stream)) if there]
+        self.kernels = "cuda-" + "+".join([*used, "triton"])
         self._use_graphs = graphs and self._cuda
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._prefill_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
         limit = PREFILL_BUCKETS[-1]
         tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
         size = max(limit, engine.max_num_tokens)
@@ -178,11 +184,12 @@ class CudaExecutor:
         if total > self.engine.max_num_tokens:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
-        graph = None if step.logits == "all" else self._prefill_graphs.get(key)
+        graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
         sampling = [chunk for chunk in chunks if chunk.samples]
-        if graph is not None:
+        if graphs is not None:
             inputs = self._pack(chunks, *key)
-            graph.replay()
+            for graph in graphs:
+                graph.replay()
         else:
             inputs = self._pack(chunks, total, None)
             self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
@@ -247,6 +254,7 @@ class CudaExecutor:
 
     def _capture_all(self) -> None:
         dummy = self.model.dummy_slot
+        first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
         for bucket in self._buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
         for tokens in PREFILL_BUCKETS:
@@ -257,8 +265,10 @@ class CudaExecutor:
                 self._inputs.zero_()
                 views[1].fill_(dummy)
                 views[4][1].fill_(dummy)
-                run = lambda v=views: self.model.prefill(*v, self._sampled)  # noqa: E731
-                self._prefill_graphs[tokens, chunks] = self._capture(run)
+                self._prefill_graphs[tokens, chunks] = [
+                    self._capture(lambda v=views, p=part: self.model.prefill(*v, self._sampled, part=p))
+                    for part in (slice(0, first), slice(first, None))
+                ]
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         run()  # compiles and loads the kernels

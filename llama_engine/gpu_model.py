@@ -12,10 +12,14 @@ from llama_engine.kernels import gemm, quant
 from llama_engine.kernels.attention import PagedAttention
 from llama_engine.kernels.finish import finish
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
+from llama_engine.kernels.stream import StreamGemm
+from llama_engine.kernels.stream import supported as stream_supported
 from llama_engine.kernels.tuning import Tiles
 from llama_engine.model import rope_tables
 from llama_engine.weights import LINEARS, EngineWeights, LayerWeights, Linear
 
+ALL_LAYERS = slice(None)
+EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
 ROW_PADDING = 128  # buffers hold a multiple of the largest tile's rows
 
 
@@ -26,11 +30,15 @@ class GpuModel:
     ``[max_batch_size + 1, max_blocks_per_sequence]``; the last slot is the padding's (see :mod:`llama_engine.kernels`).
     """
 
-    def __init__(self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles) -> None:
+    def __init__(
+        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, stream: bool = True
+    ) -> None:
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
         self.config, self.engine = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
         self.tiles = tiles
+        self.stream = StreamGemm(device) if stream and stream_supported(device) else None
         slots = engine.max_batch_size + 1
         capacity = -(-engine.max_num_tokens // ROW_PADDING) * ROW_PADDING
         self.dummy_slot = slots - 1
@@ -75,12 +83,17 @@ class GpuModel:
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
 
-    def _linear(
-        self, name: str, layer: LayerWeights, a: torch.Tensor, out: torch.Tensor, rows: int, epilogue: int
-    ) -> None:
+    def _linear(self, name: str, layer: LayerWeights, a: torch.Tensor, out: torch.Tensor, rows: int) -> None:
         linear: Linear = getattr(layer, name)
-        tile = self.tiles.get(name, linear, rows)
-        gemm.gemm(a, self.a_scale, linear, out, rows, epilogue, tile, self.workspace)
+        if self.streams(name, rows):
+            self.stream.launch(a, self.a_scale, linear, out, rows, EPILOGUES[name])
+        else:
+            tile = self.tiles.get(name, linear, rows)
+            gemm.gemm(a, self.a_scale, linear, out, rows, EPILOGUES[name], tile, self.workspace)
+
+    def streams(self, name: str, rows: int) -> bool:
+        """Whether the streaming kernel runs matrix ``name`` for so many rows; else it is the Triton kernel's."""
+        return self.stream is not None and self.stream.runs(self.linears(name)[0], rows, EPILOGUES[name])
 
     def linears(self, name: str) -> list[Linear]:
         """Every matrix called ``name``."""
@@ -91,20 +104,26 @@ class GpuModel:
         """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""
         linears = self.linears(name)
         linear = linears[index % len(linears)]
-        outs = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}
-        epilogue = {"qkv": STORE, "gate_up": SILU_MUL, "lm_head": LOGITS}.get(name, RESIDUAL)
+        out = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}.get(name, self.x)
         a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
+        if tile is None and self.streams(name, rows):
+            self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
+            return
         if linear.scale is None:
             a, a_scale = self.final, None
-        partials = self.partials if epilogue == LOGITS else None
-        operands = (a, a_scale, linear, outs.get(name, self.x), rows, epilogue)
+        partials = self.partials if name == "lm_head" else None
+        operands = (a, a_scale, linear, out, rows, EPILOGUES[name])
         used = tile or self.tiles.get(name, linear, rows)
         gemm.gemm(*operands, used, self.workspace, partials, compile_only=tile is not None)
 
     def _layers(
-        self, rows: int, attend: Callable[[torch.Tensor, torch.Tensor], None], ends: torch.Tensor | None = None
+        self,
+        rows: int,
+        attend: Callable[[torch.Tensor, torch.Tensor], None],
+        ends: torch.Tensor | None = None,
+        part: slice = ALL_LAYERS,
     ) -> torch.Tensor:
-        """All decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``.
+        """``part`` of the decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``.
 
         Returns the buffer whose first rows hold the result: all of them, or with ``ends`` (int32 ``[n]``) only these,
         which then are all that the last layer computes once its keys and values are cached.
@@ -113,20 +132,20 @@ class GpuModel:
         c, eps = self.config, self.config.rms_norm_eps
         hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
         query = self.digits[c.q_size]
-        for layer, kv in zip(self.weights.layers, self.kv):
+        for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
             quant.norm_quantize(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
-            self._linear("qkv", layer, hidden, self.qkv, rows, STORE)
+            self._linear("qkv", layer, hidden, self.qkv, rows)
             attend(kv, query)
             if ends is not None and layer is self.weights.layers[-1]:
                 rows = ends.numel()
                 quant.norm_quantize(self.attended, None, 0.0, query, self.a_scale, rows, ends)
                 quant.embed(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
-            self._linear("o", layer, query, x, rows, RESIDUAL)
+            self._linear("o", layer, query, x, rows)
             quant.norm_quantize(x, layer.post_norm, eps, hidden, self.a_scale, rows)
-            self._linear("gate_up", layer, hidden, self.hidden, rows, SILU_MUL)
+            self._linear("gate_up", layer, hidden, self.hidden, rows)
             quant.norm_quantize(self.hidden, None, eps, inner, self.a_scale, rows)
-            self._linear("down", layer, inner, x, rows, RESIDUAL)
+            self._linear("down", layer, inner, x, rows)
         return x
 
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
@@ -181,20 +200,23 @@ class GpuModel:
         ends: torch.Tensor,
         sampled: torch.Tensor,
         every_row: bool = False,
+        part: slice = ALL_LAYERS,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
         :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
-        ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`."""
+        ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
+        the first with the embedding and the last with the sampling."""
         rows = ids.numel()
-        quant.embed(self.weights.embedding, ids, self.x, rows)
+        if not part.start:
+            quant.embed(self.weights.embedding, ids, self.x, rows)
 
         def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
             self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
             quant.norm_quantize(self.attended, None, 0.0, digits, self.a_scale, rows)
 
         count = ends.shape[1]
-        x = self._layers(rows, attend, ends[0] if count and not every_row else None)
-        if count:
+        x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)
+        if count and part.stop is None:
             self._sample(x, count, ends[0] if every_row else None, ends[1], sampled, ends[2])
 
     def sample_step(self, rows: int, prefill: bool = False, context: int = 256) -> Callable[[], None]:

@@ -114,8 +114,9 @@ def test_no_memory_for_a_cache_is_one_clear_line():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kernels", ["stream", "triton"])
 @pytest.mark.parametrize("geometry", ["smollm2", "8b"])
-def test_graphs_equal_eager_and_batches_equal_single_requests(geometry):
+def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels):
     from llama_engine.cuda_executor import CudaExecutor
 
     config = {
@@ -142,8 +143,8 @@ def test_graphs_equal_eager_and_batches_equal_single_requests(geometry):
                 outputs[i] = [row[column] for row in rows]
         return outputs
 
-    graphs = CudaExecutor(config, engine, weights, kernels="triton")
-    eager = CudaExecutor(config, engine, weights, kernels="triton", graphs=False)
+    graphs = CudaExecutor(config, engine, weights, kernels=kernels)
+    eager = CudaExecutor(config, engine, weights, kernels=kernels, graphs=False)
     together = run(graphs, True)
     assert together == run(eager, True)
     assert together == run(graphs, False)

@@ -15,7 +15,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
 from llama_engine.kernels.common import launch_options, next_power_of_2
 
-CHUNK, MAX_CHUNKS, DECODE_STAGES = 128, 128, 2
+CHUNK, MAX_CHUNKS, DECODE_STAGES, MERGE_WARPS = 128, 128, 2, 16
 QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
@@ -107,7 +107,7 @@ class PagedAttention:
             HEAD_P=next_power_of_2(c.head_size),
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            num_warps=8,
+            num_warps=MERGE_WARPS,
             **self.options,
         )
 

@@ -17,15 +17,14 @@ stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_t
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import InputError
+from llama_engine.kernels import nvrtc
 from llama_engine.model import rope_tables
 from llama_engine.weights import LINEARS, EngineWeights
 
@@ -88,61 +87,6 @@ def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights)
     ):
         return "embedding and lm_head must be float16 or bfloat16 alike (lm_head may be INT8)"
     return None
-
-
-def _nvrtc() -> ctypes.CDLL:
-    major = (torch.version.cuda or "13").split(".")[0]
-    site = Path(torch.__file__).parent.parent / "nvidia"
-    names = [f"libnvrtc.so.{major}", *sorted(map(str, site.glob(f"*/lib/libnvrtc.so.{major}"))), "libnvrtc.so"]
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise RunError(f"libnvrtc.so.{major}, which PyTorch ships, was not found: reinstall torch, or use --kernels triton")
-
-
-def compile_cubin(macros: dict[str, int], architecture: str) -> bytes:
-    """``persistent.cu`` for one geometry, compiled by NVRTC and cached under ``$XDG_CACHE_HOME/llama_engine``."""
-    source, header = SOURCE.read_bytes(), HEADER.read_bytes()
-    options = [f"--gpu-architecture={architecture}", "-std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
-    nvrtc = _nvrtc()
-    version = (ctypes.c_int * 2)()
-    nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
-    key = hashlib.sha256(source + header + repr((options, tuple(version))).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_engine"
-    cached = folder / f"persistent-{key}.cubin"
-    if cached.is_file():
-        return cached.read_bytes()
-    program = ctypes.c_void_p()
-    headers, names = (ctypes.c_char_p * 1)(header), (ctypes.c_char_p * 1)(HEADER.name.encode())
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 1, headers, names)
-    _check(created, "NVRTC")
-    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
-    size = ctypes.c_size_t()
-    if failed:
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RunError(f"NVRTC could not compile {SOURCE.name}: {log.value.decode()}")
-    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "NVRTC")
-    cubin = ctypes.create_string_buffer(size.value)
-    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "NVRTC")
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    try:  # a cache that cannot be written costs only time
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(cubin.raw)
-        os.replace(partial, cached)
-    except OSError:
-        pass
-    return cubin.raw
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        raise RunError(f"{what} call failed with code {code}")
 
 
 def permute(x: torch.Tensor) -> torch.Tensor:
@@ -222,13 +166,19 @@ class PersistentDecode:
             self._params.lm_scale = weights.lm_head.scale.data_ptr()
         if trace:
             macros["TRACE"] = 1
-        self._cuda = ctypes.CDLL("libcuda.so.1")
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
-        with torch.cuda.device(self.device):
-            torch.cuda.current_stream().synchronize()  # the primary context must exist
-            self._functions = {
-                r: self._load(compile_cubin(macros | {"ROWS": r}, architecture)) for r in self.row_counts
-            }
+        arch = nvrtc.architecture(self.device)
+        self._functions = {
+            rows: nvrtc.Function(
+                nvrtc.compile_cubin(SOURCE, macros | {"ROWS": rows}, arch, HEADER),
+                "decode",
+                self.device,
+                grid=self.grid,
+                threads=THREADS,
+                shared=SHARED_BYTES,
+                attributes={nvrtc.COOPERATIVE: (1,)},
+            )
+            for rows in self.row_counts
+        }
 
     def _scratch(self, rows: int) -> dict[str, torch.Tensor]:
         c = self._config
@@ -243,14 +193,6 @@ class PersistentDecode:
             "sync": (160,),
         }
         return {name: torch.zeros(size, dtype=torch.int32, device=self.device) for name, size in sizes.items()}
-
-    def _load(self, cubin: bytes) -> ctypes.c_void_p:
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(self._cuda.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-        _check(self._cuda.cuModuleGetFunction(ctypes.byref(function), module, b"decode"), "cuModuleGetFunction")
-        # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-        _check(self._cuda.cuFuncSetAttribute(function, 8, SHARED_BYTES), "cuFuncSetAttribute")
-        return function
 
     def launch(
         self,
@@ -291,8 +233,4 @@ class PersistentDecode:
         for name, tensor in self.scratch[rows].items():
             setattr(self._params, name, tensor.data_ptr())
         self._params.table_stride, self._params.dummy_slot = block_tables.shape[1], slots - 1
-        argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        size = (self.grid, 1, 1, THREADS, 1, 1, SHARED_BYTES)
-        code = self._cuda.cuLaunchCooperativeKernel(self._functions[rows], *size, stream, argument)
-        _check(code, "cuLaunchCooperativeKernel")
+        self._functions[rows].launch(self._params)

@@ -95,7 +95,7 @@ def _embed(
 
 
 def _warps(block: int) -> int:
-    return max(1, min(8, block // 512))
+    return max(1, min(16, block // 256))
 
 
 def embed(

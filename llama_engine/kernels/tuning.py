@@ -140,8 +140,12 @@ def tune(
     prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
     for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         rows = TUNED_ROWS[bucket]
-        if rows > model.x.shape[0] or (name == "lm_head" and (bucket == 8 or prefill[bucket])):
-            continue  # lm_head never runs with the tiles of 8 rows, and a prefill needs it for one row
+        if (
+            rows > model.x.shape[0]
+            or model.streams(name, rows)
+            or (name == "lm_head" and (bucket == 8 or prefill[bucket]))
+        ):
+            continue  # another kernel's; lm_head has no tiles of 8 rows, and a prefill needs it for one row
         linear = model.linears(name)[0]
         tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
         work.setdefault(bucket, {})[name] = list(tiles)

@@ -97,7 +97,9 @@ def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size,
     assert (whole.float() - want).abs().max() < 4e-3 * want.abs().max()
     assert (cache.float() - expected_kv.float()).abs().max() < 4e-3
     chunked, chunked_cache = run([[(0, 0, 40)], [(1, 0, 20), (0, 40, 75)]])
-    assert torch.equal(chunked, whole)
+    # The interpreter multiplies with a CPU library whose sums may depend on where in a tile a row lies.
+    bound = 0.0 if device.type == "cuda" else 1e-3 * want.abs().max()
+    assert (chunked.float() - whole.float()).abs().max() <= bound
     assert torch.equal(chunked_cache, cache)
 
 

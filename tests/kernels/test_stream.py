@@ -1,0 +1,96 @@
+"""The streaming kernel against the exact reference, and to the bit against the Triton kernel that it stands in for."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llama_engine.errors import InputError
+from llama_engine.kernels.stream import shape_of
+from llama_engine.weights import Linear
+
+GEOMETRIES = {  # name: (N, K, epilogue); 8B, 1B, and sizes that leave the last block part empty
+    "8b qkv": (6144, 4096, 0),
+    "8b o": (4096, 4096, 1),
+    "8b gate_up": (28672, 4096, 2),
+    "8b down": (4096, 14336, 1),
+    "1b qkv": (3072, 2048, 0),
+    "1b down": (2048, 8192, 1),
+    "ragged": (1040, 1536, 1),
+    "ragged gate_up": (2 * 1104, 384, 2),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("processors", [132, 114, 16])
+def test_a_cut_covers_the_matrix_with_one_block_a_processor(geometry, processors):
+    n, k, epilogue = GEOMETRIES[geometry]
+    shape = shape_of(n, k, epilogue, processors)
+    if shape is None:
+        assert processors == 16
+        return
+    assert shape.blocks <= processors
+    assert shape.blocks % shape.split == 0
+    covered = shape.blocks // shape.split * shape.slabs * 16
+    assert n <= covered < n + shape.slabs * 16
+    assert k % (128 * shape.split) == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(576, 576), (4096, 1500), (1001, 4096)])
+def test_what_it_cannot_cut_is_left_to_the_other_kernel(n, k):
+    assert shape_of(n, k, 0, 132) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 8, 13, 16, 31, 32])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equals_triton_to_the_bit_and_the_reference(geometry, rows):
+    from llama_engine.kernels.gemm import SILU_MUL, Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.quant import quantize_reference
+    from llama_engine.kernels.stream import StreamGemm, supported
+
+    device = torch.device("cuda")
+    if not supported(device):
+        pytest.skip("needs compute capability 9.0")
+    torch.manual_seed(rows)
+    n, k, epilogue = GEOMETRIES[geometry]
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
+    linear = Linear(weight, torch.rand(n, device=device) * 1e-4)
+    digits, scale = quantize_reference(torch.randn(rows, k, device=device))
+    padded = torch.randint(-128, 128, (2, 128, k), dtype=torch.int8, device=device)
+    padded[:, :rows] = digits
+    scales = torch.full((128,), float("nan"), device=device)
+    scales[:rows] = scale
+    width = n // 2 if epilogue == SILU_MUL else n
+    before = torch.randn(rows + 1, width, device=device).half()
+    got, want = before.clone(), before.clone()
+    stream = StreamGemm(device)
+    assert stream.runs(linear, rows, epilogue)
+    for _ in range(2):
+        stream.launch(padded, scales, linear, got, rows, epilogue)
+        gemm(padded, scales, linear, want, rows, epilogue, fit(Tile(16, 64, 128), linear, rows), Workspace(device))
+    assert torch.equal(got, want)
+    assert torch.equal(got[rows], before[rows])  # no row beyond the last
+    exact = gemm_reference(digits, scale, linear)
+    if epilogue == SILU_MUL:
+        exact = F.silu(exact[:, : n // 2]) * exact[:, n // 2 :]
+    elif epilogue == 1:
+        exact = before[:rows].float() + 2 * exact
+    assert (got[:rows].float() - exact).abs().max() <= 2e-3 * exact.abs().max()
+
+
+@pytest.mark.gpu
+def test_shapes_are_checked():
+    from llama_engine.kernels.stream import StreamGemm
+
+    device = torch.device("cuda")
+    linear = Linear(torch.zeros(4096, 4096, dtype=torch.int8, device=device), torch.ones(4096, device=device))
+    digits, scale = torch.zeros(2, 128, 4096, dtype=torch.int8, device=device), torch.ones(128, device=device)
+    out = torch.zeros(128, 4096, dtype=torch.float16, device=device)
+    stream = StreamGemm(device)
+    assert not stream.runs(linear, 33, 0)
+    with pytest.raises(InputError, match="does not run 33 rows"):
+        stream.launch(digits, scale, linear, out, 33, 0)
+    with pytest.raises(InputError, match="do not fit"):
+        stream.launch(digits[:, :16], scale, linear, out, 8, 0)
+    with pytest.raises(InputError, match="contiguous"):
+        stream.launch(digits, scale, linear, out.float(), 8, 0)
