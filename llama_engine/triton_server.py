@@ -190,11 +190,9 @@ class TritonServer:
         """Drain for ``drain_s``, then end; killed if it does not. Safe to call twice."""
         if self.alive:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(self.config.drain_s + 10)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._clean()
+        self.kill()  # or what is left of it: a backend may wait for its server for ever
 
     def kill(self) -> None:
         """kill -9 the server and its backend processes."""
@@ -202,7 +200,8 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self._clean()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)
 
     @property
     def alive(self) -> bool:
@@ -229,7 +228,3 @@ class TritonServer:
         failed = [line.split("] ", 1)[-1] for line in lines if line.startswith("E") and "CudaDriver" not in line]
         failed = [line for line in failed if "failed to load" in line or "Failed" in line] or failed or lines[-1:]
         return failed[0].split("\\n")[0].strip('"') if failed else "no output"
-
-    def _clean(self) -> None:
-        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-            region.unlink(missing_ok=True)

@@ -56,7 +56,6 @@ class Live:
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
         self.sent = 0
-        self.queued = False
         self.reason: str | None = None
 
 
@@ -116,8 +115,7 @@ class TritonPythonModel:
         def on_tokens(ids: list[int], reason: str | None) -> None:
             live.ids.extend(ids)
             live.reason = reason
-            if reason or (wanted.streaming and not live.queued):
-                live.queued = True
+            if reason or wanted.streaming:
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
@@ -134,16 +132,15 @@ class TritonPythonModel:
 
     def _send_all(self) -> None:
         while (live := self.outbox.get()) is not None:
-            if live.sender is None:
-                continue
-            live.queued = False
             try:
-                self._answer(live)
+                if live.sender is not None:
+                    self._answer(live)
             except Exception as error:  # the client is gone: its blocks go back
                 pb_utils.Logger.log_warn(f"response not delivered: {error}")
                 self.loop.cancel(live.id)
 
     def _answer(self, live: Live) -> None:
+        """Send what is new, if anything: the outbox holds a request once a step, and one answer takes all there is."""
         reason = live.reason  # read before the ids: once it is set they are complete
         ids = live.ids[live.sent :]
         live.sent += len(ids)
@@ -156,10 +153,10 @@ class TritonPythonModel:
         self.live.pop(live.id, None)
         if reason in ("stop", "length"):
             sender.send(_response(ids), flags=FINAL)
-        elif reason == "cancelled":
-            _refuse(sender, "the request was cancelled", "CANCELLED")
         elif reason == "timeout":
             _refuse(sender, f"the request timed out after {live.sent} tokens", "CANCELLED")
+        elif reason == "cancelled":
+            _refuse(sender, "the request was cancelled", "CANCELLED")
         else:
             _refuse(sender, reason, "INTERNAL")
 
@@ -173,15 +170,15 @@ class TritonPythonModel:
             for name, text in names.items()
         ]
         metrics = {name: family.Metric(labels=labels) for name, family in families}
-        next_metrics = 0.0
+        published, next_metrics = dict.fromkeys(metrics, 0.0), 0.0
         while not self.closing.is_set():
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + 0.25
                 for name, value in (self.loop.stats() | self.sizes).items():
-                    if name in GAUGES:
-                        metrics[name].set(value)
-                    else:
-                        metrics[name].increment(value - metrics[name].value())
+                    if value != published[name]:
+                        metric, change = metrics[name], value - published[name]
+                        metric.set(value) if name in GAUGES else metric.increment(change)
+                        published[name] = value
             for live in list(self.live.values()):
                 with live.lock:
                     cancelled = live.sender is not None and live.sender.is_cancelled()
