@@ -59,8 +59,10 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
         "max_batch_size": info.engine.max_batch_size,
         "kv_cache_free_gpu_mem_fraction": info.engine.kv_cache_free_gpu_memory_fraction,
         "engine_dir": "/engine" if in_container else Path(engine_dir).resolve(),
+        "lengths": ", optional: true" if backend == "native" else "",  # NVIDIA's backend cannot do without
         "exclude_input_in_output": config.exclude_input_in_output or config.text,
     }
+    inputs = (REPOSITORY / "tensorrt_llm/inputs.pbtxt").read_text().rstrip()
     names = ["tensorrt_llm", *(["null_model"] if config.null_model else [])]
     names += ["preprocessing", "postprocessing", "ensemble"] if config.text else []
     for name in names:
@@ -70,9 +72,8 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
             template, code = template.with_name("config.tensorrtllm.pbtxt"), None
         quoted = {key: _quoted(value) for key, value in values.items()}
         (models_dir / name / "1").mkdir(parents=True)
-        (models_dir / name / "config.pbtxt").write_text(
-            string.Template(template.read_text()).substitute(quoted, name=name)
-        )
+        text = string.Template(template.read_text().replace("${inputs}", inputs)).substitute(quoted, name=name)
+        (models_dir / name / "config.pbtxt").write_text(text)
         if code and code.is_file():
             shutil.copy(code, models_dir / name / "1")
 
