@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +30,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Output:
-    """New tokens of one request. ``reason`` is set when ``finished``."""
+    """New tokens of one request, and why it ended, if it did."""
 
     request_id: int
     token_ids: list[int]
-    finished: bool = False
     reason: FinishReason | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.reason is not None
 
 
 class Engine:
@@ -46,7 +50,7 @@ class Engine:
         self.tokens_generated = 0
         self.steps = 0
         self._requests: dict[int, RunningSequence] = {}
-        self._next_id = 0
+        self._ids = itertools.count()
         self._inflight: tuple[Plan, StepHandle] | None = None
 
     @classmethod
@@ -69,9 +73,7 @@ class Engine:
             "num_kv_blocks": num_kv_blocks,
             "kv_cache_free_gpu_memory_fraction": kv_cache_free_gpu_memory_fraction,
         }
-        config = EngineConfig.from_dict(
-            info.engine.to_dict() | {key: value for key, value in changes.items() if value is not None}
-        )
+        config = replace(info.engine, **{key: value for key, value in changes.items() if value is not None})
         executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
         return cls(info.model, config, executor)
 
@@ -84,14 +86,27 @@ class Engine:
         stop_token_ids: Iterable[int] = (),
     ) -> int:
         """Queue a request and return its id. Raises :class:`InputError` for one that can never run."""
+        sequence = self.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
+        self.add(sequence)
+        return sequence.request_id
+
+    def make_request(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        params: SamplingParams | None = None,
+        stop_token_ids: Iterable[int] = (),
+    ) -> RunningSequence:
+        """A checked request for :meth:`add`. The one method that any thread may call."""
         self.validate(prompt, max_new_tokens)
-        sequence = RunningSequence(
-            self._next_id, list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
+        return RunningSequence(
+            next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
         )
-        self._next_id += 1
+
+    def add(self, sequence: RunningSequence) -> None:
         self._requests[sequence.request_id] = sequence
         self.scheduler.add(sequence)
-        return sequence.request_id
 
     def validate(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raise :class:`InputError`, with the numbers, unless the request can run on this engine."""
@@ -133,44 +148,26 @@ class Engine:
         try:
             plan = self.scheduler.schedule()
         except DrainFirst:
-            outputs = self._collect()
+            outputs, self._inflight = self._read(self._inflight), None
             plan = self.scheduler.schedule()
-        previous = self._inflight
-        self._inflight = self._submit(plan) if plan else None
+        previous, self._inflight = self._inflight, self._submit(plan) if plan else None
         if not self.executor.asynchronous:
-            return self._collect()
+            previous, self._inflight = self._inflight, None
         return outputs + self._read(previous)
 
-    def check_invariants(self) -> None:
-        """Raise ``AssertionError`` when block tables, slots or positions contradict each other."""
-        scheduler = self.scheduler
-        scheduler.blocks.check(sequence.table for sequence in scheduler.sequences)
-        slots = [sequence.slot for sequence in scheduler.running]
-        if len(set(slots)) != len(slots) or any(slot < 0 for slot in slots):
-            raise AssertionError(f"slots are shared or missing: {slots}")
-        for sequence in scheduler.running:
-            if scheduler.blocks.blocks_for(sequence.computed) > len(sequence.table):
-                raise AssertionError(f"request {sequence.request_id} runs past its block table")
-        if any(sequence.table or sequence.slot >= 0 for sequence in scheduler.waiting):
-            raise AssertionError("a waiting request holds blocks or a slot")
-
     def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
-        for sequence in plan.bound:
+        for sequence in plan.admitted:
             self.executor.bind(sequence.slot, sequence.params)
-        for slot, table in plan.tables:
-            self.executor.set_block_table(slot, table)
+        for sequence in plan.grown:
+            self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1
-        return plan, self.executor.submit(Step(plan.chunks))
-
-    def _collect(self) -> list[Output]:
-        previous, self._inflight = self._inflight, None
-        return self._read(previous)
+        return plan, self.executor.submit(Step(tuple(chunk for _, chunk in plan.work)))
 
     def _read(self, step: tuple[Plan, StepHandle] | None) -> list[Output]:
         if step is None:
             return []
         plan, handle = step
-        sampling = [sequence for sequence, chunk in zip(plan.sequences, plan.chunks) if chunk.samples]
+        sampling = [sequence for sequence, chunk in plan.work if chunk.samples]
         outputs = []
         for sequence, token in zip(sampling, handle.tokens()):
             if sequence.finished:
@@ -185,7 +182,7 @@ class Engine:
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, [token], reason is not None, reason))
+            outputs.append(Output(sequence.request_id, [token], reason))
         return outputs
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llama_engine.engine import Engine
 from llama_engine.errors import RunError
 from llama_engine.sampling import SamplingParams
+from llama_engine.scheduler import Sequence
 
-OnTokens = Callable[[list[int], bool, "str | None"], None]
+OnTokens = Callable[[list[int], "str | None"], None]
 
 
 class QueueFull(RunError):
@@ -24,32 +27,26 @@ class ShuttingDown(RunError):
     """The loop no longer takes requests."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Request:
-    prompt: list[int]
-    max_new_tokens: int
-    params: SamplingParams
-    stop_token_ids: tuple[int, ...]
+    sequence: Sequence
     on_tokens: OnTokens
-    deadline: float | None
-    engine_id: int = -1
+    deadline: float
 
 
 class EngineLoop:
     """In-flight batching for many threads.
 
-    ``on_tokens(new_ids, finished, reason)`` is called on the loop's thread; ``reason`` is stop, length, cancelled,
-    timeout or error. At most ``max_queue`` requests wait beyond those that run.
+    ``on_tokens(new_ids, reason)`` is called on the loop's thread; ``reason`` is None, or at the end stop, length,
+    cancelled, timeout or "error: ...". At most ``max_queue`` requests wait beyond those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
         self._engine = engine
-        self._max_queue = max_queue
-        self._inbox: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._capacity = engine.config.max_batch_size + max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # between threads that submit, and the one that shuts down
         self._requests: dict[int, _Request] = {}
-        self._by_engine_id: dict[int, int] = {}
-        self._next_id = 0
         self._closed = False
         self._stop = threading.Event()
         self._window: tuple[float, int] = (time.monotonic(), 0)
@@ -71,29 +68,20 @@ class EngineLoop:
 
         Raises ``InputError`` for one that can never fit, :class:`QueueFull`, :class:`ShuttingDown`.
         """
-        self._engine.validate(prompt, max_new_tokens)
+        sequence = self._engine.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             if self._closed:
                 raise ShuttingDown("the engine is shutting down")
-            capacity = self._engine.config.max_batch_size + self._max_queue
-            if len(self._requests) >= capacity:
-                raise QueueFull(f"the queue is full: {len(self._requests)} requests running or waiting of {capacity}")
-            request_id = self._next_id
-            self._next_id += 1
-            self._requests[request_id] = _Request(
-                list(prompt),
-                max_new_tokens,
-                params or SamplingParams(),
-                tuple(stop_token_ids),
-                on_tokens,
-                None if timeout_s is None else time.monotonic() + timeout_s,
-            )
-        self._inbox.put(("add", request_id))
-        return request_id
+            if (count := len(self._requests)) >= self._capacity:
+                raise QueueFull(f"the queue is full: {count} requests running or waiting of {self._capacity}")
+            self._requests[sequence.request_id] = _Request(sequence, on_tokens, deadline)
+        self._inbox.put(partial(self._add, sequence))
+        return sequence.request_id
 
     def cancel(self, request_id: int) -> None:
         """Stop a request; its blocks are free before the next step. Unknown ids are ignored."""
-        self._inbox.put(("cancel", request_id))
+        self._inbox.put(partial(self._drop, request_id, "cancelled"))
 
     def stats(self) -> dict[str, Any]:
         """Counters for metrics: queue depth, running, KV blocks, preemptions, tokens."""
@@ -118,83 +106,54 @@ class EngineLoop:
         while self._requests and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         self._stop.set()
-        self._inbox.put(("wake", -1))
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._take_messages(block=not self._engine.has_unfinished)
+            self._take_messages()
             if not self._engine.has_unfinished:
                 continue
-            self._expire()
+            now = time.monotonic()
+            self._drop_all("timeout", lambda request, now=now: request.deadline < now)
             try:
                 outputs = self._engine.step()
             except Exception as error:  # the device failed: nobody in the batch can be answered
-                self._fail_all(f"error: {error}")
+                self._drop_all(f"error: {error}")
                 continue
             for output in outputs:
-                self._deliver(self._by_engine_id.get(output.request_id), output.token_ids, output.reason)
+                self._deliver(output.request_id, output.token_ids, output.reason)
             self._measure_rate()
-        for request_id in list(self._requests):
-            self._drop(request_id, "cancelled")
+        self._drop_all("cancelled")
 
-    def _take_messages(self, *, block: bool) -> None:
-        while True:
-            try:
-                kind, request_id = self._inbox.get(block=block, timeout=0.2 if block else None)
-            except queue.Empty:
-                return
-            block = False
-            request = self._requests.get(request_id)
-            if request is None:
-                continue
-            if kind == "cancel":
-                self._drop(request_id, "cancelled")
-            elif kind == "add":
-                request.engine_id = self._engine.add_request(
-                    request.prompt, request.max_new_tokens, params=request.params, stop_token_ids=request.stop_token_ids
-                )
-                self._by_engine_id[request.engine_id] = request_id
+    def _take_messages(self) -> None:
+        """Act on what has been asked; an idle engine waits for it."""
+        with contextlib.suppress(queue.Empty):
+            if not self._engine.has_unfinished:
+                self._inbox.get(timeout=0.2)()
+            while True:
+                self._inbox.get_nowait()()
 
-    def _expire(self) -> None:
-        now = time.monotonic()
-        expired = [i for i, request in list(self._requests.items()) if request.deadline and request.deadline < now]
-        for request_id in expired:
-            self._drop(request_id, "timeout")
+    def _add(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._requests:
+            self._engine.add(sequence)
 
-    def _deliver(self, request_id: int | None, tokens: list[int], reason: str | None) -> None:
-        request = None if request_id is None else self._requests.get(request_id)
-        if request_id is None or request is None:
-            return
-        if reason:
-            self._forget(request_id)
-        try:
-            request.on_tokens(tokens, reason is not None, reason)
-        except Exception:  # one client's callback must not take the others down
-            if not reason:
-                self._drop(request_id, None)
-
-    def _drop(self, request_id: int, reason: str | None) -> None:
-        request = self._forget(request_id)
+    def _deliver(self, request_id: int, tokens: list[int], reason: str | None) -> None:
+        request = self._requests.pop(request_id, None) if reason else self._requests.get(request_id)
         if request is None:
             return
-        self._engine.cancel(request.engine_id)
-        if reason:
-            try:
-                request.on_tokens([], True, reason)
-            except Exception:  # the client is gone, and so is its request
-                return
+        try:
+            request.on_tokens(tokens, reason)
+        except Exception:  # one client's callback must not take the others down
+            self._drop(request_id, "cancelled")
 
-    def _forget(self, request_id: int) -> _Request | None:
-        with self._lock:
-            request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._by_engine_id.pop(request.engine_id, None)
-        return request
+    def _drop(self, request_id: int, reason: str) -> None:
+        self._engine.cancel(request_id)
+        self._deliver(request_id, [], reason)
 
-    def _fail_all(self, reason: str) -> None:
-        for request_id in list(self._requests):
-            self._drop(request_id, reason)
+    def _drop_all(self, reason: str, which: Callable[[_Request], bool] = lambda request: True) -> None:
+        for request_id, request in list(self._requests.items()):
+            if which(request):
+                self._drop(request_id, reason)
 
     def _measure_rate(self) -> None:
         since, tokens = self._window

@@ -7,7 +7,6 @@ out the youngest sequence is preempted: its blocks are freed and it is prefilled
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
@@ -49,12 +48,11 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's chunks, the sequences they belong to, and the block tables that changed since the last step."""
+    """A step's chunks with the sequences they belong to, and what changed since the last step."""
 
-    chunks: tuple[Chunk, ...]
-    sequences: tuple[Sequence, ...]
-    tables: tuple[tuple[int, list[int]], ...]
-    bound: tuple[Sequence, ...]
+    work: list[tuple[Sequence, Chunk]]
+    grown: list[Sequence]  # their block tables are longer, or new
+    admitted: list[Sequence]  # their slots are new
 
 
 class Scheduler:
@@ -69,9 +67,8 @@ class Scheduler:
         self.preemptions = 0
 
     @property
-    def sequences(self) -> Iterator[Sequence]:
-        yield from self.running
-        yield from self.waiting
+    def sequences(self) -> list[Sequence]:
+        return [*self.running, *self.waiting]
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -88,57 +85,50 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """The next step, or None when there is nothing to run. Raises :class:`DrainFirst`."""
         budget = self._config.max_num_tokens
-        chunks: list[tuple[Sequence, Chunk]] = []
+        work: list[tuple[Sequence, Chunk]] = []
         grown: list[Sequence] = []
-        bound: list[Sequence] = []
+        admitted: list[Sequence] = []
         for sequence in [s for s in self.running if s.decoding and s.sampled < s.max_new_tokens]:
             if sequence.slot < 0:
                 continue  # preempted by an older one, in this very loop
-            before = len(sequence.table)
+            blocks = len(sequence.table)
             if not self._make_room(sequence):
                 continue
-            if len(sequence.table) != before:
+            if len(sequence.table) > blocks:
                 grown.append(sequence)
-            chunks.append((sequence, Chunk(sequence.slot, sequence.computed)))
+            work.append((sequence, Chunk(sequence.slot, sequence.computed)))
             budget -= 1
         for sequence in [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]:
-            if budget > 0:
-                chunks.append((sequence, self._prefill_chunk(sequence, budget)))
-                budget -= chunks[-1][1].length
-        while self.waiting and self._slots and budget > 0:
-            sequence = self.waiting[0]
-            # One block in hand for every running sequence, or the newcomer would be preempted at once.
-            need = self.blocks.blocks_for(sequence.known)
-            if self.running and self.blocks.free - need < len(self.running):
-                break
-            if not self.blocks.grow(sequence.table, sequence.known):
-                break
-            self.waiting.popleft()
+            budget -= self._prefill(work, sequence, budget)
+        while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
+            sequence = self.waiting.popleft()
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
-            bound.append(sequence)
+            admitted.append(sequence)
             grown.append(sequence)
-            chunks.append((sequence, self._prefill_chunk(sequence, budget)))
-            budget -= chunks[-1][1].length
-        chunks = [(sequence, chunk) for sequence, chunk in chunks if sequence.slot >= 0]
-        if not chunks:
-            return None
-        for sequence, chunk in chunks:
+            budget -= self._prefill(work, sequence, budget)
+        # what was preempted after it was planned does not run
+        work = [(sequence, chunk) for sequence, chunk in work if sequence.slot >= 0]
+        for sequence, chunk in work:
             sequence.computed += chunk.length
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
-        return Plan(
-            tuple(chunk for _, chunk in chunks),
-            tuple(sequence for sequence, _ in chunks),
-            tuple((sequence.slot, sequence.table) for sequence in grown if sequence.slot >= 0),
-            tuple(bound),
-        )
+        return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted) if work else None
 
-    def _prefill_chunk(self, sequence: Sequence, budget: int) -> Chunk:
+    def _admits(self, sequence: Sequence) -> bool:
+        """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
+        spare = self.blocks.free - self.blocks.blocks_for(sequence.known)
+        return spare >= len(self.running) and self.blocks.grow(sequence.table, sequence.known)
+
+    def _prefill(self, work: list[tuple[Sequence, Chunk]], sequence: Sequence, budget: int) -> int:
+        """Plan the next tokens of a prompt, at most ``budget``; how many."""
         tokens = sequence.prompt + sequence.output
         end = min(len(tokens), sequence.computed + budget)
-        return Chunk(sequence.slot, sequence.computed, tokens[sequence.computed : end], samples=end == len(tokens))
+        if end > sequence.computed:
+            part = tokens[sequence.computed : end]
+            work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == len(tokens))))
+        return end - sequence.computed
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Grow the sequence by one position, preempting from the youngest on; False if it was itself preempted."""

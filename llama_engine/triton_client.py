@@ -8,30 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import grpc
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from llama_engine.errors import InputError, RunError
 
-DTYPES: dict[str, tuple[str, Any]] = {
-    "end_id": ("INT32", np.int32),
-    "temperature": ("FP32", np.float32),
-    "runtime_top_k": ("INT32", np.int32),
-    "runtime_top_p": ("FP32", np.float32),
-    "random_seed": ("UINT64", np.uint64),
-    "streaming": ("BOOL", np.bool_),
-    "exclude_input_in_output": ("BOOL", np.bool_),
-    "request_output_len": ("INT32", np.int32),
-    "input_lengths": ("INT32", np.int32),
-}
-
-
+# inputs that are neither BOOL nor INT32
+DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
 # unlimited messages, as the client's own default; a restarted server is found again within a second
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -45,18 +34,11 @@ class RequestFailed(RunError):
     """The server refused or dropped one request."""
 
 
-class Client(Protocol):
-    """``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`."""
-
-    def generate(
-        self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
-    ) -> AsyncIterator[list[int]]: ...
-
-    async def close(self) -> None: ...
-
-
 class GrpcClient:
-    """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server."""
+    """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server.
+
+    ``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`.
+    """
 
     def __init__(self, url: str) -> None:
         self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL)
@@ -71,15 +53,12 @@ class GrpcClient:
     async def generate(
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
     ) -> AsyncIterator[list[int]]:
-        ids = InferInput("input_ids", [1, len(prompt)], "INT32")
-        ids.set_data_from_numpy(np.asarray([prompt], np.int32))
-        inputs = [ids]
         values = {"input_lengths": len(prompt), "request_output_len": new_tokens, "streaming": streaming}
-        for name, value in (values | {"exclude_input_in_output": True} | options).items():
-            kind, dtype = DTYPES[name]
-            tensor = InferInput(name, [1, 1], kind)
-            tensor.set_data_from_numpy(np.asarray([[value]], dtype))
-            inputs.append(tensor)
+        values |= {"exclude_input_in_output": True} | options
+        inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
+        for name, value in values.items():
+            dtype = np.bool_ if isinstance(value, bool) else DTYPES.get(name, np.int32)
+            inputs.append(_tensor(name, np.array([[value]], dtype)))
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
@@ -108,7 +87,7 @@ class GrpcClient:
 
 
 class HttpClient:
-    """HTTP/1.1 connections, one a concurrent request; streams are server-sent events."""
+    """The same over HTTP/1.1 connections, one a concurrent request; streams are server-sent events."""
 
     def __init__(self, url: str) -> None:
         self._session = aiohttp.ClientSession(
@@ -140,6 +119,11 @@ class HttpClient:
         await self._session.close()
 
 
+def _tensor(name: str, array: np.ndarray) -> InferInput:
+    tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+    return tensor.set_data_from_numpy(array)
+
+
 def _ids(text: bytes) -> list[int]:
     try:
         answer = json.loads(text)
@@ -149,6 +133,9 @@ def _ids(text: bytes) -> list[int]:
         raise RequestFailed(answer["error"])
     ids = answer.get("output_ids", [])
     return ids if isinstance(ids, list) else [ids]
+
+
+Client = GrpcClient | HttpClient
 
 
 def connect(protocol: str, url: str) -> Client:

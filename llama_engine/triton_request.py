@@ -15,36 +15,15 @@ import numpy as np
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
-NEUTRAL: dict[str, tuple[float, ...]] = {
-    "beam_width": (0, 1),
-    "num_return_sequences": (0, 1),
-    "min_length": (0, 1),
-    "len_penalty": (0, 1),
-    "repetition_penalty": (0, 1),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "early_stopping": (0, 1),
-    "return_log_probs": (0,),
-    "return_context_logits": (0,),
-    "return_generation_logits": (0,),
-}
-NAMES = (
-    "input_ids",
-    "input_lengths",
-    "request_output_len",
-    "end_id",
-    "pad_id",
-    "temperature",
-    "runtime_top_k",
-    "runtime_top_p",
-    "random_seed",
-    "streaming",
-    "stop",
-    "exclude_input_in_output",
-    "stop_words_list",
-    "bad_words_list",
-    *NEUTRAL,
+ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "repetition_penalty", "early_stopping")
+ZERO = (
+    "presence_penalty",
+    "frequency_penalty",
+    "return_log_probs",
+    "return_context_logits",
+    "return_generation_logits",
 )
+NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 
 @dataclass(frozen=True)
@@ -96,7 +75,7 @@ def _prompt(arrays: Mapping[str, np.ndarray]) -> list[int]:
         raise InputError("input_ids is empty: give at least one token id")
     if ids.ndim == 2 and ids.shape[0] != 1:
         raise InputError(
-            f"input_ids has batch size {ids.shape[0]}: send one request a sequence, they are batched in flight"
+            f"input_ids has batch size {len(ids)}: send one request a sequence, they are batched in flight"
         )
     if ids.ndim > 2:
         raise InputError(f"input_ids must have shape [1, S], got {list(ids.shape)}")

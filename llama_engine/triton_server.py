@@ -24,42 +24,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
-from llama_engine.build import load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.triton_repo import REPOSITORY, fill, render_text
+from llama_engine.triton_repo import REPOSITORY, ServeConfig, render
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Linux on x86-64 or arm64)"
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
+READY_TIMEOUT_S = 600
 _instances = itertools.count()
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """What ``serve_triton`` can set. Times in seconds; ``request_timeout_s`` 0 means none.
-
-    ``decoupled`` chooses Triton's transaction policy: true serves gRPC streams and HTTP ``generate`` and
-    ``generate_stream``; false serves the plain HTTP and gRPC ``infer`` calls, which Triton refuses for decoupled
-    models. ``text`` adds the ensemble, text in and text out.
-    """
-
-    device: str = "auto"
-    decoupled: bool = True
-    max_queue_size: int = 256
-    request_timeout_s: float = 0.0
-    drain_s: float = 10.0
-    exclude_input_in_output: bool = False
-    null_model: bool = False
-    text: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_queue_size < 0 or self.request_timeout_s < 0 or self.drain_s < 0:
-            raise InputError("max_queue_size, request_timeout_s and drain_s must not be negative")
 
 
 def wheel() -> Path:
@@ -67,84 +41,54 @@ def wheel() -> Path:
     spec = importlib.util.find_spec("pytriton")
     root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     if root is None or not (root / "tritonserver/bin/tritonserver").is_file():
-        raise InputError(
-            f"Triton Inference Server is not available on {sys.platform} {platform.machine()} here: {INSTALL}"
-        )
+        here = f"{sys.platform} {platform.machine()}"
+        raise InputError(f"Triton Inference Server is not available on {here} here: {INSTALL}")
     return root
 
 
-def stub(root: Path) -> Path:
-    """The Python backend's stub for the running Python. Raises :class:`InputError` when there is none."""
+def link_backend(root: Path, backends: Path) -> Path:
+    """Put the Python backend for the running Python into ``backends``; returns its stub. Raises :class:`InputError`."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    path = root / "tritonserver/python_backend_stubs" / version / "triton_python_backend_stub"
-    if not path.is_file():
+    stub = root / "tritonserver/python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
         raise InputError(f"this Triton has no Python backend for Python {version}: use Python 3.10 to 3.12")
-    return path
+    parts = root / "tritonserver/backends/python"
+    (backends / "python").mkdir(parents=True)
+    for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", stub):
+        (backends / "python" / part.name).symlink_to(part)
+    return stub
 
 
 def environment(root: Path) -> dict[str, str]:
     """The server's environment: this Python first on PATH, where the stub looks for it, and its libpython."""
-    env = dict(os.environ)
-    libraries = [str(root.parent / "nvidia_pytriton.libs")]
+    libraries = [str(root.parent / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
     if sysconfig.get_config_var("Py_ENABLE_SHARED"):
         libraries.insert(0, str(sysconfig.get_config_var("LIBDIR")))
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-    env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
-    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY.parent), *(path for path in sys.path if path)])
-    missing = subprocess.run(["ldd", str(stub(root))], env=env, capture_output=True, text=True, check=False).stdout
-    lacking = [line.split()[0] for line in missing.splitlines() if "not found" in line]
-    if lacking:
-        raise InputError(
-            f"Triton's Python backend needs {', '.join(lacking)}, which is not installed: "
-            "install it (Debian, Ubuntu: apt install libpython3-dev) or use a Python built with --enable-shared"
-        )
-    return env
-
-
-def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig) -> None:
-    """Write the model repository for an engine. Raises :class:`InputError` for an engine that cannot be read."""
-    engine = load_engine_json(Path(engine_dir))
-    values = {
-        "max_batch_size": engine.engine.max_batch_size,
-        "decoupled": config.decoupled,
-        "engine_dir": Path(engine_dir).resolve(),
-        "device": config.device,
-        "max_queue_size": config.max_queue_size,
-        "request_timeout_s": config.request_timeout_s,
-        "drain_s": config.drain_s,
-        "exclude_input_in_output": config.exclude_input_in_output or config.text,
+    paths = {
+        "PATH": [str(Path(sys.executable).parent), os.environ.get("PATH", "")],
+        "LD_LIBRARY_PATH": libraries,
+        "PYTHONPATH": [str(REPOSITORY.parent), *sys.path],
     }
-    for name in ["tensorrt_llm", *(["null_model"] if config.null_model else [])]:
-        fill(REPOSITORY / "tensorrt_llm/config.pbtxt", models_dir / name / "config.pbtxt", {"name": name, **values})
-        (models_dir / name / "1").mkdir()
-        shutil.copy(REPOSITORY / name / "1/model.py", models_dir / name / "1/model.py")
-    if config.text:
-        if int(np.__version__.split(".")[0]) >= 2:
-            raise InputError(
-                f"serving text needs NumPy 1.26, found {np.__version__} (pip install numpy==1.26.4): this Triton's "
-                "Python backend was built for NumPy 1 and loses strings under NumPy 2; token ids work with both"
-            )
-        render_text(engine_dir, models_dir, max_batch_size=engine.engine.max_batch_size)
+    # LC_ALL: the stub reads what a compiler says as ASCII, whatever the locale
+    return os.environ | {name: os.pathsep.join(filter(None, parts)) for name, parts in paths.items()} | {"LC_ALL": "C"}
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def _claim(host: str, port: int | None, what: str) -> int:
-    if port is None:
-        return free_port(host)
-    if not 0 < port < 65536:
-        raise InputError(f"the {what} port must be in 1..65535, got {port}")
+def free_port(host: str = "127.0.0.1", port: int | None = None, what: str = "free") -> int:
+    """``port``, or one chosen by the system. Raises :class:`InputError` when it cannot be had."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(f"cannot use {what} port {port} on {host} ({error.strerror}): choose another") from None
-    return port
+            probe.bind((host, port or 0))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot use {what} port {port} on {host} ({why}): choose another") from None
+        return probe.getsockname()[1]
+
+
+def listening(host: str, http_port: int, grpc_port: int, metrics_port: int) -> list[str]:
+    """tritonserver's arguments for where it listens."""
+    ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+    return [part for name, port in ports.items() for part in (f"--{name}-address={host}", f"--{name}-port={port}")]
 
 
 def read_metrics(url: str) -> tuple[dict[str, float], str]:
@@ -173,16 +117,15 @@ class TritonServer:
         grpc_port: int | None = None,
         metrics_port: int | None = None,
         run_dir: Path | str | None = None,
-        ready_timeout_s: float = 600.0,
         env: dict[str, str] | None = None,
     ) -> None:
         self.config = config or ServeConfig()
-        self.engine_dir, self.host, self._ready_timeout_s = Path(engine_dir), host, ready_timeout_s
+        self.engine_dir, self.host = Path(engine_dir), host
         self._root = wheel()
         self._env = environment(self._root) | (env or {})
-        self.http_port = _claim(host, http_port, "HTTP")
-        self.grpc_port = _claim(host, grpc_port, "gRPC")
-        self.metrics_port = _claim(host, metrics_port, "metrics")
+        self.http_port = free_port(host, http_port, "HTTP")
+        self.grpc_port = free_port(host, grpc_port, "gRPC")
+        self.metrics_port = free_port(host, metrics_port, "metrics")
         self.run_dir = Path(run_dir or tempfile.mkdtemp(prefix="triton-"))
         self._owns_run_dir = run_dir is None
         self._prefix = f"llama_engine_{os.getpid()}_{next(_instances)}_"
@@ -208,28 +151,23 @@ class TritonServer:
 
     def start(self) -> None:
         """Render, start, wait until ready."""
-        if self.alive:
-            raise RunError("this server is running already")
         models, backends = self.run_dir / "models", self.run_dir / "backends"
         for folder in (models, backends):
             shutil.rmtree(folder, ignore_errors=True)
         render(self.engine_dir, models, self.config)
-        backend = backends / "python"
-        backend.mkdir(parents=True)
-        parts = self._root / "tritonserver/backends/python"
-        for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", stub(self._root)):
-            (backend / part.name).symlink_to(part)
+        stub = link_backend(self._root, backends)
+        said = subprocess.run(["ldd", stub], env=self._env, capture_output=True, text=True, check=False).stdout
+        if lacking := [line.split()[0] for line in said.splitlines() if "not found" in line]:
+            raise InputError(
+                f"Triton's Python backend needs {', '.join(lacking)}, which is not installed: "
+                "install it (Debian, Ubuntu: apt install libpython3-dev) or use a Python built with --enable-shared"
+            )
         command = [
             str(self._root / "tritonserver/bin/tritonserver"),
             f"--model-repository={models}",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
-            f"--http-address={self.host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={self.host}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self.host}",
-            f"--metrics-port={self.metrics_port}",
+            *listening(self.host, self.http_port, self.grpc_port, self.metrics_port),
             "--allow-gpu-metrics=false",
             "--model-control-mode=none",
             # these need a header that nobody knows: clients infer, read metadata, health and statistics, no more
@@ -250,13 +188,11 @@ class TritonServer:
 
     def stop(self) -> None:
         """Drain for ``drain_s``, then end; killed if it does not. Safe to call twice."""
-        if self.process is not None and self.process.poll() is None:
+        if self.alive:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(self.config.drain_s + 10)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._clean()
+        self.kill()  # or what is left of it: a backend may wait for its server for ever
 
     def kill(self) -> None:
         """kill -9 the server and its backend processes."""
@@ -264,7 +200,8 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self._clean()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)
 
     @property
     def alive(self) -> bool:
@@ -275,7 +212,7 @@ class TritonServer:
         return read_metrics(f"{self.host}:{self.metrics_port}")[0]
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + self._ready_timeout_s
+        deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             if not self.alive:
                 raise RunError(f"tritonserver ended while starting: {self._last_error()} (log: {self.log})")
@@ -283,7 +220,7 @@ class TritonServer:
                 urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2)
                 return
             time.sleep(0.1)
-        raise RunError(f"tritonserver was not ready within {self._ready_timeout_s:.0f} s (log: {self.log})")
+        raise RunError(f"tritonserver was not ready within {READY_TIMEOUT_S} s (log: {self.log})")
 
     def _last_error(self) -> str:
         self._owns_run_dir = False  # the log is worth keeping
@@ -291,7 +228,3 @@ class TritonServer:
         failed = [line.split("] ", 1)[-1] for line in lines if line.startswith("E") and "CudaDriver" not in line]
         failed = [line for line in failed if "failed to load" in line or "Failed" in line] or failed or lines[-1:]
         return failed[0].split("\\n")[0].strip('"') if failed else "no output"
-
-    def _clean(self) -> None:
-        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-            region.unlink(missing_ok=True)

@@ -8,6 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llama_engine.errors import InputError, RunError
+from llama_engine.triton_client import RequestFailed
+
+DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
 Text = Annotated[str, Field(max_length=1 << 20)]
 # accepted at these values only: the engine does not do them, and nothing asked for is silently ignored
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,6 +38,20 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+    @classmethod
+    def of(cls, error: InputError | RunError) -> ApiError:
+        """Triton's refusals by what they say: its error codes do not reach a gRPC stream's client."""
+        text = str(error)
+        if isinstance(error, InputError):
+            return cls(400, text)
+        if "queue is full" in text:
+            return cls(429, f"The engine is busy, try again: {text}", code="queue_full")
+        if "max_seq_len" in text or "KV blocks" in text:
+            return cls(400, text, code="context_length_exceeded")
+        if isinstance(error, RequestFailed) and not text.startswith("the request"):
+            return cls(503, f"{DOWN} ({text[:200]})", code="engine_unavailable")
+        return cls(500, text)
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -108,30 +126,27 @@ class Shape:
     """The objects of one answer, ``chat.completion`` or ``text_completion``, whole or in chunks."""
 
     def __init__(self, model: str, chat: bool) -> None:
-        self.chat = chat
-        self._base = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.chat, self._model, self._created = chat, model, int(time.time())
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
 
     def whole(self, text: str, reason: str, usage: dict[str, int]) -> dict[str, Any]:
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._base, "object": kind, "choices": [choice], "usage": usage}
+        return self._answer("chat.completion", content, reason, usage)
 
     def chunk(self, text: str | None, reason: str | None = None, usage: dict[str, int] | None = None) -> dict[str, Any]:
         """``text`` None: a chunk that only tells the usage."""
         content = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-        choices = [] if text is None else [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._base, "object": kind, "choices": choices, "usage": usage}
+        return self._answer("chat.completion.chunk", None if text is None else content, reason, usage)
 
     def opening(self) -> dict[str, Any]:
-        chunk = self.chunk("")
-        chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-        return chunk
+        return self._answer("chat.completion.chunk", {"delta": {"role": "assistant", "content": ""}}, None, None)
+
+    def _answer(
+        self, kind: str, content: dict[str, Any] | None, reason: str | None, usage: dict[str, int] | None
+    ) -> dict[str, Any]:
+        choices = [{"index": 0, **content, "logprobs": None, "finish_reason": reason}] if content else []
+        base = {"id": self._id, "created": self._created, "model": self._model, "choices": choices, "usage": usage}
+        return base | {"object": kind if self.chat else "text_completion"}
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

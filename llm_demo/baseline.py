@@ -1,6 +1,6 @@
 """The Hugging Face baseline of the race, in a process of its own so that it cannot slow the gateway's event loop.
 
-The process speaks JSON lines: requests and cancellations in, token ids out. It ends when its standard input does.
+The process speaks JSON lines: a request in, token ids out; an empty line cancels. It ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import asyncio
 import contextlib
 import itertools
 import json
-import queue
+import select
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ class Baseline:
     def __init__(self, model_dir: Path, device: str) -> None:
         self.model_dir, self.device = model_dir, device
         self._process: asyncio.subprocess.Process | None = None
-        self._answers: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
-        self._starting = asyncio.Lock()
+        self._starting, self._turn = asyncio.Lock(), asyncio.Lock()
 
     @property
     def loaded(self) -> bool:
@@ -49,28 +47,29 @@ class Baseline:
                 await process.wait()
                 raise RunError(f"the baseline did not start: {ready.get('error', f'exit code {process.returncode}')}")
             self._process = process
-            self._reader = asyncio.create_task(self._read(process))
 
     async def generate(self, prompt: list[int], max_tokens: int, **options: Any) -> AsyncIterator[list[int]]:
         """New ids as they are made. Leaving early cancels. Raises :class:`RunError`."""
-        await self.load()
-        number, answers = next(self._numbers), asyncio.Queue()
-        self._answers[number] = answers
-        ended = False
-        try:
-            self._send({"id": number, "prompt": prompt, "max_tokens": max_tokens, **options})
-            while True:
-                answer = await answers.get()
-                ended = "ids" not in answer
-                if "error" in answer:
-                    raise RunError(f"the baseline failed: {answer['error']}")
-                if ended:
-                    return
-                yield answer["ids"]
-        finally:
-            del self._answers[number]
-            if not ended:
-                self._send({"cancel": number})
+        async with self._turn:
+            await self.load()
+            process, number, ended = self._process, next(self._numbers), False
+            try:
+                self._send({"id": number, "prompt": prompt, "max_tokens": max_tokens, **options})
+                while line := await process.stdout.readline():
+                    answer = json.loads(line)
+                    if answer["id"] != number:
+                        continue  # the rest of one that was cancelled
+                    ended = "ids" not in answer
+                    if "error" in answer:
+                        raise RunError(f"the baseline failed: {answer['error']}")
+                    if ended:
+                        return
+                    yield answer["ids"]
+                ended = True
+                raise RunError(f"the baseline failed: its process ended with exit code {await process.wait()}")
+            finally:
+                if not ended:
+                    self._send(None)
 
     async def close(self) -> None:
         if self._process is not None and self.loaded:
@@ -81,18 +80,9 @@ class Baseline:
                 self._process.kill()
                 await self._process.wait()
 
-    def _send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(ConnectionError, RuntimeError):  # a dead process is reported by the reader
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        while line := await process.stdout.readline():
-            answer = json.loads(line)
-            if (answers := self._answers.get(answer["id"])) is not None:
-                answers.put_nowait(answer)
-        await process.wait()
-        for answers in self._answers.values():
-            answers.put_nowait({"error": f"its process ended with exit code {process.returncode}"})
+    def _send(self, message: dict[str, Any] | None) -> None:
+        with contextlib.suppress(ConnectionError, RuntimeError):  # a dead process is reported where it is read
+            self._process.stdin.write((json.dumps(message) if message else "").encode() + b"\n")
 
 
 class _Cancelled(Exception):
@@ -100,16 +90,16 @@ class _Cancelled(Exception):
 
 
 class _Streamer:
-    """A transformers streamer that writes ids as JSON lines and leaves ``generate`` when cancelled."""
+    """A transformers streamer that writes ids as JSON lines and leaves ``generate`` when standard input has news."""
 
-    def __init__(self, number: int, gone: Callable[[int], bool]) -> None:
-        self.number, self.gone, self.prompt_seen = number, gone, False
+    def __init__(self, number: int) -> None:
+        self.number, self.prompt_seen = number, False
 
     def put(self, value: Any) -> None:
         if self.prompt_seen:
             _say({"id": self.number, "ids": value.reshape(-1).tolist()})
         self.prompt_seen = True
-        if self.gone(self.number):
+        if select.select([sys.stdin], [], [], 0)[0]:
             raise _Cancelled
 
     def end(self) -> None:
@@ -124,30 +114,18 @@ def work(model_dir: str, device: str) -> None:
     """Load, warm up, say ready, then answer requests until standard input closes."""
     import torch
 
+    from llama_engine.engine import pick_device
     from llama_engine.measure.generation import TransformersStack
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device).type
     stack = TransformersStack(model_dir, device)
     stack.generate([1], 4)
     _say({"ready": True})
-    requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    cancelled: set[int] = set()
-    closing = threading.Event()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            message = json.loads(line)
-            cancelled.add(message["cancel"]) if "cancel" in message else requests.put(message)
-        closing.set()
-        requests.put(None)
-
-    def gone(number: int) -> bool:
-        return number in cancelled or closing.is_set()
-
-    threading.Thread(target=listen, daemon=True).start()
-    while (request := requests.get()) is not None:
-        number = request["id"]
+    requests = open(sys.stdin.fileno(), "rb", buffering=0)  # noqa: SIM115 - unbuffered, or select() would miss a line
+    while line := requests.readline():
+        if not line.strip():
+            continue
+        request = json.loads(line)
         sampling = {"do_sample": False}
         if request["temperature"] > 0:
             sampling = {"do_sample": True, "top_k": 0, "top_p": request["top_p"], "temperature": request["temperature"]}
@@ -160,14 +138,14 @@ def work(model_dir: str, device: str) -> None:
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=request["max_tokens"],
                     eos_token_id=request["eos"] or None,
-                    streamer=_Streamer(number, gone),
+                    streamer=_Streamer(request["id"]),
                     **sampling,
                 )
-            _say({"id": number, "done": True})
+            _say({"id": request["id"], "done": True})
         except _Cancelled:
             continue
         except Exception as error:  # one request's failure must not end the process
-            _say({"id": number, "error": f"{type(error).__name__}: {error}"})
+            _say({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ Output:  the conversation. /new starts over, /quit or Ctrl-D ends, Ctrl-C stops 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import httpx
 from rich.columns import Columns
@@ -33,70 +36,74 @@ now = time.perf_counter
 
 @dataclass
 class Answer:
-    """One answer as it grows: ``arrivals`` are (seconds since the request, tokens so far)."""
+    """One answer as it grows; ``first`` and ``last`` are (seconds since the request, tokens so far)."""
 
     start: float = field(default_factory=now)
     text: str = ""
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    first: tuple[float, int] = (0.0, 0)
+    last: tuple[float, int] = (0.0, 0)
 
     def add(self, piece: str, tokens: int) -> None:
         self.text += piece
-        if tokens > self.tokens:
-            self.arrivals.append((now() - self.start, tokens))
-
-    @property
-    def tokens(self) -> int:
-        return self.arrivals[-1][1] if self.arrivals else 0
-
-    @property
-    def total_s(self) -> float:
-        return self.arrivals[-1][0] if self.arrivals else 0.0
+        if tokens > self.last[1]:
+            self.last = (now() - self.start, tokens)
+            self.first = self.first if self.first[1] else self.last
 
     @property
     def speed(self) -> str:
-        if not self.arrivals:
-            return "waiting"
-        (t1, n1), (tn, n) = self.arrivals[0], self.arrivals[-1]
+        (t1, n1), (tn, n) = self.first, self.last
         rate = f"{(n - n1) / (tn - t1):.1f} tok/s, " if tn > t1 else ""
-        return f"{rate}first token {t1 * 1e3:.0f} ms, {n} tokens in {tn:.2f} s"
+        return f"{rate}first token {t1 * 1e3:.0f} ms, {n} tokens in {tn:.2f} s" if n else "waiting"
 
 
 class Gateway:
     """The gateway's API. Raises :class:`RunError` in one line."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        self.url = url
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(600, connect=5), trust_env=False)
+        self.http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(600, connect=5),
+            trust_env=False,
+            event_hooks={"response": [_check]},
+        )
 
-    def call(self, method: str, path: str) -> dict:
+    @contextlib.contextmanager
+    def call(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
         try:
-            return _checked(self.http.request(method, path)).json()
+            with self.http.stream(method, path, **options) as response:
+                yield response
         except httpx.HTTPError as error:
-            raise self._lost(error) from None
+            url = str(self.http.base_url).rstrip("/")
+            raise RunError(f"no gateway at {url} ({error}): start it with ./scripts/demo.sh, or give --url") from None
+
+    def models(self) -> list[str]:
+        with self.call("GET", "/v1/models") as response:
+            return [model["id"] for model in json.loads(response.read())["data"]]
 
     def stream(self, body: dict) -> Iterator[tuple[str, int]]:
         """Pieces of an answer with the number of tokens so far."""
         body = body | {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        try:
-            with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.is_error:
-                    response.read()
-                for line in _checked(response).iter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise RunError(event["error"]["message"])
-                    delta = event["choices"][0]["delta"] if event["choices"] else {}
-                    if event["usage"]:
-                        text = "".join(c for c in delta.get("content", "") if c.isprintable() or c in "\n\t")
-                        yield text, event["usage"]["completion_tokens"]  # no control codes from a model to a terminal
-        except httpx.HTTPError as error:
-            raise self._lost(error) from None
+        with self.call("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RunError(event["error"]["message"])
+                delta = event["choices"][0]["delta"] if event["choices"] else {}
+                if event["usage"]:
+                    text = "".join(c for c in delta.get("content", "") if c.isprintable() or c in "\n\t")
+                    yield text, event["usage"]["completion_tokens"]  # no control codes from a model to a terminal
 
-    def _lost(self, error: Exception) -> RunError:
-        return RunError(f"no gateway at {self.url} ({error}): start it with ./scripts/demo.sh, or give --url")
+
+def _check(response: httpx.Response) -> None:
+    if response.is_error:
+        try:
+            message = json.loads(response.read())["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"HTTP {response.status_code}"
+        raise RunError(message)
 
 
 def main() -> None:
@@ -112,7 +119,7 @@ def main() -> None:
     if args.race and not args.prompt:
         raise InputError('--race needs a prompt: chat.py --race "Write a short story."')
     console, gateway = Console(highlight=False), Gateway(args.url, args.api_key)
-    models = [model["id"] for model in gateway.call("GET", "/v1/models")["data"]]
+    models = gateway.models()
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.race:
@@ -157,8 +164,8 @@ def chat(console: Console, gateway: Gateway, body: dict, system: list[dict], onl
 
 def race(console: Console, gateway: Gateway, models: list[str], body: dict) -> None:
     """Both at once, a thread a lane; the ratio compares the time a token, first token included."""
-    with console.status("loading the baseline"):
-        gateway.call("POST", "/baseline")
+    with console.status("loading the baseline"), gateway.call("POST", "/baseline"):
+        pass
     lanes, failures = [Answer(), Answer()], []
 
     def run(lane: Answer, model: str) -> None:
@@ -169,41 +176,27 @@ def race(console: Console, gateway: Gateway, models: list[str], body: dict) -> N
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in zip(lanes, models)]
-    with Live(console=console, refresh_per_second=12) as live:
+    for thread in threads:
+        thread.start()
+    draw = partial(_track, console, lanes, body["max_tokens"])
+    with Live(console=console, get_renderable=draw, refresh_per_second=12):
         for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            live.update(_track(console, lanes, body["max_tokens"]))
-            time.sleep(0.08)
-        live.update(_track(console, lanes, body["max_tokens"]))
-    if failures or not all(lane.tokens for lane in lanes):
+            thread.join()
+    if failures or not all(lane.last[1] for lane in lanes):
         raise RunError(f"no result: {failures[0] if failures else 'a lane made no tokens'}")
-    engine, baseline = (lane.total_s / lane.tokens for lane in lanes)
+    engine, baseline = (lane.last[0] / lane.last[1] for lane in lanes)
     winner, ratio = ("INT8 engine", baseline / engine) if engine <= baseline else ("baseline", engine / baseline)
     console.print(f"[bold]{winner}: {ratio:.1f}x faster[/] [dim](one run, both sharing this machine)[/]")
 
 
 def _track(console: Console, lanes: list[Answer], goal: int) -> Columns:
     width = max(24, console.width // 2 - 2)
-    rows = max(4, console.height - 9)
     panels = []
-    for lane, (title, colour) in zip(lanes, [("INT8 engine", "green"), ("Hugging Face baseline", "yellow")]):
-        lines = Text(lane.text).wrap(console, width - 4)[-rows:]
-        bar = ProgressBar(goal, lane.tokens, width=width - 4, complete_style=colour, finished_style=colour)
-        panels.append(
-            Panel(Group(Text(lane.speed, colour), bar, *lines), title=title, width=width, border_style=colour)
-        )
+    for lane, title, colour in zip(lanes, ("INT8 engine", "Hugging Face baseline"), ("green", "yellow")):
+        text = Text(lane.text).wrap(console, width - 4)[-max(4, console.height - 9) :]
+        bar = ProgressBar(goal, lane.last[1], complete_style=colour, finished_style=colour)
+        panels.append(Panel(Group(Text(lane.speed, colour), bar, *text), title=title, width=width, border_style=colour))
     return Columns(panels)
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_error:
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"HTTP {response.status_code}"
-        raise RunError(message)
-    return response
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import secrets
 import time
@@ -23,13 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_engine.build import engine_backend, load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.triton_client import GrpcClient, RequestFailed
-from llm_demo.api import ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
+from llama_engine.triton_client import GrpcClient
+from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
 from llm_demo.text import ChatTokenizer, TextStream
 
 STATIC = Path(__file__).parent / "static"
-DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -37,6 +37,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 T = TypeVar("T")
+Piece = tuple[str, "str | None", dict[str, int]]  # text, finish reason at the end, usage so far
 
 
 class Gateway:
@@ -60,6 +61,11 @@ class Gateway:
         if self.baseline:
             await self.baseline.close()
 
+    def check_model(self, name: str) -> None:
+        if name not in self.models:
+            message = f"The model {name!r} does not exist; there is {' and '.join(self.models)}."
+            raise ApiError(404, message, code="model_not_found", param="model")
+
     async def encode(self, request: Sampling) -> list[int]:
         """Ids of a request's prompt, off the event loop: a long text takes a while."""
         if isinstance(request, ChatRequest):
@@ -79,12 +85,10 @@ class Gateway:
             raise ApiError(400, f"token id {bad[0]} is outside the vocabulary", param=where)
         if len(prompt) + (request.max_tokens or 1) > limit:
             asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
-            raise ApiError(
-                400,
-                f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them.",
-                code="context_length_exceeded",
-                param=where,
+            message = (
+                f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them."
             )
+            raise ApiError(400, message, code="context_length_exceeded", param=where)
         return request.max_tokens or limit - len(prompt)
 
     async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:
@@ -101,20 +105,13 @@ class Gateway:
             source = self.baseline.generate(prompt, max_tokens, eos=sorted(eos), **sampling)
         async with contextlib.aclosing(source):
             async for new in source:
-                end = next((i for i, token in enumerate(new) if token in eos), None)
-                yield new[:end]
-                if end is not None:
+                yield list(itertools.takewhile(lambda token: token not in eos, new))
+                if not eos.isdisjoint(new):
                     return
 
-    async def answer(self, request: Sampling) -> AsyncIterator[tuple[str, str | None, dict[str, int]]]:
-        """Pieces of text as ``(text, finish reason or None, usage so far)``. Raises :class:`ApiError`."""
-        if request.model not in self.models:
-            raise ApiError(
-                404,
-                f"The model {request.model!r} does not exist; there is {' and '.join(self.models)}.",
-                code="model_not_found",
-                param="model",
-            )
+    async def answer(self, request: Sampling) -> AsyncIterator[Piece]:
+        """The last piece alone has a finish reason. Raises :class:`ApiError`."""
+        self.check_model(request.model)
         start, first = time.perf_counter(), 0.0
         text = TextStream(self.tokenizer, request.stop)
         self.running += 1
@@ -137,12 +134,20 @@ class Gateway:
             self.counts["ttft_seconds_sum"] += first
             self.counts["ttft_seconds_count"] += 1
             yield piece, reason, usage_of(len(prompt), text.tokens)
-        except InputError as error:
-            raise ApiError(400, str(error)) from None
-        except RunError as error:
-            raise _api_error(error) from None
+        except (InputError, RunError) as error:
+            raise ApiError.of(error) from None
         finally:
             self.running -= 1
+
+    def state(self, ready: bool) -> dict[str, Any]:
+        return {
+            "status": "ok" if ready else "unavailable",
+            "message": "" if ready else DOWN,
+            "models": self.models,
+            "source": self.info.model.source,
+            "max_seq_len": self.info.engine.max_seq_len,
+            "baseline_loaded": self.baseline is not None and self.baseline.loaded,
+        }
 
     def metrics(self) -> str:
         rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
@@ -186,7 +191,7 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(ApiError(400, f"{where or 'body'}: {first['msg']}", param=where or None).body(), 400)
+        return await refused(_, ApiError(400, f"{where or 'body'}: {first['msg']}", param=where or None))
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
@@ -199,8 +204,7 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
 
     @app.get("/v1/models/{name}", dependencies=[Depends(known)])
     async def model(name: str) -> dict[str, Any]:
-        if name not in gateway.models:
-            raise ApiError(404, f"The model {name!r} does not exist.", code="model_not_found", param="model")
+        gateway.check_model(name)
         return _model(name)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(known)])
@@ -219,21 +223,13 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
         try:
             await gateway.baseline.load()
         except RunError as error:
-            raise _api_error(error) from None
+            raise ApiError.of(error) from None
         return {"loaded": True}
 
     @app.get("/health")
     async def health() -> JSONResponse:
         ready = await gateway.client.ready()
-        state = {
-            "status": "ok" if ready else "unavailable",
-            "message": "" if ready else DOWN,
-            "models": gateway.models,
-            "source": gateway.info.model.source,
-            "max_seq_len": gateway.info.engine.max_seq_len,
-            "baseline_loaded": gateway.baseline is not None and gateway.baseline.loaded,
-        }
-        return JSONResponse(state, 200 if ready else 503)
+        return JSONResponse(gateway.state(ready), 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -251,34 +247,29 @@ async def _complete(gateway: Gateway, request: Request, body: Sampling) -> Respo
     """An error before the first token is a status code; after it, an ``error`` event that ends the stream."""
     shape = Shape(body.model, isinstance(body, ChatRequest))
     pieces = gateway.answer(body)
-    if not body.stream:
-        return JSONResponse(await _unless_gone(request, _whole(shape, pieces)))
-    opening = await _unless_gone(request, anext(pieces))
-    return StreamingResponse(_events(shape, body, opening, pieces), media_type="text/event-stream")
+    if body.stream:
+        opening = await _unless_gone(request, anext(pieces))
+        return StreamingResponse(_events(shape, body, opening, pieces), media_type="text/event-stream")
+    parts = await _unless_gone(request, _all(pieces))
+    return JSONResponse(shape.whole("".join(text for text, _, _ in parts), *parts[-1][1:]))
 
 
-async def _whole(shape: Shape, pieces: AsyncIterator[tuple[str, str | None, dict[str, int]]]) -> dict[str, Any]:
-    async with contextlib.aclosing(pieces):
-        parts = [part async for part in pieces]
-    return shape.whole("".join(text for text, _, _ in parts), *parts[-1][1:])
+async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
 
 
-async def _events(
-    shape: Shape,
-    body: Sampling,
-    opening: tuple[str, str | None, dict[str, int]],
-    pieces: AsyncIterator[tuple[str, str | None, dict[str, int]]],
-) -> AsyncIterator[str]:
-    every, usage = body.stream_options.continuous_usage_stats, opening[2]
+async def _events(shape: Shape, body: Sampling, piece: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    every = body.stream_options.continuous_usage_stats
     async with contextlib.aclosing(pieces):
         try:
             if shape.chat:
                 yield _event(shape.opening())
-            text, reason, usage = opening
-            yield _event(shape.chunk(text, reason, usage if every else None))
-            async for text, reason, usage in pieces:
+            reason = None
+            while reason is None:
+                text, reason, usage = piece
                 if text or reason or every:
                     yield _event(shape.chunk(text, reason, usage if every else None))
+                piece = piece if reason else await anext(pieces)
             if body.stream_options.include_usage:
                 yield _event(shape.chunk(None, usage=usage))
             yield "data: [DONE]\n\n"
@@ -292,34 +283,16 @@ def _event(data: dict[str, Any]) -> str:
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """``work``'s result; when the client leaves first, ``work`` is cancelled, which frees its place in the engine."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "The client left.")
+        while not (await asyncio.wait({task}, timeout=0.1))[0]:
+            if await request.is_disconnected():
+                raise ApiError(499, "The client left.")
         return task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.wait({task, gone})
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "llama-engine"}
-
-
-def _api_error(error: RunError) -> ApiError:
-    """Triton's refusals by what they say: its error codes do not reach a gRPC stream's client."""
-    text = str(error)
-    if "queue is full" in text:
-        return ApiError(429, f"The engine is busy, try again: {text}", code="queue_full")
-    if "max_seq_len" in text or "KV blocks" in text:
-        return ApiError(400, text, code="context_length_exceeded")
-    if isinstance(error, RequestFailed) and not text.startswith("the request"):
-        return ApiError(503, f"{DOWN} ({text[:200]})", code="engine_unavailable")
-    return ApiError(500, text)

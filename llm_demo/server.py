@@ -72,16 +72,12 @@ def triton(args: argparse.Namespace, console: Console) -> Iterator[str]:
     if args.triton_url:
         yield args.triton_url
         return
-    server = TritonServer(args.engine_dir, ServeConfig(device=args.device, drain_s=2))
-    try:
+    with contextlib.ExitStack() as stack:
         with console.status("starting Triton Inference Server"):
-            server.start()
+            server = stack.enter_context(TritonServer(args.engine_dir, ServeConfig(device=args.device, drain_s=2)))
         yield server.grpc_url
         if not server.alive:
             raise RunError(f"Triton Inference Server ended by itself: {server.log}")
-    finally:
-        with console.status("stopping Triton Inference Server"):
-            server.stop()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Output:  the addresses; the server's log in the run directory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import shutil
@@ -24,8 +25,8 @@ from rich.console import Console
 from llama_engine.build import engine_backend
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import atomic_dir
-from llama_engine.triton_repo import render_tensorrtllm, serve_command
-from llama_engine.triton_server import ServeConfig, TritonServer
+from llama_engine.triton_repo import ServeConfig, render, serve_command
+from llama_engine.triton_server import TritonServer, listening
 
 MAX_RESTARTS = 5
 
@@ -43,7 +44,10 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument(
-        "--no-decoupled", action="store_true", help="serve the plain infer calls over HTTP and gRPC; no streaming"
+        "--no-decoupled",
+        dest="decoupled",
+        action="store_false",
+        help="serve the plain infer calls over HTTP and gRPC; no streaming",
     )
     parser.add_argument("--text", action="store_true", help="also serve the model ensemble: text in, text out")
     parser.add_argument("--max-queue-size", type=int, default=256, help="requests that may wait (default: 256)")
@@ -53,27 +57,21 @@ def main() -> None:
     parser.add_argument("--null-model", action="store_true", help="also serve null_model, the load generator's ceiling")
     parser.add_argument("--run-dir", type=Path, help="model repository and log (default: a temporary one)")
     args = parser.parse_args()
-    backend = engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
-    if backend == "tensorrt_llm":
-        serve_tensorrtllm(args)
-        return
-    if args.print:
-        raise InputError("--print shows what --backend tensorrt_llm would run; the native backend just starts")
-    config = ServeConfig(
-        device=args.device,
-        decoupled=not args.no_decoupled,
-        max_queue_size=args.max_queue_size,
-        request_timeout_s=args.request_timeout_s,
-        drain_s=args.drain_s,
-        exclude_input_in_output=args.exclude_input_in_output,
-        null_model=args.null_model,
-        text=args.text,
-    )
+    config = ServeConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ServeConfig)})
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
+    if args.backend == "tensorrt_llm" or (args.backend == "auto" and engine_backend(args.engine_dir) == "tensorrt_llm"):
+        serve_tensorrtllm(args, config, listening(args.host, **ports))
+    elif args.print:
+        raise InputError("--print shows what --backend tensorrt_llm would run; the native backend just starts")
+    else:
+        serve_native(TritonServer(args.engine_dir, config, host=args.host, run_dir=args.run_dir, **ports))
+
+
+def serve_native(server: TritonServer) -> None:
+    """Until Ctrl-C or TERM; a server that dies is started again, ``MAX_RESTARTS`` times."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
         signal.signal(stop, signal.default_int_handler)
     console = Console()
-    server = TritonServer(args.engine_dir, config, host=args.host, run_dir=args.run_dir, **ports)
     try:
         with console.status("starting Triton Inference Server"):
             server.start()
@@ -96,20 +94,12 @@ def main() -> None:
         server.stop()
 
 
-def serve_tensorrtllm(args: argparse.Namespace) -> None:
+def serve_tensorrtllm(args: argparse.Namespace, config: ServeConfig, listen: list[str]) -> None:
     """Render for NVIDIA's C++ backend and become the server, or the container that holds it."""
-    run_dir = args.run_dir or Path("build/triton")
-    with atomic_dir(run_dir / "models", force=True) as models:
-        render_tensorrtllm(
-            args.engine_dir,
-            models,
-            decoupled=not args.no_decoupled,
-            max_queue_size=args.max_queue_size,
-            text=args.text,
-        )
-    address = [f"--{kind}-address={args.host}" for kind in ("http", "grpc", "metrics")]
-    ports = [f"--http-port={args.http_port}", f"--grpc-port={args.grpc_port}", f"--metrics-port={args.metrics_port}"]
-    command = serve_command(args.engine_dir, run_dir / "models", ["--disable-auto-complete-config", *address, *ports])
+    models = (args.run_dir or Path("build/triton")) / "models"
+    with atomic_dir(models, force=True) as scratch:
+        render(args.engine_dir, scratch, config, "tensorrt_llm")
+    command = serve_command(args.engine_dir, models, ["--disable-auto-complete-config", *listen])
     print(shlex.join(command))
     if args.print:
         return

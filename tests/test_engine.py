@@ -27,6 +27,18 @@ def chat_ids(model_dir, text):
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
 
+def check_invariants(engine):
+    """Block tables, slots and positions must not contradict each other."""
+    scheduler = engine.scheduler
+    scheduler.blocks.check(sequence.table for sequence in scheduler.sequences)
+    slots = [sequence.slot for sequence in scheduler.running]
+    assert len(set(slots)) == len(slots)
+    assert all(slot >= 0 for slot in slots)
+    for sequence in scheduler.running:
+        assert scheduler.blocks.blocks_for(sequence.computed) <= len(sequence.table)
+    assert not any(sequence.table or sequence.slot >= 0 for sequence in scheduler.waiting)
+
+
 def finish(engine, check=False):
     """Step until idle; all tokens by request id."""
     tokens = {}
@@ -34,7 +46,7 @@ def finish(engine, check=False):
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
         if check:
-            engine.check_invariants()
+            check_invariants(engine)
     return tokens
 
 
@@ -128,12 +140,12 @@ def random_load(engine, steps, seed):
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finished:
                 finished[output.request_id] = (jobs.pop(output.request_id), tokens.pop(output.request_id))
-        engine.check_invariants()
+        check_invariants(engine)
     for request in list(jobs):
         engine.cancel(request)
     while engine.has_unfinished:
         engine.step()
-    engine.check_invariants()
+    check_invariants(engine)
     return finished
 
 

@@ -14,9 +14,9 @@ class Client:
     def __init__(self):
         self.tokens, self.reason, self.done = [], None, threading.Event()
 
-    def __call__(self, tokens, finished, reason):
+    def __call__(self, tokens, reason):
         self.tokens += tokens
-        if finished:
+        if reason:
             self.reason = reason
             self.done.set()
 
@@ -80,7 +80,7 @@ def test_timeout_ends_a_request(loop):
 
 
 def test_a_raising_callback_leaves_the_others_alone(loop):
-    def broken(tokens, finished, reason):
+    def broken(tokens, reason):
         raise ValueError("client bug")
 
     good = Client()

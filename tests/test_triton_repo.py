@@ -19,6 +19,7 @@ from llama_engine import triton_repo, triton_server, trtllm
 from llama_engine.config import EngineConfig
 from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError
+from llama_engine.triton_server import ServeConfig
 from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -36,10 +37,9 @@ def load_model(name, monkeypatch):
     return module
 
 
-def initialized(name, engine, monkeypatch, **parameters):
+def initialized(name, engine, monkeypatch):
     model = load_model(name, monkeypatch).TritonPythonModel()
-    parameters = {"tokenizer_dir": str(engine)} | parameters
-    config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    config = {"parameters": {"tokenizer_dir": {"string_value": str(engine)}}}
     model.initialize({"model_config": json.dumps(config)})
     return model
 
@@ -63,9 +63,11 @@ def test_preprocessing_applies_the_chat_template_or_not(smollm2_engine, monkeypa
     tokenizer = AutoTokenizer.from_pretrained(smollm2_engine)
     query = np.array([["Hi"]], dtype=object)
     query[0, 0] = b"Hi"
-    chat = initialized("preprocessing", smollm2_engine, monkeypatch, chat_template="true", max_query_bytes="10")
+    chat = initialized("preprocessing", smollm2_engine, monkeypatch)
     assert tokenizer.decode(chat._ids(query)).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    plain = initialized("preprocessing", smollm2_engine, monkeypatch, chat_template="false", max_query_bytes="10")
+    plain = initialized("preprocessing", smollm2_engine, monkeypatch)
+    plain.tokenizer.chat_template = None
+    monkeypatch.setitem(plain._ids.__globals__, "MAX_QUERY_BYTES", 10)
     assert tokenizer.decode(plain._ids(query)) == "Hi"
     for bad, message in ((b"\xff", "not UTF-8"), (b"x" * 11, "11 bytes, more than 10"), (b"", "empty")):
         query[0, 0] = bad
@@ -77,12 +79,13 @@ def test_preprocessing_applies_the_chat_template_or_not(smollm2_engine, monkeypa
 
 def test_an_engine_without_a_tokenizer_cannot_serve_text(tiny_engine, tmp_path):
     with pytest.raises(InputError, match="has no tokenizer"):
-        triton_repo.render_text(tiny_engine, tmp_path, max_batch_size=4)
+        triton_repo.render(tiny_engine, tmp_path / "models", ServeConfig(text=True))
+    assert not (tmp_path / "models").exists()
 
 
 @NUMPY_1
 def test_the_ensemble_answers_paris_in_front_of_the_native_engine(smollm2_engine):
-    config = triton_server.ServeConfig(decoupled=False, text=True, device="cpu")
+    config = ServeConfig(decoupled=False, text=True, device="cpu")
     with triton_server.TritonServer(smollm2_engine, config) as server:
         client = tritonclient.http.InferenceServerClient(server.http_url)
         text = tritonclient.http.InferInput("text_input", [1, 1], "BYTES")
@@ -101,7 +104,7 @@ def trt_engine(installed, smollm2_model, tmp_path):  # noqa: F811
 
 
 def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
-    triton_repo.render_tensorrtllm(trt_engine, tmp_path / "models", decoupled=False)
+    triton_repo.render(trt_engine, tmp_path / "models", ServeConfig(decoupled=False, text=True), "tensorrt_llm")
     text = (tmp_path / "models" / "tensorrt_llm" / "config.pbtxt").read_text()
     assert "$" not in text
     values = dict(re.findall(r'key: "(\w+)", value: \{ string_value: "([^"]*)"', text))
@@ -118,14 +121,11 @@ def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
         assert "optional" not in line
 
 
-def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_path):
+def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_path, monkeypatch):
     root = triton_server.wheel()
-    triton_repo.render_tensorrtllm(trt_engine, tmp_path / "models", served_from=str(trt_engine))
-    backend = tmp_path / "backends" / "python"
-    backend.mkdir(parents=True)
-    parts = root / "tritonserver/backends/python"
-    for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", triton_server.stub(root)):
-        (backend / part.name).symlink_to(part)
+    monkeypatch.setattr(triton_repo, "BACKEND", tmp_path)  # no container, so paths are those of this machine
+    triton_repo.render(trt_engine, tmp_path / "models", ServeConfig(text=True), "tensorrt_llm")
+    triton_server.link_backend(root, tmp_path / "backends")
     done = subprocess.run(
         [
             str(root / "tritonserver/bin/tritonserver"),
@@ -182,4 +182,4 @@ def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tm
 
 def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
     with pytest.raises(InputError, match="give --backend native"):
-        triton_repo.render_tensorrtllm(tiny_engine, tmp_path / "models")
+        triton_repo.render(tiny_engine, tmp_path / "models", ServeConfig(), "tensorrt_llm")

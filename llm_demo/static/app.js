@@ -1,7 +1,6 @@
 // The page's logic. Text from people and models reaches the document through textContent only.
 const $ = (id) => document.getElementById(id);
 const UNREACHABLE = "This page cannot reach the demo. If it was stopped, start it again with ./scripts/demo.sh; the page then goes on by itself.";
-const SVG = "http://www.w3.org/2000/svg";
 
 function el(tag, options = {}, ...children) {
   const node = document.createElement(tag);
@@ -20,13 +19,9 @@ let misses = 0; // in a row: one late answer of a busy machine is no outage
 async function request(path, options = {}) {
   const key = sessionStorage.getItem("key");
   const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error(UNREACHABLE);
-  }
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error(UNREACHABLE);
+  });
   if (response.status === 401) $("key-form").hidden = false;
   if (!response.ok) {
     const body = await response.json().catch(() => null);
@@ -64,19 +59,14 @@ async function complete(body, on, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    let part;
-    try {
-      part = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Error(`The answer broke off. ${UNREACHABLE}`);
-    }
+    const part = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error(`The answer broke off. ${UNREACHABLE}`);
+    });
     if (part.done) throw new Error("The answer broke off: the server closed the connection.");
     const lines = (rest + part.value).split("\n");
     rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      if (line.includes("[DONE]") && line.slice(5).trim() === "[DONE]") return;
+    for (const line of lines.filter((line) => line.startsWith("data:"))) {
+      if (line.slice(5).trim() === "[DONE]") return;
       const event = JSON.parse(line.slice(5));
       if (event.error) throw new Error(event.error.message);
       if (event.usage) on(event.choices[0]?.delta.content ?? "", event.usage.completion_tokens);
@@ -101,54 +91,50 @@ class Meter {
 
 // ---- plots ---------------------------------------------------------------------------------------------------------
 
-function svg(parent, tag, attributes, text = "") {
-  const node = document.createElementNS(SVG, tag);
+function svg(tag, attributes, text = "") {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.textContent = text;
-  parent.append(node);
+  return node;
 }
 
-/** Lines of `[x, y]` points in the box `[left, top, right, bottom]` of an svg, both axes from zero. */
-function lines(target, series, [left, top, right, bottom], maxX, maxY) {
-  const at = ([x, y]) => [left + (x / maxX) * (right - left), bottom - (y / maxY) * (bottom - top)];
-  for (const [name, points] of series) {
-    if (!points.length) continue;
-    const path = points.map((point) => at(point).map((v) => v.toFixed(1)).join(",")).join(" ");
-    svg(target, "polyline", { class: name, points: path });
-    const [cx, cy] = at(points.at(-1));
-    svg(target, "circle", { class: name, cx, cy, r: 3 });
-  }
+/** A line of `[x, y]` points, both axes from zero, in the box `[left, top, right, bottom]`, with a dot at its end. */
+function line(name, points, [left, top, right, bottom], maxX, maxY) {
+  const at = points.map(([x, y]) => [left + (x / maxX) * (right - left), bottom - (y / maxY) * (bottom - top)]);
+  const [cx, cy] = at.at(-1);
+  return [svg("polyline", { class: name, points: at.join(" ") }), svg("circle", { class: name, cx, cy, r: 3 })];
 }
 
 function sparkline(target, meter) {
-  const points = meter.rates;
-  if (points.length < 2) return;
-  target.replaceChildren();
-  target.setAttribute("viewBox", "0 0 160 32");
-  const top = Math.max(...points.map((p) => p[1])) * 1.1;
-  svg(target, "path", { class: "axis", d: "M0 31.5H160" });
-  lines(target, [["engine", points.map(([x, y]) => [x - points[0][0], y])]], [1, 3, 156, 31], points.at(-1)[0] - points[0][0], top);
-  target.setAttribute("aria-label", `Speed over the answer, up to ${speed(top / 1.1)} tokens a second`);
+  const rates = meter.rates;
+  if (rates.length < 2) return;
+  const [start, end] = [rates[0][0], rates.at(-1)[0]], top = Math.max(...rates.map(([, rate]) => rate));
+  const points = rates.map(([ms, rate]) => [ms - start, rate]);
+  target.replaceChildren(
+    svg("path", { class: "axis", d: "M0 31.5H160" }), ...line("engine", points, [1, 3, 156, 31], end - start, top * 1.1),
+  );
+  target.setAttribute("aria-label", `Speed over the answer, up to ${speed(top)} tokens a second`);
 }
 
 function raceplot(lanes, goal) {
   const plot = $("plot"), { width, height } = plot.getBoundingClientRect();
   const maxX = Math.max(1000, ...lanes.map((lane) => lane.meter.total)) * 1.02;
-  const [left, top, right, bottom] = [30, 18, width - 10, height - 18];
-  plot.replaceChildren();
+  const box = [30, 18, width - 10, height - 18], [left, top, right, bottom] = box;
   plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  plot.replaceChildren(
+    svg("path", { class: "axis", d: `M${left} ${bottom}H${right}` }),
+    svg("path", { class: "finish", d: `M${left} ${top}H${right}` }),
+    svg("text", { x: left, y: top - 6 }, `finish line: ${goal} tokens`),
+    ...[0, goal / 2].map((n) => svg("text", { x: 0, y: bottom - (n / goal) * (bottom - top) + 4 }, n)),
+  );
   const step = [0.25, 0.5, 1, 2, 5, 10, 30, 60].find((s) => maxX / 1000 / s <= Math.max(3, width / 90)) ?? 120;
   for (let s = 0; s * 1000 <= maxX; s += step) {
     const x = left + ((s * 1000) / maxX) * (right - left);
-    svg(plot, "path", { class: "axis", d: `M${x} ${top}V${bottom}` });
-    if (x < right - 20) svg(plot, "text", { x: x + 2, y: height - 4 }, `${s} s`);
+    plot.append(svg("path", { class: "axis", d: `M${x} ${top}V${bottom}` }));
+    if (x < right - 20) plot.append(svg("text", { x: x + 2, y: height - 4 }, `${s} s`));
   }
-  svg(plot, "path", { class: "axis", d: `M${left} ${bottom}H${right}` });
-  svg(plot, "path", { class: "finish", d: `M${left} ${top}H${right}` });
-  svg(plot, "text", { x: left, y: top - 6 }, `finish line: ${goal} tokens`);
-  for (const n of [0, goal / 2]) svg(plot, "text", { x: 0, y: bottom - (n / goal) * (bottom - top) + 4 }, String(n));
-  const points = (meter) => [[0, 0], ...meter.points.map((p) => [p.ms, p.tokens])];
-  lines(plot, lanes.map((lane) => [lane.kind, points(lane.meter)]), [left, top, right, bottom], maxX, goal);
+  for (const { kind, meter } of lanes)
+    plot.append(...line(kind, [[0, 0], ...meter.points.map((p) => [p.ms, p.tokens])], box, maxX, goal));
 }
 
 // ---- chat ----------------------------------------------------------------------------------------------------------
@@ -182,8 +168,7 @@ async function say(question) {
   $("log").append(el("div", { className: "message user" }, el("p", { textContent: question })));
   const text = el("p"), meta = el("div", { className: "meta" });
   const box = el("div", { className: "message assistant busy", ariaBusy: "true" }, text, meta);
-  const plot = document.createElementNS(SVG, "svg");
-  plot.setAttribute("role", "img");
+  const plot = svg("svg", { role: "img" });
   const [ttft, rate, count] = [el("b"), el("b"), el("b")];
   $("log").append(box);
   scroll(true);
@@ -263,33 +248,33 @@ $("key-form").onsubmit = (event) => {
 
 // ---- race ----------------------------------------------------------------------------------------------------------
 
-function lane(kind, title, what) {
-  const [rate, times, text] = [el("p", { className: "speed" }), el("p", { className: "times" }), el("p", { className: "text" })];
-  const bar = el("progress", { value: 0, ariaLabel: `${title}: tokens made` });
-  const box = el("section", { className: `lane ${kind}` }, el("h2", { textContent: title }), el("p", { className: "what", textContent: what }), rate, times, bar, text);
-  const self = { kind, box, meter: new Meter(), answer: "", goal: 1 };
-  self.show = () => {
-    const { meter } = self;
-    rate.replaceChildren(meter.rate ? speed(meter.rate) : "–", el("small", { textContent: " tok/s" }));
-    times.textContent = meter.tokens
-      ? `first token ${seconds(meter.ttft)} · ${meter.tokens} tokens in ${seconds(meter.total)}` : "waiting for the start";
-    Object.assign(bar, { max: self.goal, value: meter.tokens });
-    text.textContent = self.answer;
-  };
-  self.run = async (body, signal, draw) => {
-    self.meter = new Meter();
-    await complete(body, (piece, tokens) => { self.answer += piece; self.meter.add(tokens); draw(); }, signal);
-  };
-  self.reset = (goal) => { Object.assign(self, { goal, meter: new Meter(), answer: "" }); self.show(); };
-  self.reset(1);
-  return self;
+class Lane {
+  constructor(kind, title, what) {
+    this.kind = kind;
+    for (const part of ["speed", "times", "text"]) this[part] = el("p", { className: part });
+    this.bar = el("progress", { ariaLabel: `${title}: tokens made` });
+    const name = el("h2", { textContent: title }), about = el("p", { className: "what", textContent: what });
+    $("lanes").append(el("section", { className: `lane ${kind}` }, name, about, this.speed, this.times, this.bar, this.text));
+    this.reset(1);
+  }
+  reset(goal) { Object.assign(this, { goal, meter: new Meter(), answer: "" }); this.show(); }
+  show() {
+    const { tokens, rate, ttft, total } = this.meter;
+    this.speed.replaceChildren(rate ? speed(rate) : "–", el("small", { textContent: " tok/s" }));
+    this.times.textContent = tokens ? `first token ${seconds(ttft)} · ${tokens} tokens in ${seconds(total)}` : "waiting for the start";
+    Object.assign(this.bar, { max: this.goal, value: tokens });
+    this.text.textContent = this.answer;
+  }
+  run(body, signal, draw) {
+    this.meter = new Meter();
+    return complete(body, (piece, tokens) => { this.answer += piece; this.meter.add(tokens); draw(); }, signal);
+  }
 }
 
 const lanes = [
-  lane("engine", "INT8 engine", "Triton Inference Server, paged KV cache"),
-  lane("base", "Baseline", "Hugging Face transformers, SDPA, 16-bit"),
+  new Lane("engine", "INT8 engine", "Triton Inference Server, paged KV cache"),
+  new Lane("base", "Baseline", "Hugging Face transformers, SDPA, 16-bit"),
 ];
-$("lanes").append(...lanes.map((each) => each.box));
 
 function verdict(headline, kind, detail) {
   $("verdict").replaceChildren(el("b", { className: kind, textContent: headline }), detail);
@@ -347,21 +332,18 @@ $("race-form").onsubmit = (event) => {
 
 // ---- tabs ----------------------------------------------------------------------------------------------------------
 
-const tabs = ["chat", "race"];
 function select(name) {
-  for (const each of tabs) {
+  for (const each of ["chat", "race"]) {
     $(each).hidden = each !== name;
-    $(`tab-${each}`).ariaSelected = String(each === name);
-    $(`tab-${each}`).tabIndex = each === name ? 0 : -1;
+    Object.assign($(`tab-${each}`), { ariaSelected: String(each === name), tabIndex: each === name ? 0 : -1 });
   }
   if (name === "race") raceplot(lanes, Number($("race-tokens").value));
   window.history.replaceState(null, "", `#${name}`);
 }
-for (const name of tabs) {
+for (const [name, other] of [["chat", "race"], ["race", "chat"]]) {
   $(`tab-${name}`).onclick = () => select(name);
   $(`tab-${name}`).onkeydown = (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
-    const other = tabs[(tabs.indexOf(name) + 1) % 2];
     select(other);
     $(`tab-${other}`).focus();
   };

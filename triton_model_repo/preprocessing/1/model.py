@@ -15,14 +15,13 @@ sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 from transformers import AutoTokenizer
 
+MAX_QUERY_BYTES = 1 << 20
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        options = {key: value["string_value"] for key, value in parameters.items()}
-        self.tokenizer = AutoTokenizer.from_pretrained(options["tokenizer_dir"])
-        self.chat_template = options["chat_template"] == "true"
-        self.max_query_bytes = int(options["max_query_bytes"])
+        directory = json.loads(args["model_config"])["parameters"]["tokenizer_dir"]["string_value"]
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -31,15 +30,14 @@ class TritonPythonModel:
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             ids = self._ids(inputs["QUERY"])
-            end_id = _scalar(inputs, "END_ID", self.tokenizer.eos_token_id)
-            pad_id = _scalar(inputs, "PAD_ID", self.tokenizer.pad_token_id)
-            end_id = -1 if end_id is None else end_id
+            end_id = _scalar(inputs, "END_ID", self.tokenizer.eos_token_id, -1)
+            pad_id = _scalar(inputs, "PAD_ID", self.tokenizer.pad_token_id, max(end_id, 0))
             outputs = {
                 "INPUT_ID": [ids],
                 "REQUEST_INPUT_LEN": [[len(ids)]],
-                "REQUEST_OUTPUT_LEN": [[_scalar(inputs, "REQUEST_OUTPUT_LEN", 0)]],
+                "REQUEST_OUTPUT_LEN": [[_scalar(inputs, "REQUEST_OUTPUT_LEN")]],
                 "OUT_END_ID": [[end_id]],
-                "OUT_PAD_ID": [[max(end_id, 0) if pad_id is None else pad_id]],
+                "OUT_PAD_ID": [[pad_id]],
             }
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -51,13 +49,13 @@ class TritonPythonModel:
         if query.size != 1:
             raise ValueError(f"text_input must hold one text, got {query.size}: send one request a text")
         data: bytes = query.reshape(-1)[0]
-        if len(data) > self.max_query_bytes:
-            raise ValueError(f"text_input has {len(data)} bytes, more than {self.max_query_bytes}")
+        if len(data) > MAX_QUERY_BYTES:
+            raise ValueError(f"text_input has {len(data)} bytes, more than {MAX_QUERY_BYTES}")
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"text_input is not UTF-8: {error}") from None
-        if self.chat_template and self.tokenizer.chat_template:
+        if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": text}]
             # Rendered and tokenized apart: the template already holds every special token.
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -68,10 +66,10 @@ class TritonPythonModel:
         return ids
 
 
-def _scalar(inputs: dict[str, Any], name: str, default: int | None) -> int | None:
-    array = inputs.get(name)
-    if array is None:
-        return default
-    if array.size != 1:
-        raise ValueError(f"{name} must hold one value, got shape {list(array.shape)}")
-    return int(array.reshape(-1)[0])
+def _scalar(inputs: dict[str, Any], name: str, *defaults: int | None) -> int:
+    """The one value of an input; where it is absent, the first default that is not None."""
+    if name not in inputs:
+        return next(default for default in defaults if default is not None)
+    if inputs[name].size != 1:
+        raise ValueError(f"{name} must hold one value, got shape {list(inputs[name].shape)}")
+    return int(inputs[name].item())

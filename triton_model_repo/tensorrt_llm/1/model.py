@@ -24,21 +24,23 @@ import triton_python_backend_utils as pb_utils
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError, RunError
 from llama_engine.loop import EngineLoop
-from llama_engine.triton_request import NAMES, GenerationRequest, parse, scalar
+from llama_engine.triton_request import GenerationRequest, parse, scalar
 
 FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL: the stub adds its own names only after this import
-METRICS = {
-    "requests": ("gauge", "requests running or waiting"),
-    "running": ("gauge", "requests in the running batch"),
-    "waiting": ("gauge", "queue depth"),
-    "kv_blocks_used": ("gauge", "KV cache blocks in use"),
-    "kv_blocks_total": ("gauge", "KV cache blocks that can be used"),
-    "step_nbytes": ("gauge", "weight bytes one decode step reads"),
-    "kv_nbytes_per_token": ("gauge", "KV cache bytes a token holds"),
-    "tokens_per_s": ("gauge", "tokens made in the last second"),
-    "tokens_generated": ("counter", "tokens made since start"),
-    "preemptions": ("counter", "requests put back for want of KV blocks"),
-    "steps": ("counter", "engine steps since start"),
+GAUGES = {
+    "requests": "requests running or waiting",
+    "running": "requests in the running batch",
+    "waiting": "queue depth",
+    "kv_blocks_used": "KV cache blocks in use",
+    "kv_blocks_total": "KV cache blocks that can be used",
+    "step_nbytes": "weight bytes one decode step reads",
+    "kv_nbytes_per_token": "KV cache bytes a token holds",
+    "tokens_per_s": "tokens made in the last second",
+}
+COUNTERS = {
+    "tokens_generated": "tokens made since start",
+    "preemptions": "requests put back for want of KV blocks",
+    "steps": "engine steps since start",
 }
 
 
@@ -54,7 +56,6 @@ class Live:
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
         self.sent = 0
-        self.queued = False
         self.reason: str | None = None
 
 
@@ -68,9 +69,8 @@ class TritonPythonModel:
         self.exclude_input = options["exclude_input_in_output"] == "true"
         engine = Engine.from_dir(options["engine_dir"], device=options["device"])
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
-        executor = engine.executor
-        self.labels = {"model": args["model_name"], "kernels": executor.kernels}
-        self.sizes = {"step_nbytes": executor.step_nbytes, "kv_nbytes_per_token": executor.kv_nbytes_per_token}
+        self.kernels, self.name = engine.executor.kernels, args["model_name"]
+        self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
         self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
         self.live: dict[int, Live] = {}
         self.outbox: queue.SimpleQueue[Live | None] = queue.SimpleQueue()
@@ -99,7 +99,7 @@ class TritonPythonModel:
             thread.join(timeout=10)
 
     def _accept(self, request: Any, sender: Any) -> None:
-        arrays = {tensor.name(): _array(tensor) for tensor in request.inputs() if tensor.name() in NAMES}
+        arrays = {tensor.name(): _array(tensor) for tensor in request.inputs()}
         name = request.request_id()
         if scalar(arrays, "stop", False):
             for live in [live for live in self.live.values() if name and live.name == name]:
@@ -112,12 +112,10 @@ class TritonPythonModel:
         live = Live(wanted, sender, name)
         timeout_us = request.timeout()
 
-        def on_tokens(ids: list[int], finished: bool, reason: str | None) -> None:
+        def on_tokens(ids: list[int], reason: str | None) -> None:
             live.ids.extend(ids)
-            if finished:
-                live.reason = reason
-            if finished or (wanted.streaming and not live.queued):
-                live.queued = True
+            live.reason = reason
+            if reason or wanted.streaming:
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
@@ -134,16 +132,15 @@ class TritonPythonModel:
 
     def _send_all(self) -> None:
         while (live := self.outbox.get()) is not None:
-            if live.sender is None:
-                continue
-            live.queued = False
             try:
-                self._answer(live)
+                if live.sender is not None:
+                    self._answer(live)
             except Exception as error:  # the client is gone: its blocks go back
                 pb_utils.Logger.log_warn(f"response not delivered: {error}")
                 self.loop.cancel(live.id)
 
     def _answer(self, live: Live) -> None:
+        """Send what is new, if anything: the outbox holds a request once a step, and one answer takes all there is."""
         reason = live.reason  # read before the ids: once it is set they are complete
         ids = live.ids[live.sent :]
         live.sent += len(ids)
@@ -156,33 +153,32 @@ class TritonPythonModel:
         self.live.pop(live.id, None)
         if reason in ("stop", "length"):
             sender.send(_response(ids), flags=FINAL)
-        elif reason == "cancelled":
-            _refuse(sender, "the request was cancelled", "CANCELLED")
         elif reason == "timeout":
             _refuse(sender, f"the request timed out after {live.sent} tokens", "CANCELLED")
+        elif reason == "cancelled":
+            _refuse(sender, "the request was cancelled", "CANCELLED")
         else:
             _refuse(sender, reason, "INTERNAL")
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
-        families = {}
-        for name, (kind, text) in METRICS.items():
-            kinds = {"gauge": pb_utils.MetricFamily.GAUGE, "counter": pb_utils.MetricFamily.COUNTER}
-            family = pb_utils.MetricFamily(name=f"llama_engine_{name}", description=text, kind=kinds[kind])
-            families[name] = (family, family.Metric(labels=self.labels), kind)
-        published = dict.fromkeys(METRICS, 0.0)
-        next_metrics = 0.0
+        labels = {"model": self.name, "kernels": self.kernels}
+        kinds = {pb_utils.MetricFamily.GAUGE: GAUGES, pb_utils.MetricFamily.COUNTER: COUNTERS}
+        families = [  # a family that is not kept takes its metrics with it
+            (name, pb_utils.MetricFamily(name=f"llama_engine_{name}", description=text, kind=kind))
+            for kind, names in kinds.items()
+            for name, text in names.items()
+        ]
+        metrics = {name: family.Metric(labels=labels) for name, family in families}
+        published, next_metrics = dict.fromkeys(metrics, 0.0), 0.0
         while not self.closing.is_set():
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + 0.25
-                stats = self.loop.stats() | self.sizes
-                for name, (_, metric, kind) in families.items():
-                    value = float(stats[name])
-                    if kind == "gauge":
-                        metric.set(value)
-                    elif value > published[name]:
-                        metric.increment(value - published[name])
-                    published[name] = value
+                for name, value in (self.loop.stats() | self.sizes).items():
+                    if value != published[name]:
+                        metric, change = metrics[name], value - published[name]
+                        metric.set(value) if name in GAUGES else metric.increment(change)
+                        published[name] = value
             for live in list(self.live.values()):
                 with live.lock:
                     cancelled = live.sender is not None and live.sender.is_cancelled()
