@@ -16,8 +16,8 @@ import shlex
 import time
 from pathlib import Path
 
-from llama_engine import machine, trtllm
-from llama_engine.build import build_native
+from llama_engine import trtllm
+from llama_engine.build import build_native, prepare_machine
 from llama_engine.checkpoint import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError, run_cli
@@ -70,7 +70,7 @@ def main() -> None:
         max_num_tokens = args.max_num_tokens if args.max_num_tokens is not None else max(2048, args.max_batch_size)
         engine = EngineConfig(**sizes, max_num_tokens=max_num_tokens, lm_head=args.lm_head or "checkpoint")
         build_native(args.checkpoint_dir, args.output_dir, engine, force=args.force)
-        for line in machine.prepare(args.output_dir):
+        for line in prepare_machine(args.output_dir):
             print(line)
     else:
         if args.lm_head == "int8":

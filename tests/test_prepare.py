@@ -73,13 +73,11 @@ def test_published_geometries_have_the_published_parameter_counts(geometry, bill
 
 
 def test_large_models_are_sharded_and_readable(monkeypatch, tmp_path):
-    shard = prepare._shard
-    monkeypatch.setattr(prepare, "_shard", lambda shapes: shard(shapes, limit=300_000))
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 300_000)
     model = HFModel(prepare.prepare_synthetic("tiny", tmp_path, progress=False))
     assert len(model.files) > 3
-    whole = prepare.prepare_synthetic
     monkeypatch.undo()
-    single = HFModel(whole("tiny", tmp_path / "single", progress=False))
+    single = HFModel(prepare.prepare_synthetic("tiny", tmp_path / "single", progress=False))
     for name in model.shapes:
         assert torch.equal(model.tensor(name, torch.float16), single.tensor(name, torch.float16))
 

@@ -76,7 +76,8 @@ def test_auto_takes_native_elsewhere(capsys):
 
 
 def test_build_makes_an_engine_directory_that_knows_its_origin(engine, tiny_checkpoint):
-    info = load_engine_json(engine, tiny_checkpoint, backend="tensorrt_llm")
+    info = load_engine_json(engine, backend="tensorrt_llm")
+    assert info.checkpoint_sha256 == Checkpoint(tiny_checkpoint).sha256()
     assert info.engine == ENGINE
     assert info.identity == Checkpoint(tiny_checkpoint).identity
     build_config = json.loads((engine / "config.json").read_text())["build_config"]
