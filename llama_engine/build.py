@@ -95,23 +95,23 @@ def build_native(
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
 
     with atomic_dir(Path(output_dir), force=force) as out:
-        with TensorFileWriter(out / WEIGHTS_FILE, specs) as writer:
+        writer = TensorFileWriter(out / WEIGHTS_FILE, specs)
 
-            def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
-                name, first, part, (start, stop) = job
-                data = source.read(part, (start, stop))
-                if f"{name}.scale" in specs:
-                    if data.dtype == torch.int8:
-                        scale = source.scale(part)[start:stop]
-                    else:
-                        data, scale = quantize(data)
-                        if name != "lm_head":
-                            scale = scale.to(dtype)  # what trtllm-build would store for the same weights
-                    writer.write(f"{name}.scale", first + start, scale.float())
-                writer.write(name, first + start, data)
-                return data.nbytes
+        def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
+            name, first, part, (start, stop) = job
+            data = source.read(part, (start, stop))
+            if f"{name}.scale" in specs:
+                if data.dtype == torch.int8:
+                    scale = source.scale(part)[start:stop]
+                else:
+                    data, scale = quantize(data)
+                    if name != "lm_head":
+                        scale = scale.to(dtype)  # what trtllm-build would store for the same weights
+                writer.write(f"{name}.scale", first + start, scale.float())
+            writer.write(name, first + start, data)
+            return data.nbytes
 
-            parallel(write, jobs, "building" if progress else None, writer.nbytes)
+        parallel(write, jobs, "building" if progress else None, writer.nbytes)
         finish(out, "native", source, engine_config)
 
 

@@ -163,7 +163,8 @@ class Checkpoint:
         self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
         if missing := [file.name for file in self.files if not file.is_file()]:
             raise InputError(f"{self.dir} is incomplete: {', '.join(missing)} missing; convert again")
-        self.record = self._record()
+        with open_tensors(self.files[0]) as file:
+            self.record: dict[str, Any] = json.loads((file.metadata() or {}).get("llama_engine", "{}"))
         self.config = _model_config(data, self.record.get("model", {}))
         self.quantized = self._check_headers()
         name = self.record.get("layout")
@@ -173,15 +174,6 @@ class Checkpoint:
                 "does not say which GPU they were packed for. Convert again with scripts/convert_checkpoint.sh"
             )
         self.layout: Layout | None = LAYOUTS[name] if self.quantized else None
-
-    def _record(self) -> dict[str, Any]:
-        records = []
-        for path in self.files:
-            with open_tensors(path) as file:
-                records.append(json.loads((file.metadata() or {}).get("llama_engine", "{}")))
-        if any(record != records[0] for record in records):
-            raise InputError(f"{self.dir}: the ranks come from different conversions; convert again")
-        return records[0]
 
     def _check_headers(self) -> bool:
         """Whether the linear layers are INT8."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +62,11 @@ def convert(
         "source_sha256": model_identity(model_dir)["sha256"],
         "model": config.to_dict(),
     }
-    with atomic_dir(output_dir, force=force) as out, ExitStack() as stack:
+    with atomic_dir(output_dir, force=force) as out:
         jobs: list[Job] = []
         for rank, spec in enumerate(specs):
-            path = out / f"rank{rank}.safetensors"
-            writer = stack.enter_context(TensorFileWriter(path, spec, {"llama_engine": json.dumps(record)}))
+            metadata = {"llama_engine": json.dumps(record)}
+            writer = TensorFileWriter(out / f"rank{rank}.safetensors", spec, metadata)
             for target in ranks[rank]:
                 for piece in target.pieces:
                     chunks = row_chunks(piece.rows[1] - piece.rows[0], math.prod(target.shape[1:]))

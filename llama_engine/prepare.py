@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +123,18 @@ def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> 
     }
     specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
     with atomic_dir(target, force=True) as out:
-        with TensorFileWriter(out / SINGLE, specs) as writer:
+        writer = TensorFileWriter(out / SINGLE, specs)
 
-            def write(key: str) -> int:
-                source = tensors[_gguf_name(key)]
-                values = np.asarray(dequantize(source.data, source.tensor_type), np.float32).reshape(specs[key][1])
-                if "q_proj" in key or "k_proj" in key:
-                    values = _unpermute(values, heads if "q_proj" in key else kv_heads)
-                data = torch.from_numpy(np.ascontiguousarray(values, np.float16))
-                writer.write(key, 0, data)
-                return data.nbytes
+        def write(key: str) -> int:
+            source = tensors[_gguf_name(key)]
+            values = np.asarray(dequantize(source.data, source.tensor_type), np.float32).reshape(specs[key][1])
+            if "q_proj" in key or "k_proj" in key:
+                values = _unpermute(values, heads if "q_proj" in key else kv_heads)
+            data = torch.from_numpy(np.ascontiguousarray(values, np.float16))
+            writer.write(key, 0, data)
+            return data.nbytes
 
-            parallel(write, list(specs), f"preparing {name}" if progress else None, writer.nbytes)
+        parallel(write, list(specs), f"preparing {name}" if progress else None, writer.nbytes)
         write_json(out / "config.json", hf_config)
         _write_tokenizer(out, meta)
         _record(out, name, "pretrained", f"dequantized from {gguf.name} (license {meta.get('general.license')})")
@@ -166,29 +165,26 @@ def prepare_synthetic(
     )
     residual_std = 1 / math.sqrt(2 * config.num_layers)
     with atomic_dir(target, force=True) as out:
-        with ExitStack() as stack:
-            writers = {
-                file: stack.enter_context(
-                    TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys})
-                )
-                for file, keys in split.filename_to_tensors.items()
-            }
+        writers = {
+            file: TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys})
+            for file, keys in split.filename_to_tensors.items()
+        }
 
-            def write(item: tuple[str, tuple[int, int]]) -> int:
-                key, (start, stop) = item
-                if len(shapes[key]) == 1:
-                    data = torch.ones(stop - start, dtype=torch.float16)
-                else:
-                    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}/{start}".encode()))
-                    fan_in = shapes[key][1]
-                    std = 1.0 if "embed" in key else 1 / math.sqrt(fan_in)
-                    std *= residual_std if "o_proj" in key or "down_proj" in key else 1.0
-                    data = torch.randn(stop - start, fan_in, generator=generator).mul_(std).half()
-                writers[split.tensor_to_filename[key]].write(key, start, data)
-                return data.nbytes
+        def write(item: tuple[str, tuple[int, int]]) -> int:
+            key, (start, stop) = item
+            if len(shapes[key]) == 1:
+                data = torch.ones(stop - start, dtype=torch.float16)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}/{start}".encode()))
+                fan_in = shapes[key][1]
+                std = 1.0 if "embed" in key else 1 / math.sqrt(fan_in)
+                std *= residual_std if "o_proj" in key or "down_proj" in key else 1.0
+                data = torch.randn(stop - start, fan_in, generator=generator).mul_(std).half()
+            writers[split.tensor_to_filename[key]].write(key, start, data)
+            return data.nbytes
 
-            total = sum(writer.nbytes for writer in writers.values())
-            parallel(write, _chunks(shapes, SEEDED_ELEMENTS), f"generating {name}" if progress else None, total)
+        total = sum(writer.nbytes for writer in writers.values())
+        parallel(write, _chunks(shapes, SEEDED_ELEMENTS), f"generating {name}" if progress else None, total)
         if split.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
             write_json(out / INDEX, index)

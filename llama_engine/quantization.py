@@ -77,11 +77,6 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return whole.clamp_(-128, 127).to(torch.int8), scale
 
 
-def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``scale[n] * q[n, k]`` in ``dtype``."""
-    return (q.float() * scale.float()[:, None]).to(dtype)
-
-
 def check_packable(n: int, k: int, layout: Layout, name: str) -> None:
     """Raise :class:`InputError` for a shape that TensorRT-LLM's preprocessing refuses."""
     k_multiple = 64 if layout.interleaved else 32

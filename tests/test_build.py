@@ -15,8 +15,8 @@ from llama_engine.convert import ConvertOptions, convert
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError
 from llama_engine.hf import HFModel, model_identity
-from llama_engine.quantization import dequantize, quantize
-from llama_engine.weights import load_weights
+from llama_engine.quantization import quantize
+from llama_engine.weights import Linear, load_weights
 
 SMALL = EngineConfig(max_batch_size=4, max_seq_len=128)
 EVERY_FORM = [
@@ -42,7 +42,7 @@ def dequantized_tokens(tiny_model, tmp_path_factory):
         weights[name] = value.float()
         if "_proj" in name:
             q, scale = quantize(value)
-            weights[name] = dequantize(q, scale.half())
+            weights[name] = Linear(q, scale.half()).dequantize()
     save_file(weights, directory / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = torch.tensor([[5, 17, 300, 42, 8]])

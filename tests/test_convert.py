@@ -30,9 +30,9 @@ def write_model(target, **changes):
     config = ModelConfig.from_hf(hf_config)
     specs = {name: (torch.float32, shape) for name, shape in tensor_shapes(config)}
     generator = torch.Generator().manual_seed(5)
-    with TensorFileWriter(target / "model.safetensors", specs, {}) as writer:
-        for name, (_, shape) in specs.items():
-            writer.write(name, 0, torch.randn(shape, generator=generator) / 8)
+    writer = TensorFileWriter(target / "model.safetensors", specs)
+    for name, (_, shape) in specs.items():
+        writer.write(name, 0, torch.randn(shape, generator=generator) / 8)
     return target
 
 
@@ -313,9 +313,9 @@ def test_int8_without_a_recorded_layout_is_refused(tiny_checkpoint, tmp_path):
     foreign.mkdir()
     (foreign / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    with TensorFileWriter(foreign / "rank0.safetensors", specs, {}) as writer:
-        for name, value in tensors.items():
-            writer.write(name, 0, value)
+    writer = TensorFileWriter(foreign / "rank0.safetensors", specs)
+    for name, value in tensors.items():
+        writer.write(name, 0, value)
     with pytest.raises(InputError, match="byte layout is not recorded"):
         Checkpoint(foreign)
     assert scale_name("lm_head.weight") == "lm_head.per_channel_scale"
