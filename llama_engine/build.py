@@ -56,14 +56,7 @@ class EngineInfo:
     identity: dict[str, str]
 
 
-def build_native(
-    checkpoint_dir: Path | str,
-    output_dir: Path | str,
-    engine_config: EngineConfig,
-    *,
-    force: bool = False,
-    progress: bool = True,
-) -> None:
+def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineConfig, *, force: bool = False) -> None:
     """Build the engine directory. Raises :class:`InputError`; a failed build leaves nothing behind."""
     source = Checkpoint(checkpoint_dir)
     config, dtype = source.config, DTYPES[source.dtype_name]
@@ -94,7 +87,7 @@ def build_native(
         for i, part in enumerate(sources):
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
 
-    with atomic_dir(Path(output_dir), force=force) as out:
+    with atomic_dir(output_dir, force=force) as out:
         writer = TensorFileWriter(out / WEIGHTS_FILE, specs)
 
         def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
@@ -111,7 +104,7 @@ def build_native(
             writer.write(name, first + start, data)
             return data.nbytes
 
-        parallel(write, jobs, "building" if progress else None, writer.nbytes)
+        parallel(write, jobs, "building", writer.nbytes)
         finish(out, "native", source, engine_config)
 
 

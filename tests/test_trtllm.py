@@ -95,14 +95,14 @@ def test_a_failed_build_leaves_nothing(installed, tiny_checkpoint, tmp_path, mon
 def test_a_layout_for_another_gpu_is_refused(installed, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    convert(tiny_model, tmp_path / "a100", ConvertOptions(int8=True, target_arch="sm80"), progress=False)
+    convert(tiny_model, tmp_path / "a100", ConvertOptions(int8=True, target_arch="sm80"))
     with pytest.raises(InputError, match=r"need column_major: convert with --target_arch sm90 --trtllm_version 0.15.0"):
         trtllm.build(tmp_path / "a100", tmp_path / "e", ENGINE, FLAGS)
     for name, options in {
         "h100": ConvertOptions(int8=True, target_arch="sm90"),
         "portable": ConvertOptions(int8=True, quantize_at_build=True),
     }.items():
-        convert(tiny_model, tmp_path / name, options, progress=False)
+        convert(tiny_model, tmp_path / name, options)
         trtllm.build(tmp_path / name, tmp_path / f"e-{name}", ENGINE, FLAGS)
 
 
