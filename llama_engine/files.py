@@ -170,19 +170,21 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
         self._places = {name: (specs[name][0], base + header[name]["data_offsets"][0]) for name in specs}
-        self._path, self.nbytes = path, base + end
-        with open(path, "xb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
-                file.write(struct.pack("<Q", len(text)) + text)
-            except OSError as error:
-                raise RunError(f"cannot write {path} ({self.nbytes / 1e9:.2f} GB): {error.strerror}") from None
+        self.nbytes = base + end
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed with the writer; nothing is ever buffered)
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
+            self._file.write(struct.pack("<Q", len(text)) + text)
+        except OSError as error:
+            raise RunError(f"cannot write {path} ({self.nbytes / 1e9:.2f} GB): {error.strerror}") from None
 
     def write(self, name: str, start: int, data: torch.Tensor) -> None:
         """Write ``data`` from row ``start`` of tensor ``name`` on, a row being as long as those of ``data``."""
         dtype, place = self._places[name]
         if data.dtype != dtype:
             raise ValueError(f"{name}: got {data.dtype}, the file holds {dtype}")
-        with open(self._path, "r+b") as file:
-            file.seek(place + start * data[0].nbytes)
-            file.write(data.contiguous().view(torch.uint8).reshape(-1).numpy())
+        place += start * data[0].nbytes
+        view = memoryview(data.contiguous().view(torch.uint8).reshape(-1).numpy())
+        while view:
+            written = os.pwrite(self._file.fileno(), view, place)
+            view, place = view[written:], place + written
