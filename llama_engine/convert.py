@@ -74,14 +74,14 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
             writer, target, piece, (start, stop) = job
             first = piece.rows[0]
             data = model.read(piece.source, (first + start, first + stop), dtype, piece.columns)
-            nbytes = data.nbytes
             if target.linear and layout:
                 q, scale = quantize(data)
-                writer.write(scale_name(target.name), piece.start + start, scale.to(dtype))
                 # The file reports (in, out), but its bytes are out-major: rows of the matrix as it is here.
-                data = pack(q, layout).view(q.shape)
-            writer.write(target.name, piece.start + start, data)
-            return nbytes
+                writer.write(target.name, piece.start + start, pack(q, layout).view(q.shape))
+                writer.write(scale_name(target.name), piece.start + start, scale.to(dtype))
+            else:
+                writer.write(target.name, piece.start + start, data)
+            return data.nbytes
 
         total = sum(math.prod(target.shape) * dtype.itemsize for rank in ranks for target in rank)
         parallel(write, jobs, "converting", total)
