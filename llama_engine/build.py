@@ -7,7 +7,7 @@ tokenizer files     so that the directory alone can serve text
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import torch
 
 from llama_engine.checkpoint import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.files import (
+    Specs,
     TensorFileWriter,
     atomic_dir,
-    byte_progress,
     copy_tokenizer,
     parallel,
     read_json,
@@ -33,6 +33,16 @@ from llama_engine.weights import LINEARS, WEIGHTS_FILE, tensor_names
 ENGINE_JSON = "engine.json"
 FORMAT_VERSION = 1
 WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}
+# The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
+SOURCES = {"embedding": (EMBEDDING,), "final_norm": (FINAL_NORM,), "lm_head": (LM_HEAD,)}
+LAYER_SOURCES = {
+    "input_norm": ("input_layernorm",),
+    "qkv": ("attention.qkv",),
+    "o": ("attention.dense",),
+    "post_norm": ("post_layernorm",),
+    "gate_up": ("mlp.fc", "mlp.gate"),
+    "down": ("mlp.proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -46,27 +56,10 @@ class EngineInfo:
     identity: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of an engine tensor from ``start`` on are those of checkpoint tensor ``source`` (``shape`` out, in)."""
-
-    name: str
-    start: int
-    source: str
-    shape: tuple[int, ...]
-
-
-def build_native(
-    checkpoint_dir: Path | str,
-    output_dir: Path | str,
-    engine_config: EngineConfig,
-    *,
-    force: bool = False,
-    progress: bool = True,
-) -> None:
+def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineConfig, *, force: bool = False) -> None:
     """Build the engine directory. Raises :class:`InputError`; a failed build leaves nothing behind."""
     source = Checkpoint(checkpoint_dir)
-    config = source.config
+    config, dtype = source.config, DTYPES[source.dtype_name]
     if source.tp_size != 1:
         raise InputError(
             f"{checkpoint_dir} is split over {source.tp_size} ranks, each with scales of its own; the native engine "
@@ -77,32 +70,41 @@ def build_native(
             f"--max_seq_len {engine_config.max_seq_len} is more than the {config.max_position_embeddings} positions "
             "that the model has"
         )
-    int8 = source.quant_algo == "W8A16"
-    quantized = {name for name, _ in tensor_names(config) if int8 and name.rsplit(".", 1)[-1] in LINEARS}
+    int8 = LINEARS if source.quant_algo == "W8A16" else ()
     if engine_config.lm_head == "int8":
-        quantized.add("lm_head")
+        int8 = (*int8, "lm_head")
 
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    specs: Specs = {}
+    jobs: list[tuple[str, int, str, tuple[int, int]]] = []  # engine tensor, its row, checkpoint tensor, rows of that
     for name, shape in tensor_names(config):
-        specs[name] = (torch.int8 if name in quantized else DTYPES[source.dtype_name], shape)
-        if name in quantized:
+        layer, _, kind = name.rpartition(".")
+        quantized = kind in int8
+        specs[name] = (torch.int8 if quantized else dtype, shape)
+        if quantized:
             specs[f"{name}.scale"] = (torch.float32, shape[:1])
+        sources = [f"transformer.{layer}.{part}.weight" for part in LAYER_SOURCES[kind]] if layer else SOURCES[kind]
+        rows = shape[0] // len(sources)
+        for i, part in enumerate(sources):
+            jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
 
-    jobs = [
-        (part, rows)
-        for part in _parts(config)
-        for rows in row_chunks(part.shape[0], part.shape[1] if len(part.shape) > 1 else 1)
-    ]
-    with atomic_dir(Path(output_dir), force=force) as out:
-        with (
-            TensorFileWriter(out / WEIGHTS_FILE, specs, {}) as writer,
-            byte_progress("building", writer.nbytes, progress) as advance,
-        ):
+    with atomic_dir(output_dir, force=force) as out:
+        writer = TensorFileWriter(out / WEIGHTS_FILE, specs)
 
-            def run(job: tuple[_Part, tuple[int, int]]) -> None:
-                advance(_write(*job, source, writer, job[0].name in quantized))
+        def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
+            name, first, part, (start, stop) = job
+            data = source.read(part, (start, stop))
+            if f"{name}.scale" in specs:
+                if data.dtype == torch.int8:
+                    scale = source.scale(part)[start:stop]
+                else:
+                    data, scale = quantize(data)
+                    if name != "lm_head":
+                        scale = scale.to(dtype)  # what trtllm-build would store for the same weights
+                writer.write(f"{name}.scale", first + start, scale.float())
+            writer.write(name, first + start, data)
+            return data.nbytes
 
-            parallel(run, jobs)
+        parallel(write, jobs, "building", writer.nbytes)
         finish(out, "native", source, engine_config)
 
 
@@ -135,10 +137,27 @@ def engine_backend(engine_dir: Path | str) -> str:
     return backend
 
 
-def load_engine_json(
-    engine_dir: Path | str, checkpoint_dir: Path | str | None = None, *, backend: str = "native"
-) -> EngineInfo:
-    """Read and check ``engine.json``; with ``checkpoint_dir``, also that the engine was built from it."""
+def prepare_machine(engine_dir: Path) -> list[str]:
+    """Compile and tune the engine's kernels for this machine, as far as it can; one line a thing done or left out.
+
+    An engine moved to another machine compiles at its first load, or runs untuned.
+    """
+    from llama_engine.kernels import cpu
+
+    try:
+        library = cpu.compile_library(engine_dir / "kernels")
+        lines = [f"CPU kernel: {library.name if library else 'no C++ compiler, PyTorch operations'}"]
+    except RunError as error:
+        lines = [f"CPU kernel: {error}"]
+    if torch.cuda.is_available():
+        from llama_engine.kernels.tuning import tune_engine
+
+        lines.append(tune_engine(engine_dir))
+    return lines
+
+
+def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
+    """Read and check ``engine.json``. Raises :class:`InputError` for another backend and a damaged directory."""
     path = Path(engine_dir) / ENGINE_JSON
     found = engine_backend(engine_dir)
     if found != backend:
@@ -154,8 +173,6 @@ def load_engine_json(
     weights = Path(engine_dir) / WEIGHTS[backend]
     if not weights.is_file() or weights.stat().st_size != data["weights"]["bytes"]:
         raise InputError(f"{weights} is missing or does not belong to {path}: build the engine again")
-    if checkpoint_dir is not None and Checkpoint(checkpoint_dir).sha256() != data["checkpoint_sha256"]:
-        raise InputError(f"{engine_dir} was built from another checkpoint than {checkpoint_dir}: build it again")
     return EngineInfo(
         model=ModelConfig.from_dict(data["model"]),
         engine=EngineConfig.from_dict(data["engine"]),
@@ -163,35 +180,3 @@ def load_engine_json(
         weights_sha256=data["weights"]["sha256"],
         identity=data["model_identity"],
     )
-
-
-def _parts(config: ModelConfig) -> Iterator[_Part]:
-    hidden, inter = config.hidden_size, config.intermediate_size
-    yield _Part("embedding", 0, EMBEDDING, (config.vocab_size, hidden))
-    for i in range(config.num_layers):
-        here, there = f"layers.{i}", f"transformer.layers.{i}"
-        yield _Part(f"{here}.input_norm", 0, f"{there}.input_layernorm.weight", (hidden,))
-        yield _Part(f"{here}.qkv", 0, f"{there}.attention.qkv.weight", (config.qkv_size, hidden))
-        yield _Part(f"{here}.o", 0, f"{there}.attention.dense.weight", (hidden, config.q_size))
-        yield _Part(f"{here}.post_norm", 0, f"{there}.post_layernorm.weight", (hidden,))
-        # TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
-        yield _Part(f"{here}.gate_up", 0, f"{there}.mlp.fc.weight", (inter, hidden))
-        yield _Part(f"{here}.gate_up", inter, f"{there}.mlp.gate.weight", (inter, hidden))
-        yield _Part(f"{here}.down", 0, f"{there}.mlp.proj.weight", (hidden, inter))
-    yield _Part("final_norm", 0, FINAL_NORM, (hidden,))
-    yield _Part("lm_head", 0, LM_HEAD, (config.vocab_size, hidden))
-
-
-def _write(part: _Part, rows: tuple[int, int], source: Checkpoint, writer: TensorFileWriter, quantized: bool) -> int:
-    data = source.read(part.source, rows, part.shape)
-    if quantized:
-        if data.dtype == torch.int8:
-            scale = source.scale(part.source)[rows[0] : rows[1]]
-        else:
-            data, scale = quantize(data)
-            if part.name != "lm_head":
-                # What trtllm-build would store for the same weights.
-                scale = scale.to(DTYPES[source.dtype_name])
-        writer.write(f"{part.name}.scale", part.start + rows[0], scale.float())
-    writer.write(part.name, part.start + rows[0], data)
-    return data.nbytes

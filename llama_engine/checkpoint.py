@@ -6,7 +6,6 @@ safetensors metadata, which its loader ignores. Layout names and shapes: docs/TE
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from llama_engine.config import ModelConfig, RopeScaling
+from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import combined_sha256, read_json, sha256_files
+from llama_engine.files import checked, combined_sha256, open_tensors, read_json, sha256_files
 from llama_engine.quantization import LAYOUTS, Layout, unpack
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
-LAYER_LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 
 
 @dataclass(frozen=True)
@@ -58,42 +55,41 @@ def check_tp(config: ModelConfig, tp: int) -> None:
 
 def targets(config: ModelConfig, rank: int = 0, tp: int = 1) -> Iterator[Target]:
     """Every tensor of one rank. Heads, fc and gate split on out, dense and proj on in, lm_head on padded vocabulary."""
-    hidden, head, vocab = config.hidden_size, config.head_size, config.vocab_size
-    embed = "model.embed_tokens.weight"
-    q_rows = config.q_size // tp
-    kv_heads = max(config.num_kv_heads // tp, 1)
+    hidden, vocab, embed = config.hidden_size, config.vocab_size, "model.embed_tokens.weight"
+
+    def share(size: int) -> tuple[int, int]:
+        return rank * size // tp, (rank + 1) * size // tp
+
+    def norm(name: str, source: str) -> Target:
+        return Target(name, (hidden,), (Piece(0, source, (0, hidden)),))
+
+    def linear(name: str, *sources: tuple[str, tuple[int, int]], columns: tuple[int, int] | None = None) -> Target:
+        pieces, rows = [], 0
+        for source, (start, stop) in sources:
+            pieces.append(Piece(rows, f"{there}.{source}.weight", (start, stop), columns))
+            rows += stop - start
+        width = columns[1] - columns[0] if columns else hidden
+        return Target(f"{here}.{name}.weight", (rows, width), tuple(pieces), linear=True)
+
+    q, inter = share(config.q_size), share(config.intermediate_size)
     # With fewer KV heads than ranks, neighbouring ranks hold the same head.
-    kv_first = rank * config.num_kv_heads // tp
-    kv = (kv_first * head, (kv_first + kv_heads) * head)
-    kv_rows = kv[1] - kv[0]
-    q = (rank * q_rows, (rank + 1) * q_rows)
-    inter_rows = config.intermediate_size // tp
-    inter = (rank * inter_rows, (rank + 1) * inter_rows)
+    first, heads = rank * config.num_kv_heads // tp, max(config.num_kv_heads // tp, 1)
+    kv = (first * config.head_size, (first + heads) * config.head_size)
 
     yield Target(EMBEDDING, (vocab, hidden), (Piece(0, embed, (0, vocab)),))
     for i in range(config.num_layers):
         here, there = f"transformer.layers.{i}", f"model.layers.{i}"
-        for name, source in (("input_layernorm", "input_layernorm"), ("post_layernorm", "post_attention_layernorm")):
-            piece = Piece(0, f"{there}.{source}.weight", (0, hidden))
-            yield Target(f"{here}.{name}.weight", (hidden,), (piece,))
-        qkv = (
-            Piece(0, f"{there}.self_attn.q_proj.weight", q),
-            Piece(q_rows, f"{there}.self_attn.k_proj.weight", kv),
-            Piece(q_rows + kv_rows, f"{there}.self_attn.v_proj.weight", kv),
-        )
-        yield Target(f"{here}.attention.qkv.weight", (q_rows + 2 * kv_rows, hidden), qkv, linear=True)
-        piece = Piece(0, f"{there}.self_attn.o_proj.weight", (0, hidden), q)
-        yield Target(f"{here}.attention.dense.weight", (hidden, q_rows), (piece,), linear=True)
-        for name, source in (("fc", "gate_proj"), ("gate", "up_proj")):
-            piece = Piece(0, f"{there}.mlp.{source}.weight", inter)
-            yield Target(f"{here}.mlp.{name}.weight", (inter_rows, hidden), (piece,), linear=True)
-        piece = Piece(0, f"{there}.mlp.down_proj.weight", (0, hidden), inter)
-        yield Target(f"{here}.mlp.proj.weight", (hidden, inter_rows), (piece,), linear=True)
-    yield Target(FINAL_NORM, (hidden,), (Piece(0, "model.norm.weight", (0, hidden)),))
-    head_rows = -(-vocab // tp)
+        yield norm(f"{here}.input_layernorm.weight", f"{there}.input_layernorm.weight")
+        yield norm(f"{here}.post_layernorm.weight", f"{there}.post_attention_layernorm.weight")
+        yield linear("attention.qkv", ("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
+        yield linear("attention.dense", ("self_attn.o_proj", (0, hidden)), columns=q)
+        yield linear("mlp.fc", ("mlp.gate_proj", inter))
+        yield linear("mlp.gate", ("mlp.up_proj", inter))
+        yield linear("mlp.proj", ("mlp.down_proj", (0, hidden)), columns=inter)
+    yield norm(FINAL_NORM, "model.norm.weight")
+    rows = -(-vocab // tp)
     source = embed if config.tie_word_embeddings else "lm_head.weight"
-    piece = Piece(0, source, (rank * head_rows, min((rank + 1) * head_rows, vocab)))
-    yield Target(LM_HEAD, (head_rows, hidden), (piece,))
+    yield Target(LM_HEAD, (rows, hidden), (Piece(0, source, (rank * rows, min((rank + 1) * rows, vocab))),))
 
 
 def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int) -> dict[str, Any]:
@@ -114,7 +110,7 @@ def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: 
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": config.max_position_embeddings,
         "rotary_base": config.rope_theta,
-        "rotary_scaling": dataclasses.asdict(config.rope_scaling) if config.rope_scaling else None,
+        "rotary_scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "share_embedding_table": False,
@@ -156,21 +152,20 @@ class Checkpoint:
         self.dir = Path(checkpoint_dir)
         if not self.dir.is_dir():
             raise InputError(f"checkpoint {self.dir} does not exist: run scripts/convert_checkpoint.sh")
-        data = read_json(self.dir / "config.json")
-        try:
-            self.dtype_name, self.tp_size, self.quant_algo = _check_config(data, self.dir / "config.json")
+        path = self.dir / "config.json"
+        data = read_json(path)
+        with checked(path):
+            _check_supported(data, path)
             _model_config(data, {})
-        except InputError:
-            raise
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(f"{self.dir}/config.json holds a value of the wrong kind: {error}") from None
+            self.dtype_name: str = data["dtype"]
+            self.tp_size = int((data.get("mapping") or {}).get("tp_size", 1))
+            self.quant_algo: str | None = (data.get("quantization") or {}).get("quant_algo")
         self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
-        missing = [path.name for path in self.files if not path.is_file()]
-        if missing:
+        if missing := [file.name for file in self.files if not file.is_file()]:
             raise InputError(f"{self.dir} is incomplete: {', '.join(missing)} missing; convert again")
-        self.record = self._record()
-        model = self.record.get("model", {})
-        self.config = _model_config(data, model)
+        with open_tensors(self.files[0]) as file:
+            self.record: dict[str, Any] = json.loads((file.metadata() or {}).get("llama_engine", "{}"))
+        self.config = _model_config(data, self.record.get("model", {}))
         self.quantized = self._check_headers()
         name = self.record.get("layout")
         if self.quantized and name not in LAYOUTS:
@@ -180,19 +175,11 @@ class Checkpoint:
             )
         self.layout: Layout | None = LAYOUTS[name] if self.quantized else None
 
-    def _record(self) -> dict[str, Any]:
-        records = []
-        for path in self.files:
-            with _open(path) as file:
-                records.append(json.loads((file.metadata() or {}).get("llama_engine", "{}")))
-        if any(record != records[0] for record in records):
-            raise InputError(f"{self.dir}: the ranks come from different conversions; convert again")
-        return records[0]
-
     def _check_headers(self) -> bool:
+        """Whether the linear layers are INT8."""
         dtypes: set[str] = set()
         for rank, path in enumerate(self.files):
-            with _open(path) as file:
+            with open_tensors(path) as file:
                 present = set(file.keys())
                 for target in targets(self.config, rank, self.tp_size):
                     if target.name not in present:
@@ -201,17 +188,13 @@ class Checkpoint:
                     kind, shape = entry.get_dtype(), tuple(entry.get_shape())
                     if shape != (target.shape if kind != "I8" else target.shape[::-1]):
                         raise InputError(f"{path}: {target.name} has shape {list(shape)}, expected {target.shape}")
+                    if kind == "I8" and scale_name(target.name) not in present:
+                        raise InputError(f"{path}: tensor {scale_name(target.name)} is missing; convert again")
                     if target.linear:
                         dtypes.add(kind)
-                        if kind == "I8" and scale_name(target.name) not in present:
-                            raise InputError(f"{path}: tensor {scale_name(target.name)} is missing; convert again")
         if len(dtypes) > 1 or (dtypes == {"I8"} and self.quant_algo != "W8A16"):
             raise InputError(f"{self.dir}: weights are {sorted(dtypes)} but quant_algo is {self.quant_algo!r}")
         return dtypes == {"I8"}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -222,15 +205,14 @@ class Checkpoint:
         """One hash over config.json and the rank files."""
         return combined_sha256(sha256_files([self.dir / "config.json", *self.files]))
 
-    def read(self, name: str, rows: tuple[int, int], shape: tuple[int, ...], rank: int = 0) -> torch.Tensor:
+    def read(self, name: str, rows: tuple[int, int], rank: int = 0) -> torch.Tensor:
         """Logical rows of a tensor: int8 ``[rows, in]`` for a packed matrix (``rows`` even), else as stored."""
         start, stop = rows
-        with _open(self.files[rank]) as file:
+        with open_tensors(self.files[rank]) as file:
             entry = file.get_slice(name)
-            if entry.get_dtype() != "I8":
+            if entry.get_dtype() != "I8" or self.layout is None:
                 return entry[start:stop].clone()
-            assert self.layout is not None
-            n, k = shape
+            k, n = entry.get_shape()
             # The reported shape is (k, n); the bytes lie n-major.
             first, last = start * k // n, -(-stop * k // n)
             data = entry[first:last].reshape(-1)[start * k - first * n : stop * k - first * n]
@@ -238,7 +220,7 @@ class Checkpoint:
 
     def scale(self, name: str, rank: int = 0) -> torch.Tensor:
         """Per-channel scales ``[out]`` of a quantized matrix, in the checkpoint's dtype."""
-        with _open(self.files[rank]) as file:
+        with open_tensors(self.files[rank]) as file:
             return file.get_tensor(scale_name(name))
 
 
@@ -246,65 +228,36 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "per_channel_scale"
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a complete .safetensors file: {error}") from None
-
-
-def _check_config(data: dict[str, Any], path: Path) -> tuple[str, int, str | None]:
+def _check_supported(data: dict[str, Any], path: Path) -> None:
+    """Raise :class:`InputError` for a feature of the format that is not read here."""
     quantization, mapping = data.get("quantization") or {}, data.get("mapping") or {}
-    expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "architecture": (data.get("architecture"), ("LlamaForCausalLM",)),
-        "dtype": (data.get("dtype"), tuple(DTYPES)),
-        "hidden_act": (data.get("hidden_act", "silu"), ("silu",)),
-        "position_embedding_type": (data.get("position_embedding_type"), ("rope_gpt_neox",)),
-        "quantization.quant_algo": (quantization.get("quant_algo"), (None, "W8A16")),
-        "quantization.kv_cache_quant_algo": (quantization.get("kv_cache_quant_algo"), (None,)),
-        "mapping.pp_size": (mapping.get("pp_size", 1), (1,)),
-        "mapping.cp_size": (mapping.get("cp_size", 1), (1,)),
-    } | {
-        key: (bool(data.get(key)), (False,))
-        for key in ("attn_bias", "mlp_bias", "qk_layernorm", "residual_mlp", "use_parallel_embedding")
-    }
-    for key, (value, allowed) in expected.items():
+    biases = ("attn_bias", "mlp_bias", "qk_layernorm", "residual_mlp", "use_parallel_embedding")
+    for key, value, *allowed in (
+        ("architecture", data.get("architecture"), "LlamaForCausalLM"),
+        ("dtype", data.get("dtype"), *DTYPES),
+        ("hidden_act", data.get("hidden_act", "silu"), "silu"),
+        ("position_embedding_type", data.get("position_embedding_type"), "rope_gpt_neox"),
+        ("quantization.quant_algo", quantization.get("quant_algo"), None, "W8A16"),
+        ("quantization.kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), None),
+        ("mapping.pp_size", mapping.get("pp_size", 1), 1),
+        ("mapping.cp_size", mapping.get("cp_size", 1), 1),
+        *((key, bool(data.get(key)), False) for key in biases),
+    ):
         if value not in allowed:
-            choices = " or ".join(repr(item) for item in allowed)
-            raise InputError(f"{path}: {key} is {value!r}; only {choices} is supported")
-    return data["dtype"], int(mapping.get("tp_size", 1)), quantization.get("quant_algo")
+            raise InputError(f"{path}: {key} is {value!r}; only {' or '.join(map(repr, allowed))} is supported")
 
 
 def _model_config(data: dict[str, Any], model: dict[str, Any]) -> ModelConfig:
-    missing = [
-        key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in data
-    ]
-    if missing:
-        raise InputError(f"checkpoint config.json: missing keys {missing}")
-    scaling = dict(data.get("rotary_scaling") or {})
-    rope_type = scaling.pop("rope_type", None) or scaling.pop("type", None)
-    scaling.pop("type", None)
-    if rope_type == "default":
-        scaling = {}
-    try:
-        rope = RopeScaling(rope_type=rope_type, **scaling) if scaling else None
-    except TypeError as error:
-        raise InputError(f"checkpoint config.json: rotary_scaling is not supported ({error})") from None
-    heads, hidden = data["num_attention_heads"], data["hidden_size"]
-    return ModelConfig(
-        vocab_size=data["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=data.get("intermediate_size") or 4 * hidden,
-        num_layers=data["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=data.get("num_key_value_heads") or heads,
-        head_size=data.get("head_size") or hidden // heads,
-        max_position_embeddings=data.get("max_position_embeddings") or 2048,
-        rms_norm_eps=data.get("norm_epsilon", 1e-5),
-        rope_theta=float(data.get("rotary_base", 10000.0)),
-        rope_scaling=rope,
-        tie_word_embeddings=model.get("tie_word_embeddings", False),
-        eos_token_ids=tuple(model.get("eos_token_ids", ())),
-        name=model.get("name", "llama"),
-        source=model.get("source", "pretrained"),
-    )
+    """The geometry in config.json, which names most of it as Hugging Face does, and what only ``model`` records."""
+    hf = data | {
+        "architectures": [data["architecture"]],
+        "intermediate_size": data.get("intermediate_size") or 4 * data.get("hidden_size", 0),
+        "head_dim": data.get("head_size"),
+        "max_position_embeddings": data.get("max_position_embeddings") or 2048,
+        "rms_norm_eps": data.get("norm_epsilon", 1e-5),
+        "rope_theta": data.get("rotary_base"),
+        "rope_scaling": data.get("rotary_scaling"),
+        "tie_word_embeddings": model.get("tie_word_embeddings"),
+        "eos_token_id": model.get("eos_token_ids"),
+    }
+    return ModelConfig.from_hf(hf, name=model.get("name", "llama"), source=model.get("source", "pretrained"))

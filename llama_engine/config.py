@@ -7,25 +7,43 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_engine.errors import InputError
 
+C = TypeVar("C", bound="_Config")
 
-def _from_dict(cls: type, data: dict[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise InputError(f"{cls.__name__}: unknown keys {unknown}")
-    try:
-        return cls(**data)
-    except TypeError as error:
-        raise InputError(f"{cls.__name__}: {error}") from None
+
+class _Config:
+    """A dataclass that goes to JSON and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[C], data: dict[str, Any]) -> C:
+        """Raises :class:`InputError` for unknown and missing keys."""
+        unknown = sorted(set(data) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise InputError(f"{cls.__name__}: unknown keys {unknown}")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise InputError(f"{cls.__name__}: {error}") from None
+
+    def _check_integers(self, what: str) -> None:
+        """Every field declared ``int`` must hold a positive one, or 0 where that is its default."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, least = getattr(self, field.name), 0 if field.default == 0 else 1
+            if field.type == "int" and (type(value) is not int or value < least):
+                kind = "a positive integer" if least else "an integer >= 0"
+                raise InputError(f"{what}: {field.name} must be {kind}, got {value!r}")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(_Config):
     """Llama 3 frequency scaling (Llama 3.1 model card, ``rope_type: llama3``)."""
 
     factor: float
@@ -42,7 +60,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Config):
     """Geometry of a Llama-architecture decoder."""
 
     vocab_size: int
@@ -62,33 +80,21 @@ class ModelConfig:
     source: str = "pretrained"
 
     def __post_init__(self) -> None:
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_size",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"model config: {key} must be a positive integer, got {value!r}")
+        self._check_integers("model config")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model config: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.head_size % 2:
             raise InputError(f"model config: head_size {self.head_size} must be even for RoPE")
-        if not (self.rms_norm_eps > 0 and math.isfinite(self.rms_norm_eps)):
-            raise InputError(f"model config: rms_norm_eps must be positive, got {self.rms_norm_eps!r}")
-        if not (self.rope_theta > 0 and math.isfinite(self.rope_theta)):
-            raise InputError(f"model config: rope_theta must be positive, got {self.rope_theta!r}")
+        for key in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, key)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"model config: {key} must be positive, got {value!r}")
         if self.source not in ("pretrained", "synthetic"):
             raise InputError(f"model config: source must be 'pretrained' or 'synthetic', got {self.source!r}")
         if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", _from_dict(RopeScaling, self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
         object.__setattr__(self, "eos_token_ids", tuple(int(i) for i in self.eos_token_ids))
 
     @property
@@ -103,13 +109,6 @@ class ModelConfig:
     def qkv_size(self) -> int:
         return self.q_size + 2 * self.kv_size
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        return _from_dict(cls, data)
-
     @classmethod
     def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
         """Build from a Hugging Face ``config.json`` (transformers 4 and 5 spellings of RoPE)."""
@@ -121,22 +120,17 @@ class ModelConfig:
                 raise InputError(f"config.json: {key}=true is not supported")
         if hf.get("hidden_act", "silu") != "silu":
             raise InputError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported (only 'silu')")
-        missing = [
-            key
-            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            if key not in hf
-        ]
-        if missing:
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [key for key in required if key not in hf]:
             raise InputError(f"config.json: missing keys {missing}")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-        rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-        scaling = None
-        if rope_type != "default":
-            try:
-                scaling = RopeScaling(rope_type=rope_type, **rope)
-            except TypeError as error:
-                raise InputError(f"config.json: rope_type {rope_type!r} is not supported ({error})") from None
+        older = rope.pop("type", None)
+        rope_type = rope.pop("rope_type", None) or older or "default"
+        try:
+            scaling = None if rope_type == "default" else RopeScaling(rope_type=rope_type, **rope)
+        except TypeError as error:
+            raise InputError(f"config.json: rope_type {rope_type!r} is not supported ({error})") from None
         eos = hf.get("eos_token_id")
         heads = hf["num_attention_heads"]
         return cls(
@@ -159,7 +153,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(_Config):
     """What ``build_engine`` fixes and ``engine.json`` stores.
 
     ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes). ``num_kv_blocks`` is 0 for
@@ -176,18 +170,13 @@ class EngineConfig:
     lm_head: str = "checkpoint"
 
     def __post_init__(self) -> None:
-        for key in ("max_batch_size", "max_seq_len", "max_num_tokens", "tokens_per_block"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"engine config: {key} must be a positive integer, got {value!r}")
+        self._check_integers("engine config")
         if self.tokens_per_block & (self.tokens_per_block - 1):
             raise InputError(f"engine config: tokens_per_block must be a power of two, got {self.tokens_per_block}")
         if self.max_num_tokens < self.max_batch_size:
             raise InputError(
                 f"engine config: max_num_tokens {self.max_num_tokens} is below max_batch_size {self.max_batch_size}"
             )
-        if self.num_kv_blocks < 0:
-            raise InputError(f"engine config: num_kv_blocks must be >= 0, got {self.num_kv_blocks}")
         if not 0 < self.kv_cache_free_gpu_memory_fraction <= 1:
             raise InputError("engine config: kv_cache_free_gpu_memory_fraction must be in (0, 1]")
         if self.lm_head not in ("checkpoint", "int8"):
@@ -197,9 +186,18 @@ class EngineConfig:
     def max_blocks_per_sequence(self) -> int:
         return -(-self.max_seq_len // self.tokens_per_block)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> EngineConfig:
-        return _from_dict(cls, data)
+def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raise :class:`InputError`, with the numbers, unless a request fits the engine's limits."""
+    if not prompt:
+        raise InputError("the prompt is empty: give at least one token id")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if len(prompt) + max_new_tokens > engine.max_seq_len:
+        raise InputError(
+            f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
+            f"max_seq_len {engine.max_seq_len}"
+        )
+    bad = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
+    if bad is not None:
+        raise InputError(f"token id {bad} is outside the vocabulary of {model.vocab_size}")

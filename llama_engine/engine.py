@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from llama_engine.build import load_engine_json
-from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.config import EngineConfig, ModelConfig, check_request
 from llama_engine.errors import InputError, RunError
 from llama_engine.executor import Executor, Step, StepHandle
 from llama_engine.host_executor import HostExecutor
@@ -110,25 +110,14 @@ class Engine:
 
     def validate(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raise :class:`InputError`, with the numbers, unless the request can run on this engine."""
-        if not prompt:
-            raise InputError("the prompt is empty: give at least one token id")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_request(self.model, self.config, prompt, max_new_tokens)
         total = len(prompt) + max_new_tokens
-        if total > self.config.max_seq_len:
-            raise InputError(
-                f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
-                f"max_seq_len {self.config.max_seq_len}"
-            )
         blocks = self.scheduler.blocks
         if blocks.blocks_for(total) > blocks.usable:
             raise InputError(
                 f"{total} tokens need {blocks.blocks_for(total)} KV blocks of {self.config.tokens_per_block} tokens; "
                 f"the cache has {blocks.usable}"
             )
-        bad = next((token for token in prompt if not 0 <= token < self.model.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"token id {bad} is outside the vocabulary of {self.model.vocab_size}")
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request and free its blocks; False when it is unknown or already finished."""

@@ -20,16 +20,13 @@ class RunError(RuntimeError):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and exit; user-caused errors print one line, never a traceback."""
     try:
-        code = main() or 0
+        code, message = main() or 0, None
     except InputError as error:
-        code = _complain(error, 2)
+        code, message = 2, str(error)
     except (RunError, OSError) as error:
-        code = _complain(error, 1)
+        code, message = 1, str(error)
     except KeyboardInterrupt:
-        code = _complain("interrupted", 130)
+        code, message = 130, "interrupted"
+    if message is not None:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _complain(error: object, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code

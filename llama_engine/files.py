@@ -6,34 +6,27 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
 
 from llama_engine.errors import InputError, RunError
 
 T = TypeVar("T")
-Advance = Callable[[int], None]
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a file: name to dtype and shape
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 _DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -50,8 +43,7 @@ def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    lock_path = target.parent / f".{target.name}.lock"
+    partial, old, lock_path = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old", "lock"))
     with open(lock_path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +53,6 @@ def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
-            old = target.parent / f".{target.name}.old"
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 os.replace(target, old)
@@ -72,21 +63,19 @@ def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
             lock_path.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path, advance: Advance = lambda _: None) -> str:
+def sha256_file(path: Path) -> str:
     """The file's SHA-256 in hexadecimal, as ``sha256sum`` prints it."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(8 << 20):
             digest.update(block)
-            advance(len(block))
     return digest.hexdigest()
 
 
-def sha256_files(paths: Sequence[Path], advance: Advance = lambda _: None) -> dict[str, str]:
+def sha256_files(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of each file by name, one thread a file."""
-    digests: dict[str, str] = {}
-    parallel(lambda path: digests.__setitem__(path.name, sha256_file(path, advance)), paths)
-    return digests
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return {path.name: digest for path, digest in zip(paths, pool.map(sha256_file, paths))}
 
 
 def combined_sha256(digests: dict[str, str]) -> str:
@@ -108,6 +97,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+@contextlib.contextmanager
+def checked(path: Path) -> Iterator[None]:
+    """What a wrong value out of ``path`` raises in the block becomes an :class:`InputError` that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path} holds a value of the wrong kind: {error}") from None
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -115,8 +115,8 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy whatever tokenizer files ``source`` has; a model without a tokenizer is prompted with token ids."""
     for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
@@ -126,91 +126,65 @@ def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator
         yield start, min(start + step, rows)
 
 
-def parallel(function: Callable[[T], None], items: Sequence[T]) -> None:
-    """Run ``function`` over ``items`` on all cores, one torch thread each; the first error stops the rest."""
-    workers = len(os.sched_getaffinity(0))
-    threads = torch.get_num_threads()
+def parallel(function: Callable[[T], int | None], items: Sequence[T], bar: str | None = None, total: int = 0) -> None:
+    """Run ``function`` over ``items`` on all cores, one torch thread each; the first error stops the rest.
+
+    With ``bar``, a progress bar of that name where stderr is a terminal, of ``total`` bytes: ``function`` returns how
+    many it did.
+    """
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+    shown = bar is not None and console.is_terminal
+    progress = Progress(TextColumn("{task.description}"), *columns, console=console, disable=not shown)
+    workers, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with progress, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            task = progress.add_task(bar or "", total=total)
+            for done in pool.map(function, items):
+                progress.advance(task, done or 0)
     finally:
         torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def byte_progress(description: str, total: int, show: bool = True) -> Iterator[Advance]:
-    """A progress bar on stderr with rate and time left; yields a thread-safe ``advance(bytes)``."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
+def open_tensors(path: Path, device: str = "cpu") -> Any:
+    """``safe_open`` of a .safetensors file. Raises :class:`InputError` that names a damaged or missing one."""
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a complete .safetensors file: {error}") from None
 
 
 class TensorFileWriter:
     """Write a .safetensors file row by row, from many threads, without ever holding a whole tensor.
 
-    ``specs`` maps each name to (dtype, shape). The file is allocated in full first, so a full disk shows at once;
-    rows never written are zero.
+    The file is allocated in full first, so a full disk shows at once; rows never written are zero.
     """
 
-    def __init__(
-        self, path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
-    ) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        self._places: dict[str, tuple[int, int, torch.dtype]] = {}
-        offset = 0
+    def __init__(self, path: Path, specs: Specs, metadata: dict[str, str] | None = None) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
         for name, (dtype, shape) in specs.items():
-            row = dtype.itemsize
-            for size in shape[1:]:
-                row *= size
-            end = offset + row * shape[0]
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._places[name] = (offset, row, dtype)
-            offset = end
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._base = 8 + len(text)
-        self.nbytes = self._base + offset
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        base = 8 + len(text)
+        self._places = {name: (specs[name][0], base + header[name]["data_offsets"][0]) for name in specs}
+        self.nbytes = base + end
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed with the writer; nothing is ever buffered)
         try:
-            os.posix_fallocate(self._file, 0, self.nbytes)
-            os.pwrite(self._file, struct.pack("<Q", len(text)) + text, 0)
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
+            self._file.write(struct.pack("<Q", len(text)) + text)
         except OSError as error:
-            os.close(self._file)
             raise RunError(f"cannot write {path} ({self.nbytes / 1e9:.2f} GB): {error.strerror}") from None
 
     def write(self, name: str, start: int, data: torch.Tensor) -> None:
-        """Write ``data`` as the bytes from row ``start`` of tensor ``name`` on (for 1-D tensors, element)."""
-        _, row, dtype = self._places[name]
+        """Write ``data`` from row ``start`` of tensor ``name`` on, a row being as long as those of ``data``."""
+        dtype, place = self._places[name]
         if data.dtype != dtype:
             raise ValueError(f"{name}: got {data.dtype}, the file holds {dtype}")
-        self.write_bytes(name, start * row, data)
-
-    def write_bytes(self, name: str, start: int, data: torch.Tensor) -> None:
-        """Write ``data`` from byte ``start`` of tensor ``name`` on."""
+        place += start * data[0].nbytes
         view = memoryview(data.contiguous().view(torch.uint8).reshape(-1).numpy())
-        position = self._base + self._places[name][0] + start
         while view:
-            written = os.pwrite(self._file, view, position)
-            view, position = view[written:], position + written
-
-    def close(self) -> None:
-        os.close(self._file)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            written = os.pwrite(self._file.fileno(), view, place)
+            view, place = view[written:], place + written

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import combined_sha256, read_json, row_chunks, sha256_files
+from llama_engine.files import checked, combined_sha256, open_tensors, read_json, sha256_files
 
 PREPARED = "prepared.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -55,26 +52,20 @@ class HFModel:
             raise InputError(
                 f"model directory {self.dir} does not exist: run scripts/prepare_model.py, or give --model-dir"
             )
-        self.hf_config: dict[str, Any] = read_json(self.dir / "config.json")
-        if self.hf_config.get("quantization_config"):
+        hf_config = read_json(self.dir / "config.json")
+        if hf_config.get("quantization_config"):
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")
         prepared = read_json(self.dir / PREPARED) if (self.dir / PREPARED).is_file() else {}
-        try:
-            self.config = ModelConfig.from_hf(
-                self.hf_config,
-                name=prepared.get("name", self.dir.resolve().name),
-                source=prepared.get("source", "pretrained"),
-            )
-        except InputError:
-            raise
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(f"{self.dir}/config.json holds a value of the wrong kind: {error}") from None
+        name, source = prepared.get("name", self.dir.resolve().name), prepared.get("source", "pretrained")
+        with checked(self.dir / "config.json"):
+            self.config = ModelConfig.from_hf(hf_config, name=name, source=source)
         self.files = self._weight_files()
-        self._where: dict[str, Path] = {}
         self.shapes = dict(tensor_shapes(self.config))
+        self._where: dict[str, Path] = {}
         self._check_headers()
 
     def _weight_files(self) -> list[Path]:
+        names: list[str] = []
         if (self.dir / INDEX).is_file():
             weight_map = read_json(self.dir / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
@@ -87,12 +78,9 @@ class HFModel:
                 f"{self.dir} holds pickled weights (.bin), which can run code when opened: "
                 "save the model as .safetensors (model.save_pretrained) and try again"
             )
-        else:
-            names = []
         if not names:
             raise InputError(f"{self.dir} has no {SINGLE} and no {INDEX}: the download is incomplete or not a model")
-        missing = [name for name in names if not (self.dir / name).is_file()]
-        if missing:
+        if missing := [name for name in names if not (self.dir / name).is_file()]:
             raise InputError(
                 f"{self.dir} is incomplete: {len(missing)} of {len(names)} shards missing, first {missing[0]}"
             )
@@ -100,26 +88,16 @@ class HFModel:
 
     def _check_headers(self) -> None:
         for path in self.files:
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                    if name not in self.shapes:
-                        continue
-                    entry = file.get_slice(name)
-                    if tuple(entry.get_shape()) != self.shapes[name]:
-                        raise InputError(
-                            f"{path}: {name} has shape {entry.get_shape()}, expected {list(self.shapes[name])}"
-                        )
-                    if entry.get_dtype() not in _DTYPES:
+            with open_tensors(path) as file:
+                for name in self.shapes.keys() & set(file.keys()):
+                    entry, shape = file.get_slice(name), list(self.shapes[name])
+                    if entry.get_shape() != shape:
+                        raise InputError(f"{path}: {name} has shape {entry.get_shape()}, expected {shape}")
+                    if entry.get_dtype() not in ("F16", "BF16", "F32"):
                         raise InputError(f"{path}: {name} is {entry.get_dtype()}; fp16, bf16 or fp32 is needed")
                     self._where[name] = path
-        missing = [name for name in self.shapes if name not in self._where]
-        if missing:
+        if missing := [name for name in self.shapes if name not in self._where]:
             raise InputError(f"{self.dir} is incomplete: {len(missing)} tensors missing, first {missing[0]}")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in self.files)
 
     def read(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, columns: tuple[int, int] | None = None
@@ -128,9 +106,9 @@ class HFModel:
 
         The file is opened anew each time: a mapping kept open would count every page ever read as used memory.
         """
-        with _open(self._where[name]) as file:
+        with open_tensors(self._where[name]) as file:
             entry = file.get_slice(name)
-            part = entry[rows[0] : rows[1]] if columns is None else entry[rows[0] : rows[1], columns[0] : columns[1]]
+            part = entry[slice(*rows)] if columns is None else entry[slice(*rows), slice(*columns)]
             out = part.to(dtype, copy=True)
             if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
                 what = "NaN or Inf" if not torch.isfinite(part).all() else f"a value that {dtype} cannot hold"
@@ -143,21 +121,6 @@ class HFModel:
         """A whole tensor in ``dtype``."""
         return self.read(name, (0, self.shapes[name][0]), dtype)
 
-    def chunks(self) -> list[tuple[str, tuple[int, int]]]:
-        """Every tensor in row ranges that one worker can hold."""
-        return [
-            (name, rows)
-            for name, shape in self.shapes.items()
-            for rows in row_chunks(shape[0], shape[1] if len(shape) > 1 else 1)
-        ]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a complete .safetensors file: {error}") from None
-
 
 def model_identity(model_dir: Path | str) -> dict[str, str]:
     """``{"name", "source", "sha256"}`` of a model directory, for result files and checkpoints.
@@ -168,15 +131,15 @@ def model_identity(model_dir: Path | str) -> dict[str, str]:
     model = HFModel(model_dir)
     paths = [model.dir / "config.json", *model.files]
     sidecar = model.dir / PREPARED
-    digests: dict[str, str] = {}
-    if sidecar.is_file():
-        recorded = read_json(sidecar).get("files", {})
-        written = sidecar.stat().st_mtime_ns
-        digests = {path.name: recorded.get(path.name, {}).get("sha256", "") for path in paths}
-        for path in paths:
-            same_size = recorded.get(path.name, {}).get("bytes") == path.stat().st_size
-            if not same_size or path.stat().st_mtime_ns > written:
-                digests = {}
-                break
-    digests = digests or sha256_files(paths)
+    recorded = read_json(sidecar).get("files", {}) if sidecar.is_file() else {}
+
+    def unchanged(path: Path) -> bool:
+        now = path.stat()
+        same_size = recorded.get(path.name, {}).get("bytes") == now.st_size
+        return same_size and now.st_mtime_ns <= sidecar.stat().st_mtime_ns
+
+    if all(map(unchanged, paths)):
+        digests = {path.name: recorded[path.name]["sha256"] for path in paths}
+    else:
+        digests = sha256_files(paths)
     return {"name": model.config.name, "source": model.config.source, "sha256": combined_sha256(digests)}

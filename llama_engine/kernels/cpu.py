@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import RunError
@@ -26,47 +27,41 @@ FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-w", "-shared
 MAX_K = 16384  # 512 pairs of 15-bit by 8-bit products fill an int32 lane
 
 
-class _Struct(ctypes.Structure):
-    """Keeps the tensors that its pointers refer to alive."""
-
-    keep: tuple[object, ...] = ()
+_INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
 
 
-class _LinearView(_Struct):
-    _fields_ = (("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
 
 
-class _LayerView(_Struct):
+class _LinearView(ctypes.Structure):
+    _fields_ = _fields(_POINTER, "weight scale")
+
+
+class _LayerView(ctypes.Structure):
     _fields_ = (
-        ("input_norm", ctypes.c_void_p),
-        ("post_norm", ctypes.c_void_p),
-        ("qkv", _LinearView),
-        ("o", _LinearView),
-        ("gate_up", _LinearView),
-        ("down", _LinearView),
-        ("k_cache", ctypes.c_void_p),
-        ("v_cache", ctypes.c_void_p),
+        *_fields(_POINTER, "input_norm post_norm"),
+        *_fields(_LinearView, "qkv o gate_up down"),
+        *_fields(_POINTER, "k_cache v_cache"),
     )
 
 
-class _ModelView(_Struct):
+class _ModelView(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "head_size")),
-        *((name, ctypes.c_int32) for name in ("vocab", "tokens_per_block", "max_tokens", "max_context")),
+        *_fields(_INT, "hidden intermediate layers heads kv_heads head_size"),
+        *_fields(_INT, "vocab tokens_per_block max_tokens max_context"),
         ("eps", ctypes.c_float),
-        ("embedding", ctypes.c_void_p),
-        ("final_norm", ctypes.c_void_p),
+        *_fields(_POINTER, "embedding final_norm"),
         ("lm_head", _LinearView),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
+        *_fields(_POINTER, "cos sin"),
         ("layer", ctypes.POINTER(_LayerView)),
     )
 
 
-class _StepView(_Struct):
+class _StepView(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("tokens", "logit_rows", "table_stride")),
-        *((name, ctypes.c_void_p) for name in ("ids", "positions", "slots", "block_tables", "rows", "logits")),
+        *_fields(_INT, "tokens logit_rows table_stride"),
+        *_fields(_POINTER, "ids positions slots block_tables rows logits"),
     )
 
 
@@ -81,22 +76,16 @@ def fingerprint() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compiler() -> str | None:
-    """The C++ compiler to use: ``$CXX``, else g++, else clang++, else None."""
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
-
-
 def compile_library(directory: Path) -> Path | None:
-    """Compile into ``directory`` unless the matching library is there. None when no compiler can.
+    """Compile into ``directory`` with ``$CXX``, g++ or clang++, unless the matching library is there.
 
-    Raises :class:`RunError` when the compiler fails.
+    None when there is no compiler. Raises :class:`RunError` when it fails.
     """
-    library = Path(directory) / f"cpu_step-{fingerprint()}.so"
+    library = directory / f"cpu_step-{fingerprint()}.so"
     if library.is_file():
         return library
-    cxx = compiler()
+    compilers = map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))
+    cxx = next(filter(None, compilers), None)
     if cxx is None:
         return None
     directory.mkdir(parents=True, exist_ok=True)
@@ -146,40 +135,25 @@ class CpuModel:
         self._lib.llama_destroy.argtypes = (ctypes.c_void_p,)
         self._lib.llama_isa.restype = ctypes.c_char_p
         self.name = f"cpu-{self._lib.llama_isa().decode()}"
-        self.config = config
+        c = self.config = config
         self._keep: list[torch.Tensor] = []
-        kv_shape = (num_blocks, config.num_kv_heads, tokens_per_block, config.head_size)
-        layers = (_LayerView * config.num_layers)(
-            *(
-                _LayerView(
-                    self._hold(layer.input_norm.float()),
-                    self._hold(layer.post_norm.float()),
-                    *(self._linear(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")),
-                    self._hold(torch.zeros(kv_shape, dtype=torch.float16)),
-                    self._hold(torch.zeros(kv_shape, dtype=torch.float16)),
-                )
-                for layer in weights.layers
+        kv_shape = (num_blocks, c.num_kv_heads, tokens_per_block, c.head_size)
+        layers = [
+            _LayerView(
+                *(self._hold(norm.float()) for norm in (layer.input_norm, layer.post_norm)),
+                *(self._linear(linear) for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+                *(self._hold(torch.zeros(kv_shape, dtype=torch.float16)) for _ in "kv"),
             )
-        )
-        cos, sin = rope_tables(config, max_seq_len)
+            for layer in weights.layers
+        ]
         view = _ModelView(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_layers,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_size,
-            config.vocab_size,
-            tokens_per_block,
-            max_num_tokens,
-            max_seq_len,
-            config.rms_norm_eps,
+            *(c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_size),
+            *(c.vocab_size, tokens_per_block, max_num_tokens, max_seq_len, c.rms_norm_eps),
             self._hold(weights.embedding),
             self._hold(weights.final_norm.float()),
             self._linear(weights.lm_head),
-            self._hold(cos),
-            self._hold(sin),
-            layers,
+            *map(self._hold, rope_tables(c, max_seq_len)),
+            (_LayerView * c.num_layers)(*layers),
         )
         self._handle = self._lib.llama_create(ctypes.byref(view), threads)
 
@@ -194,25 +168,14 @@ class CpuModel:
         return tensor.data_ptr()
 
     def _linear(self, linear: Linear) -> _LinearView:
-        scale = None if linear.scale is None else self._hold(linear.scale.float())
-        weight = linear.weight if linear.scale is not None else linear.weight.half()
-        return _LinearView(self._hold(weight), scale)
+        if linear.scale is None:
+            return _LinearView(self._hold(linear.weight.half()), None)
+        return _LinearView(self._hold(linear.weight), self._hold(linear.scale.float()))
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """As :meth:`llama_engine.model.ForwardModel.forward`; all tensors contiguous int32 on the CPU."""
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
+        """As :meth:`llama_engine.model.TorchModel.forward`; all tensors contiguous int32 on the CPU."""
         logits = torch.empty((len(rows), self.config.vocab_size), dtype=torch.float32)
-        step = _StepView(
-            len(ids),
-            len(rows),
-            block_tables.stride(0),
-            *(tensor.data_ptr() for tensor in (ids, positions, slots, block_tables, rows, logits)),
-        )
+        pointers = (tensor.data_ptr() for tensor in (ids, positions, slots, block_tables, rows, logits))
+        step = _StepView(len(ids), len(rows), block_tables.stride(0), *pointers)
         self._lib.llama_forward(self._handle, ctypes.byref(step))
         return logits
