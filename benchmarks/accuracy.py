@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,31 +30,24 @@ SYNTHETIC_WINDOWS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser = protocol.parser_for(__doc__, "results/local/accuracy-native.json")
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--text", type=Path, default=TEXT, help="what to score")
     parser.add_argument("--window", type=int, default=512, help="tokens of context, scored independently")
     parser.add_argument("--greedy-prompts", type=int, default=8, help="continuations to compare")
     parser.add_argument("--greedy-tokens", type=int, default=64, help="tokens of each")
     parser.add_argument("--quick", action="store_true", help="score an eighth of 20,000 tokens")
-    parser.add_argument("--output", type=Path, default=Path("results/local/accuracy-native.json"))
-    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    parser.set_defaults(backend="native")
     args = parser.parse_args()
     result.check_output(args.output, args.force)
     if not args.text.is_file():
         raise InputError(f"--text {args.text} does not exist")
-    args.input_tokens = args.output_tokens = args.runs = 1
-    args.warmup = args.prefill_tokens = 0
     device = protocol.prepare(args)
-    stack, about = protocol.open_engine(args.engine_dir, "native", device, args.threads)
-    protocol.check_same_model(args.model_dir, about)
-    assert isinstance(stack, EngineStack)
-    if not 2 <= args.window <= stack.engine.config.max_seq_len:
-        raise InputError(f"--window must be 2 to {stack.engine.config.max_seq_len} (the engine's max_seq_len)")
-    measured = run(args, stack, about, device)
+    stack = protocol.open_engine(args, device)
+    limit = stack.engine.config.max_seq_len
+    if not 2 <= args.window <= limit:
+        raise InputError(f"--window must be 2 to {limit} (the engine's max_seq_len)")
+    measured = run(args, stack, device)
     result.write_result(args.output, measured, force=args.force)
     for key, value in measured["summary"].items():
         print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
@@ -75,40 +67,34 @@ def windows_of(args: argparse.Namespace, synthetic: bool) -> list[list[int]]:
     return [window for window in windows if len(window) > 1][: enough // 8 or 1 if args.quick else enough]
 
 
-def run(args: argparse.Namespace, stack: EngineStack, about: dict[str, Any], device: str) -> result.Result:
+def run(args: argparse.Namespace, stack: EngineStack, device: str) -> result.Result:
     model = model_identity(args.model_dir)
     synthetic = model["source"] == "synthetic"
     windows = windows_of(args, synthetic)
     reference: accuracy.Logits
     if synthetic:
-        reference = float_reference(args, device)
+        reference, name = float_reference(args, device), "float32 on the dequantized weights"
     else:
         baseline = TransformersStack(args.model_dir, device)
+        name = f"transformers, SDPA, {baseline.dtype}"
 
         @torch.inference_mode()
         def reference(ids: list[int]) -> torch.Tensor:
             return baseline.model(torch.tensor([ids], device=device)).logits[0]
 
-    with progress_bar(protocol.console) as bar:
-        task = bar.add_task("scoring", total=len(windows))
-        compared = accuracy.compare_logits(
-            reference, lambda ids: accuracy.engine_logits(stack.engine, ids), windows, lambda: bar.advance(task)
-        )
-        figures = compared.summary(synthetic=synthetic)
+    def engine(ids: list[int]) -> torch.Tensor:
+        return accuracy.engine_logits(stack.engine, ids)
+
+    with progress_bar() as bar:
+        scored = bar.track(windows, description="scoring")
+        figures = accuracy.compare_logits(reference, engine, scored, synthetic=synthetic)
         if not synthetic and args.greedy_prompts:
             prompts = make_prompts(args.model_dir, args.text.read_text(encoding="utf-8"), 32, args.greedy_prompts)
-            task = bar.add_task("greedy", total=len(prompts))
-            expected = []
-            for prompt in prompts:
-                expected.append(baseline.generate(prompt, args.greedy_tokens))
-                bar.advance(task)
-            batch = stack.engine.config.max_batch_size
-            got = [
-                run
-                for start in range(0, len(prompts), batch)
-                for run in stack.generate_batch(prompts[start : start + batch], args.greedy_tokens)
+            pairs = [
+                (baseline.generate(prompt, args.greedy_tokens), stack.generate(prompt, args.greedy_tokens))
+                for prompt in bar.track(prompts, description="greedy")
             ]
-            figures["greedy_agreement_tokens"] = accuracy.greedy_agreement(expected, got)
+            figures["greedy_agreement_tokens"] = accuracy.greedy_agreement(*zip(*pairs))
     return result.new_result(
         "accuracy",
         "native",
@@ -116,8 +102,8 @@ def run(args: argparse.Namespace, stack: EngineStack, about: dict[str, Any], dev
         workload={"text": args.text.name, "window": args.window, "windows": len(windows)},
         environment=fingerprint(device),
         summary=figures,
-        engine=about,
-        reference="float32 on the dequantized weights" if synthetic else f"transformers, SDPA, {baseline.dtype}",
+        engine=stack.about,
+        reference=name,
         gate=accuracy.gate(figures, full=not args.quick),
     )
 

@@ -9,23 +9,21 @@ Output: a result file (llama_engine/measure/result.schema.json) and a table with
 
 from __future__ import annotations
 
-import argparse
-
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
 from llama_engine.measure.generation import TransformersStack
+from llama_engine.measure.show import show
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    protocol.add_arguments(parser, "results/local/baseline.json")
+    parser = protocol.parser_for(__doc__, "results/local/baseline.json")
+    protocol.add_arguments(parser)
     args = parser.parse_args()
     result.check_output(args.output, args.force)
     device = protocol.prepare(args)
-    stack = TransformersStack(args.model_dir, device)
-    measured = protocol.measure([stack], args, device, {})[stack.name]
-    result.write_result(args.output, measured, force=args.force)
-    protocol.print_result(measured)
+    measured = protocol.measure([TransformersStack(args.model_dir, device)], args, device)
+    result.write_result(args.output, measured["transformers"], force=args.force)
+    show(measured.values())
 
 
 if __name__ == "__main__":

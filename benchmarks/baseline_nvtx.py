@@ -7,20 +7,8 @@ Output: a small JSON that says what was run (and, with --torch-profiler, PyTorch
     python benchmarks/baseline_nvtx.py --output build/baseline_nvtx.json
 """
 
-from __future__ import annotations
-
-import argparse
-
 from llama_engine.errors import run_cli
 from llama_engine.measure import profile
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    profile.add_arguments(parser, "build/baseline_nvtx.json")
-
-    profile.main_for(parser.parse_args(), engine=False)
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: profile.main(__doc__, engine=False))

@@ -9,27 +9,22 @@ Output: a result file (llama_engine/measure/result.schema.json) and a table.
 
 from __future__ import annotations
 
-import argparse
-
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
-from llama_engine.measure.generation import EngineStack
+from llama_engine.measure.show import show
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    protocol.add_arguments(parser, "results/local/optimized-native.json")
+    parser = protocol.parser_for(__doc__, "results/local/optimized-native.json")
+    protocol.add_arguments(parser)
     protocol.add_engine_arguments(parser)
     args = parser.parse_args()
     result.check_output(args.output, args.force)
     device = protocol.prepare(args)
-    stack, about = protocol.open_engine(args.engine_dir, protocol.backend_of(args), device, args.threads)
-    protocol.check_same_model(args.model_dir, about)
-    measured = protocol.measure([stack], args, device, about)[stack.name]
-    if isinstance(stack, EngineStack):
-        protocol.add_levels(measured, stack, args, device)
-    result.write_result(args.output, measured, force=args.force)
-    protocol.print_result(measured)
+    stack = protocol.open_engine(args, device)
+    measured = protocol.measure([stack], args, device)
+    result.write_result(args.output, measured[stack.name], force=args.force)
+    show(measured.values())
 
 
 if __name__ == "__main__":

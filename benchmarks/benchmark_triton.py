@@ -13,28 +13,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import random
-from collections.abc import Iterator
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from llama_engine.build import EngineInfo, engine_backend, load_engine_json
 from llama_engine.engine import pick_device
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.measure.environment import fingerprint
-from llama_engine.measure.generation import Cost, ceilings, mbu, progress_bar
+from llama_engine.measure.environment import ceilings, fingerprint
+from llama_engine.measure.generation import Cost, add_device, progress_bar
 from llama_engine.measure.load import Generator, Length, Load, level, parse_slo
-from llama_engine.measure.result import check_output, new_result, write_result
+from llama_engine.measure.protocol import describe
+from llama_engine.measure.result import Result, check_output, new_result, write_result
+from llama_engine.measure.show import show
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.triton_client import connect
 from llama_engine.triton_server import ServeConfig, TritonServer, read_metrics
 
 NULL_S = 2.0
+OWN_PROCESSES = 3  # on the GPU: this one, tritonserver, the engine
 console = Console(stderr=True)
 
 
@@ -61,15 +63,13 @@ def main() -> int:
     backend = engine_backend(args.engine_dir)
     info = load_engine_json(args.engine_dir, backend=backend)
     loads = [*args.concurrency, *args.rate]
-    if any(value <= 0 for value in [*loads, args.timeout]) or min(args.requests, args.duration) < 0:
+    if min([*loads, args.timeout]) <= 0 or min(args.requests, args.duration) < 0:
         raise InputError("--concurrency, --rate and --timeout must be positive, --requests and --duration not negative")
     if not loads:
         raise InputError("nothing to measure: give --concurrency or --rate")
-    if args.input_tokens.high + args.output_tokens.high > info.engine.max_seq_len:
-        raise InputError(
-            f"{args.input_tokens.high} input + {args.output_tokens.high} output tokens exceed this engine's "
-            f"max_seq_len {info.engine.max_seq_len}"
-        )
+    longest, limit = args.input_tokens.high + args.output_tokens.high, info.engine.max_seq_len
+    if longest > limit:
+        raise InputError(f"{longest} input and output tokens exceed this engine's max_seq_len {limit}")
     args.slo = parse_slo(args.slo)
     output = check_output(args.output or Path(f"results/local/triton-{backend}.json"), args.force)
     device = pick_device(args.device).type
@@ -77,91 +77,75 @@ def main() -> int:
         environment = fingerprint(device) | ceilings(device)
         if device == "cuda":
             torch.cuda.empty_cache()
-    with server(args) as (url, metrics_url):
-        result = asyncio.run(measure(args, info, backend, device, environment, url, metrics_url))
+    with ExitStack() as stack:
+        if not args.url:
+            with console.status("starting Triton Inference Server"):
+                config = ServeConfig(device=args.device, null_model=True)
+                triton = stack.enter_context(TritonServer(args.engine_dir, config))
+            args.url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
+            args.metrics_url = f"{triton.host}:{triton.metrics_port}"
+        result = asyncio.run(measure(args, info, backend, environment))
     write_result(output, result, force=args.force)
-    show(result, output)
+    show([result])
+    print(f"wrote {output}")
     return 0 if result["validity"]["status"] == "VALID" else 1
 
 
-@contextlib.contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The address to load and that of the metrics: the given server's, or those of one started for the run."""
-    if args.url:
-        yield args.url, args.metrics_url
-        return
-    triton = TritonServer(args.engine_dir, ServeConfig(device=args.device, null_model=True))
-    with contextlib.ExitStack() as stack:
-        with console.status("starting Triton Inference Server"):
-            stack.enter_context(triton)
-        yield triton.grpc_url if args.protocol == "grpc" else triton.http_url, f"{triton.host}:{triton.metrics_port}"
-
-
-async def measure(
-    args: argparse.Namespace,
-    info: EngineInfo,
-    backend: str,
-    device: str,
-    environment: dict[str, Any],
-    url: str,
-    metrics_url: str,
-) -> dict[str, Any]:
+async def measure(args: argparse.Namespace, info: EngineInfo, backend: str, environment: dict[str, Any]) -> Result:
     """Null model first, then every level."""
-    client = connect(args.protocol, url)
-    rng = random.Random(args.seed)
-    vocab = info.model.vocab_size
+    client = connect(args.protocol, args.url)
+    rng, vocab = random.Random(args.seed), info.model.vocab_size
 
     def generator(**changes: Any) -> Generator:
         options = {"streaming": args.streaming, "seed": args.seed, "timeout_s": args.timeout} | changes
         prompts = lambda n: [rng.randrange(vocab) for _ in range(n)]  # noqa: E731  distinct, so no prefix is shared
         return Generator(client, prompts, args.input_tokens, args.output_tokens, **options)
 
-    plan = [("concurrency", value) for value in args.concurrency] + [("rate", value) for value in args.rate]
     users = max([*args.concurrency, 8])
     null = await generator(model="null_model").closed(users, duration_s=NULL_S)
     null_rate = null.responses / null.wall_s if null.runs else None
-    values, kernels = await asyncio.to_thread(_metrics, metrics_url)
-    cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"])) if values else None
+    kernels, cost = "unknown", None
+    try:
+        values, kernels = await asyncio.to_thread(read_metrics, args.metrics_url)
+        cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"]))
+    except OSError:
+        console.print(f"no metrics at {args.metrics_url}: MBU is left out (give --metrics-url)")
+    plan = [("concurrency", value) for value in args.concurrency] + [("rate", value) for value in args.rate]
     levels = []
-    own = 3  # GPU processes: this one, tritonserver, the engine
-    with Telemetry(device, own_processes=own) as telemetry, progress_bar(console) as bar:
-        task = bar.add_task("levels", total=len(plan))
+    with Telemetry(environment["device"], own_processes=OWN_PROCESSES) as telemetry, progress_bar() as bar:
+        task = bar.add_task("", total=len(plan))
         for kind, value in plan:
-            name = f"{value:g} {'at once' if kind == 'concurrency' else 'requests/s'}"
+            closed = kind == "concurrency"
+            name = f"{value:g} {'at once' if closed else 'requests/s'}"
             bar.update(task, description=f"{name}: warm-up")
-            await generator().closed(int(value) if kind == "concurrency" else 4, requests=int(max(value, 4)))
-            started = asyncio.get_running_loop().time()
+            await generator().closed(value if closed else 4, requests=int(max(value, 4)))
+            started = time.perf_counter()
 
             def progress(load: Load, name: str = name, started: float = started) -> None:
-                rate = load.tokens / (asyncio.get_running_loop().time() - started)
-                failed = f", {sum(load.failures.values())} failed" if load.failures else ""
-                bar.update(task, description=f"{name}: {rate:,.0f} tok/s{failed}")
+                rate, failed = load.tokens / (time.perf_counter() - started), sum(load.failures.values())
+                bar.update(task, description=f"{name}: {rate:,.0f} tok/s" + (f", {failed} failed" if failed else ""))
 
-            load_generator = generator(on_progress=progress)
-            requests = args.requests or (0 if args.duration else 4 * int(value) if kind == "concurrency" else 32)
+            loader = generator(on_progress=progress)
+            requests = args.requests or (0 if args.duration else 4 * value if closed else 32)
             with telemetry.section(name):
-                if kind == "concurrency":
-                    load = await load_generator.closed(value, requests=requests, duration_s=args.duration)
-                else:
-                    load = await load_generator.open(value, requests=requests, duration_s=args.duration)
-            part = level(load, streaming=args.streaming, slo=args.slo)
+                load = await (loader.closed if closed else loader.open)(
+                    value, requests=requests, duration_s=args.duration
+                )
+            part = {kind: value, "mode": "closed" if closed else "open"}
+            part |= level(load, streaming=args.streaming, slo=args.slo)
             part["checks"]["null_responses_per_s"] = null_rate
-            levels.append({kind: value, "mode": "closed" if kind == "concurrency" else "open"} | part)
-            finish(levels[-1], args, telemetry.summary(name), cost, environment)
+            nbytes = (
+                cost.decode_nbytes(args.input_tokens.mean, args.output_tokens.mean, value) if cost and closed else None
+            )
+            levels.append(add_device(part, telemetry.summary(name), nbytes, environment))
             bar.advance(task)
     await client.close()
     if not any(part["samples"] for part in levels):
-        failure = next(iter(levels[0]["failures"]), "no answer")
-        raise RunError(f"no request succeeded at {url}: {failure}")
+        raise RunError(f"no request succeeded at {args.url}: {next(iter(levels[0]['failures']), 'no answer')}")
     workload = {"streaming": args.streaming, "protocol": args.protocol, "seed": args.seed, "slo": args.slo}
     for name in ("input_tokens", "output_tokens"):
         length = getattr(args, name)
-        workload[name if length.low == length.high else f"{name}_range"] = (
-            length.low if length.low == length.high else [length.low, length.high]
-        )
-    about = {"backend": backend, "kernels": kernels, "config": info.engine.to_dict()}
-    about |= {"checkpoint_sha256": info.checkpoint_sha256, "weights_sha256": info.weights_sha256}
-    null_info = {"responses_per_s": null_rate, "concurrency": users, "failures": dict(null.failures)}
+        workload |= {name: length.low} if length.low == length.high else {f"{name}_range": [length.low, length.high]}
     return new_result(
         "triton",
         backend,
@@ -169,77 +153,20 @@ async def measure(
         workload=workload,
         environment=environment,
         summary=scaling(levels),
-        engine=about,
-        null_model=null_info,
+        engine=describe(info, backend, kernels),
+        null_model={"responses_per_s": null_rate, "concurrency": users, "failures": dict(null.failures)},
         levels=levels,
     )
 
 
-def _metrics(url: str) -> tuple[dict[str, float], str]:
-    try:
-        return read_metrics(url)
-    except OSError:
-        console.print(f"no metrics at {url}: MBU is left out (give --metrics-url)")
-        return {}, "unknown"
-
-
-def finish(
-    part: dict[str, Any],
-    args: argparse.Namespace,
-    section: dict[str, Any],
-    cost: Cost | None,
-    environment: dict[str, Any],
-) -> None:
-    """Add telemetry, MBU and energy a token to a level."""
-    part["telemetry"], summed = section, part["summary"]
-    summed["gpu_utilization_pct"], summed["gpu_power_w"] = section["gpu_utilization_pct"], section["gpu_power_w"]
-    tokens = sum(part["samples"].get("output_tokens", []))
-    energy = section["gpu_energy_j"]
-    summed["energy_j_per_token"] = energy / tokens if energy and tokens else None
-    if cost and "tpot_ms" in summed and "concurrency" in part:
-        mean = [(length.low + length.high) // 2 for length in (args.input_tokens, args.output_tokens)]
-        nbytes = cost.decode_nbytes(*mean, part["concurrency"])
-        summed["mbu"] = mbu(nbytes, summed["tpot_ms"]["p50"] / 1e3, environment)
-
-
 def scaling(levels: list[dict[str, Any]]) -> dict[str, Any]:
     """Throughput at the largest closed-loop level over N times that at one user."""
-    rates = {part["concurrency"]: part["summary"] for part in levels if "concurrency" in part and part["samples"]}
-    if 1 not in rates or len(rates) < 2:
+    closed = {part["concurrency"]: part["summary"] for part in levels if "concurrency" in part and part["samples"]}
+    if 1 not in closed or len(closed) < 2:
         return {}
-    top = max(rates)
-    gain = rates[top]["output_tokens_per_s"]["p50"] / rates[1]["output_tokens_per_s"]["p50"]
+    top = max(closed)
+    gain = closed[top]["output_tokens_per_s"]["p50"] / closed[1]["output_tokens_per_s"]["p50"]
     return {"scaling": {"from": 1, "to": top, "gain": gain, "efficiency": gain / top}}
-
-
-def show(result: dict[str, Any], output: Path) -> None:
-    """One row a level, and the verdict."""
-    table = Table(title=f"Triton ({result['backend']}), {result['model']['name']}", title_justify="left")
-    for column in ("load", "tok/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms", "latency p50, s", "MBU", "failed"):
-        table.add_column(column, justify="right")
-
-    def pair(summed: dict[str, Any], key: str) -> str:
-        return f"{summed[key]['p50']:.1f} / {summed[key]['p99']:.1f}" if key in summed else ""
-
-    for part in result["levels"]:
-        summed, failed = part["summary"], str(part["checks"]["failed_requests"])
-        load = f"{part['concurrency']} at once" if "concurrency" in part else f"{part['rate']:g}/s"
-        if not part["samples"]:
-            table.add_row(load, "", "", "", "", "", failed)
-            continue
-        share = f"{summed['mbu']:.2f}" if summed.get("mbu") else ""
-        rate, latency = summed["output_tokens_per_s"]["p50"], summed["latency_s"]["p50"]
-        table.add_row(
-            load, f"{rate:,.0f}", pair(summed, "ttft_ms"), pair(summed, "tpot_ms"), f"{latency:.2f}", share, failed
-        )
-    out = Console()
-    out.print(table)
-    for part in result["levels"]:
-        for message, count in part["failures"].items():
-            out.print(f"{count} x {message}", markup=False)
-    verdict = result["validity"]
-    out.print(f"{verdict['status']}: {'; '.join(verdict['reasons']) or 'all checks passed'}", markup=False)
-    out.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -10,43 +10,29 @@ Output: baseline.json, optimized-<backend>.json and comparison.json in the folde
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from rich.console import Console
-
+from llama_engine.build import engine_backend
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
-from llama_engine.measure.generation import EngineStack, TransformersStack
+from llama_engine.measure.generation import TransformersStack
+from llama_engine.measure.show import show
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    protocol.add_arguments(parser, "results/local")
+    parser = protocol.parser_for(__doc__, "results/local")
+    protocol.add_arguments(parser)
     protocol.add_engine_arguments(parser)
     args = parser.parse_args()
-    folder: Path = args.output
     device = protocol.prepare(args)
-    backend = protocol.backend_of(args)
-    paths = [folder / name for name in ("baseline.json", f"optimized-{backend}.json", "comparison.json")]
-    for path in paths:
-        result.check_output(path, args.force)
-    baseline = TransformersStack(args.model_dir, device)
-    engine, about = protocol.open_engine(args.engine_dir, backend, device, args.threads)
-    protocol.check_same_model(args.model_dir, about)
-    measured = protocol.measure([baseline, engine], args, device, about)
-    before, after = measured[baseline.name], measured[engine.name]
-    if isinstance(engine, EngineStack):
-        protocol.add_levels(after, engine, args, device)
-    compared = protocol.comparison(before, after)
-    for path, content in zip(paths, (before, after, compared)):
+    backend = engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
+    names = ("baseline.json", f"optimized-{backend}.json", "comparison.json")
+    paths = [result.check_output(args.output / name, args.force) for name in names]
+    engine = protocol.open_engine(args, device)
+    measured = protocol.measure([TransformersStack(args.model_dir, device), engine], args, device)
+    before, after = measured["transformers"], measured[engine.name]
+    results = (before, after, protocol.comparison(before, after))
+    for path, content in zip(paths, results):
         result.write_result(path, content, force=args.force)
-    out = Console()
-    for content in (before, after):
-        protocol.print_result(content, out)
-    for name, ratio in compared["speedup"].items():
-        low, high = ratio["ci95"]
-        out.print(f"{name:<20} {ratio['ratio']:.2f}x  95 % [{low:.2f}, {high:.2f}]  {ratio['verdict']}")
+    show(results)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,8 @@ Output: a small JSON that says what was run (and, with --torch-profiler, PyTorch
     python benchmarks/trt_nvtx.py --output build/trt_nvtx.json
 """
 
-from __future__ import annotations
-
-import argparse
-
 from llama_engine.errors import run_cli
-from llama_engine.measure import profile, protocol
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    profile.add_arguments(parser, "build/trt_nvtx.json")
-    protocol.add_engine_arguments(parser)
-    profile.main_for(parser.parse_args(), engine=True)
-
+from llama_engine.measure import profile
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: profile.main(__doc__, engine=True))

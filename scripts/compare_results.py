@@ -21,10 +21,12 @@ from rich.table import Table
 from llama_engine.errors import InputError, run_cli
 from llama_engine.measure.result import Result, load_folder
 from llama_engine.measure.stats import bootstrap_ratio
+from llama_engine.measure.story import MEASUREMENTS, dig
 
 REGRESSION, NOT_COMPARABLE = 3, 4
 METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower is better
-WORKLOAD = ("input_tokens", "output_tokens", "concurrency")
+SAME = ("model.sha256", "workload.input_tokens", "workload.output_tokens", "workload.concurrency")
+FINGERPRINT = "environment.fingerprint"
 
 
 def main() -> int:
@@ -37,19 +39,18 @@ def main() -> int:
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance must be in [0, 1), got {args.tolerance}")
     old, new = load_folder(args.old), load_folder(args.new)
+    pairs = {name: (old[name], new[name]) for name in old if name in new and old[name]["benchmark"] in MEASUREMENTS}
     console = Console(width=110)
-    obstacles = list(differences(old, new, args.force))
-    if obstacles:
+    if obstacles := list(differences(pairs, args.force)):
         for obstacle in obstacles:
             console.print(f"not comparable: {obstacle}")
         return NOT_COMPARABLE
-    foreign = [name for name in shared(old, new) if fingerprint(old[name]) != fingerprint(new[name])]
-    table = Table(title="DIFFERENT MACHINES OR VERSIONS (--force)" if foreign else None)
-    for column in ("result", "metric", "new / old speed", "95 %", "verdict"):
-        table.add_column(column)
+    foreign = any(dig(a, FINGERPRINT) != dig(b, FINGERPRINT) for a, b in pairs.values())
+    title = "DIFFERENT MACHINES OR VERSIONS (--force)" if foreign else None
+    table = Table("result", "metric", "new / old speed", "95 %", "verdict", title=title)
     regressed = 0
-    for name in shared(old, new):
-        for metric, before, after in metrics(old[name], new[name]):
+    for name, pair in pairs.items():
+        for metric, before, after in metrics(*pair):
             ratio = bootstrap_ratio(before, after, paired=False)
             low, high = ratio["ci95"]
             bad = high < 1 - args.tolerance
@@ -61,46 +62,32 @@ def main() -> int:
     return REGRESSION if regressed else 0
 
 
-def shared(old: dict[str, Result], new: dict[str, Result]) -> list[str]:
-    return [name for name in old if name in new and old[name]["benchmark"] in ("baseline", "optimized", "triton")]
-
-
-def fingerprint(result: Result) -> str:
-    return result["environment"]["fingerprint"]
-
-
-def differences(old: dict[str, Result], new: dict[str, Result], force: bool) -> Iterator[str]:
+def differences(pairs: dict[str, tuple[Result, Result]], force: bool) -> Iterator[str]:
     """Why the two folders cannot be compared."""
-    if not shared(old, new):
+    if not pairs:
         yield "no measurement is in both folders"
-    for name in shared(old, new):
-        a, b = old[name], new[name]
-        for which, result in (("old", a), ("new", b)):
+    for name, (old, new) in pairs.items():
+        for which, result in (("old", old), ("new", new)):
             if result["validity"]["status"] != "VALID":
                 yield f"{name}: the {which} result is INVALID: {'; '.join(result['validity']['reasons'])}"
-        if a["model"]["sha256"] != b["model"]["sha256"]:
-            yield f"{name}: other models ({a['model']['name']}, {b['model']['name']})"
-        for key in WORKLOAD:
-            if a["workload"].get(key) != b["workload"].get(key):
-                yield f"{name}: {key} is {a['workload'].get(key)} and {b['workload'].get(key)}"
-        if fingerprint(a) != fingerprint(b) and not force:
+        for path in SAME:
+            if dig(old, path) != dig(new, path):
+                yield f"{name}: {path} is {dig(old, path)} and {dig(new, path)}"
+        if dig(old, FINGERPRINT) != dig(new, FINGERPRINT) and not force:
             yield f"{name}: other machine or library versions (--force compares them all the same, labelled)"
 
 
 def metrics(old: Result, new: Result) -> Iterator[tuple[str, list[float], list[float]]]:
-    """(metric, old samples, new samples) of a result and of the levels that both have."""
-    for key in METRICS:
-        if old["samples"].get(key) and new["samples"].get(key):
-            yield key, old["samples"][key], new["samples"][key]
-    after = {level.get("concurrency"): level for level in new.get("levels", [])}
-    for level in old.get("levels", []):
-        other = after.get(level.get("concurrency"))
-        if level.get("concurrency") is None or other is None:
-            continue
+    """(metric, old samples, new samples) of a result and of the closed-loop levels that both have."""
+    before, after = (
+        {"": x} | {f"{y['concurrency']} at once ": y for y in x.get("levels", []) if "concurrency" in y}
+        for x in (old, new)
+    )
+    for prefix in (name for name in before if name in after):
         for key in METRICS:
-            pair = level.get("samples", {}).get(key), other.get("samples", {}).get(key)
-            if pair[0] and pair[1]:
-                yield f"{level['concurrency']} at once {key}", *pair
+            samples = dig(before, f"{prefix}.samples.{key}"), dig(after, f"{prefix}.samples.{key}")
+            if all(samples):
+                yield prefix + key, *samples
 
 
 if __name__ == "__main__":

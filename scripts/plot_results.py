@@ -39,15 +39,13 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository")
     args = parser.parse_args()
-    results = args.root / "results"
+    results, readme = args.root / "results", args.root / "README.md"
     if args.definitions:
-        if args.definitions not in definitions.DEFINITIONS:
-            raise InputError(f"--definitions knows {', '.join(definitions.DEFINITIONS)}, not {args.definitions!r}")
         print_definitions(args.results_dir, args.definitions)
     elif args.check:
-        check(results, args.root / "README.md")
+        check(results, readme)
     elif args.headline:
-        publish(results, args.headline, args.root / "README.md")
+        publish(results, readme, args.headline)
     else:
         story = Story.load(args.results_dir)
         write_text(args.results_dir / REPORT, render(story))
@@ -57,83 +55,74 @@ def main() -> None:
 
 def print_definitions(folder: Path, tool: str) -> None:
     """Every result's samples, levels included, under another tool's names."""
-    out = Console()
+    if tool not in definitions.DEFINITIONS:
+        raise InputError(f"--definitions knows {', '.join(definitions.DEFINITIONS)}, not {tool!r}")
+    out, columns = Console(), ("mean", "p50", "p90", "p99")
     for name, result in load_folder(folder).items():
-        parts = [(name, result["samples"])]
-        parts += [
-            (f"{name}, {x.get('concurrency', '?')} at once", x.get("samples", {})) for x in result.get("levels", [])
-        ]
-        for title, samples in parts:
-            if not {"ttft_ms", "latency_s", "output_tokens"} <= set(samples):
-                continue
-            table = Table(title=f"{title}, as {tool} defines it", title_justify="left")
-            for column in ("metric", "formula", "mean", "p50", "p90", "p99"):
-                table.add_column(column)
-            for metric, formula, figures in definitions.table(tool, samples):
-                table.add_row(metric, formula, *(f"{figures[key]:.2f}" for key in ("mean", "p50", "p90", "p99")))
-            out.print(table)
+        loads = {f"{name}, {x.get('concurrency', '?')} at once": x for x in result.get("levels", [])}
+        for title, load in ({name: result} | loads).items():
+            if {"ttft_ms", "latency_s", "output_tokens"} <= set(load.get("samples", ())):
+                title = f"{title}, as {tool} defines it"
+                table = Table("metric", "formula", *columns, title=title, title_justify="left")
+                for metric, formula, figures in definitions.table(tool, load["samples"]):
+                    table.add_row(metric, formula, *(f"{figures[key]:.2f}" for key in columns))
+                out.print(table)
 
 
-def published(results: Path) -> dict[str, Story]:
-    """Every committed machine's results, by name; ``local`` is nobody else's."""
-    folders = sorted(path.parent for path in results.glob("*/*.json") if path.parent.name != "local")
-    return {folder.name: Story.load(folder) for folder in dict.fromkeys(folders)}
+def published(results: Path, headline: str) -> list[Story]:
+    """Every committed machine's results, the headline first; ``local`` is nobody else's."""
+    folders = {path.parent for path in results.glob("*/*.json") if path.parent.name != "local"}
+    if results / headline not in folders:
+        names = ", ".join(sorted(folder.name for folder in folders)) or "none"
+        raise InputError(f"results/{headline} holds no result files; there are: {names}")
+    return [Story.load(folder) for folder in sorted(folders, key=lambda folder: (folder.name != headline, folder))]
 
 
-def pages(results: Path, stories: dict[str, Story], headline: str) -> dict[Path, str]:
-    """Every report and what it should say. Raises :class:`InputError` for an unknown headline."""
-    if headline not in stories:
-        raise InputError(f"results/{headline} holds no result files; there are: {', '.join(stories) or 'none'}")
-    others = [story for name, story in stories.items() if name != headline]
-    wanted = {results / name / REPORT: render(story) for name, story in stories.items()}
-    return wanted | {results / REPORT: render(stories[headline], headline=True, others=others)}
-
-
-def ordered(stories: dict[str, Story], headline: str) -> list[Story]:
-    return [stories[headline], *(story for name, story in stories.items() if name != headline)]
-
-
-def publish(results: Path, headline: str, readme: Path) -> None:
-    stories = published(results)
-    for path, text in pages(results, stories, headline).items():
-        write_text(path, text)
-        print(path)
-    for name, story in stories.items():
-        draw_all(story, results / name)
-    draw_all(stories[headline], results)
+def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
+    """Every report, the README, and what they should say."""
+    wanted = {results / story.name / REPORT: render(story) for story in stories}
+    wanted[results / REPORT] = render(stories[0], headline=True, others=stories[1:])
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    updated = replace_block(text, readme_block(ordered(stories, headline)))
+    updated = replace_block(text, readme_block(stories))
     if updated is None:
         raise RunError(f"{readme} lacks the marks <!-- results:begin --> and <!-- results:end -->: add them")
-    write_text(readme, updated)
+    return wanted | {readme: updated}
+
+
+def publish(results: Path, readme: Path, headline: str) -> None:
+    stories = published(results, headline)
+    for path, text in pages(results, readme, stories).items():
+        write_text(path, text)
+        print(path)
+    for story in stories:
+        draw_all(story, results / story.name)
+    draw_all(stories[0], results)
 
 
 def check(results: Path, readme: Path) -> None:
-    stories = published(results)
-    if not stories:
+    if not any(path.parent.name != "local" for path in results.glob("*/*.json")):
         print("nothing is published yet: nothing to check")
         return
     front = results / REPORT
     found = re.match(r"<!-- headline: (\S+) -->", front.read_text(encoding="utf-8") if front.is_file() else "")
     if not found:
         raise RunError(f"{front} is missing or names no headline: run scripts/plot_results.py --headline NAME")
-    headline = found.group(1)
-    stale = [
-        str(path)
-        for path, text in pages(results, stories, headline).items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
-    for folder, story in [(results, stories[headline]), *((results / name, story) for name, story in stories.items())]:
-        pictures = sorted(folder.glob("*.png"))
-        stale += [str(path) for path in pictures if Image.open(path).info.get("Source-SHA256") != story.sha256]
-        if not pictures:
-            stale.append(f"{folder}/*.png")
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if replace_block(text, readme_block(ordered(stories, headline))) != text:
-        stale.append(str(readme))
+    stories = published(results, found[1])
+    wanted = pages(results, readme, stories).items()
+    stale = [path for path, text in wanted if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for folder, story in [(results, stories[0]), *((results / story.name, story) for story in stories)]:
+        pictures = sorted(folder.glob("*.png")) or [folder / "*.png"]
+        stale += [path for path in pictures if not path.exists() or source_of(path) != story.sha256]
     if stale:
-        raise RunError(f"stale: {', '.join(stale)}: run scripts/plot_results.py --headline {headline}")
-    print(f"{len(stories)} machines, headline {headline}: reports, pictures and README agree with the JSON")
+        names = ", ".join(map(str, stale))
+        raise RunError(f"stale: {names}: run scripts/plot_results.py --headline {found[1]}")
+    print(f"{len(stories)} machines, headline {found[1]}: reports, pictures and README agree with the JSON")
+
+
+def source_of(picture: Path) -> str | None:
+    """The hash of the results that a picture was drawn from."""
+    with Image.open(picture) as image:
+        return image.info.get("Source-SHA256")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,98 +38,75 @@ def engine_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@dataclass
-class Comparison:
-    """Running sums over scored tokens. ``reference`` is p, the 16-bit model; ``engine`` is q."""
+def score(reference: torch.Tensor, engine: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of each token: logits ``[n, vocab]`` of both models, row i predicts ``target[i]``. Float64 ``[n]`` each.
 
-    tokens: int = 0
-    nll_reference: float = 0.0
-    nll_engine: float = 0.0
-    kl_sum: float = 0.0
-    kl_max: float = 0.0
-    agree: int = 0
-    error_square: float = 0.0
-    reference_square: float = 0.0
-    error_max: float = 0.0
-    reference_max: float = 0.0
-
-    def add(self, reference: torch.Tensor, engine: torch.Tensor, ids: Sequence[int]) -> None:
-        """Score one window: logits ``[n, vocab]`` of both, row i predicts ``ids[i + 1]``. KL is sum p (ln p - ln q)."""
-        target = torch.tensor(ids[1:], device=reference.device)
-        for start in range(0, len(target), CHUNK_TOKENS):
-            rows = slice(start, min(start + CHUNK_TOKENS, len(target)))
-            wide, other = reference[rows].float(), engine[rows].float()
-            p, q = F.log_softmax(wide, dim=-1), F.log_softmax(other, dim=-1)
-            picked = target[rows, None]
-            self.nll_reference -= float(p.gather(1, picked).sum(dtype=torch.float64))
-            self.nll_engine -= float(q.gather(1, picked).sum(dtype=torch.float64))
-            kl = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
-            self.kl_sum += float(kl.sum())
-            self.kl_max = max(self.kl_max, float(kl.max()))
-            self.agree += int((wide.argmax(-1) == other.argmax(-1)).sum())
-            error = wide - other
-            self.error_square += float(error.square().sum())
-            self.reference_square += float(wide.square().sum())
-            self.error_max = max(self.error_max, float(error.abs().max()))
-            self.reference_max = max(self.reference_max, float(wide.abs().max()))
-        self.tokens += len(target)
-
-    def summary(self, *, synthetic: bool) -> dict[str, Any]:
-        """Figures for a result; logit errors alone for synthetic weights, whose perplexity means nothing."""
-        if synthetic:
-            return {
-                "tokens": self.tokens,
-                "logit_error_rms": (self.error_square / self.reference_square) ** 0.5,
-                "logit_error_max": self.error_max / self.reference_max,
-            }
-        baseline, engine = (float(torch.tensor(x / self.tokens).exp()) for x in (self.nll_reference, self.nll_engine))
-        return {
-            "tokens": self.tokens,
-            "perplexity_baseline": baseline,
-            "perplexity_engine": engine,
-            "perplexity_ratio": engine / baseline,
-            "kl_mean": self.kl_sum / self.tokens,
-            "kl_max": self.kl_max,
-            "top1_agreement": self.agree / self.tokens,
-        }
+    KL is sum p (ln p - ln q) in nat, p the 16-bit model and q the engine.
+    """
+    wide, other = reference.float(), engine.float()
+    p, q = F.log_softmax(wide, dim=-1), F.log_softmax(other, dim=-1)
+    figures = {
+        "nll_baseline": F.nll_loss(p, target, reduction="none"),
+        "nll_engine": F.nll_loss(q, target, reduction="none"),
+        "kl": (p.exp() * (p - q)).sum(-1, dtype=torch.float64),
+        "agree": wide.argmax(-1) == other.argmax(-1),
+        "error_square": (wide - other).square().sum(-1),
+        "reference_square": wide.square().sum(-1),
+        "error_max": (wide - other).abs().amax(-1),
+        "reference_max": wide.abs().amax(-1),
+    }
+    return {name: values.double().cpu() for name, values in figures.items()}
 
 
 def compare_logits(
-    reference: Logits, engine: Logits, windows: Sequence[list[int]], advance: Callable[[], None] = lambda: None
-) -> Comparison:
-    """Teacher-forced comparison over independent windows of token ids."""
-    result = Comparison()
+    reference: Logits, engine: Logits, windows: Iterable[list[int]], *, synthetic: bool
+) -> dict[str, float]:
+    """Teacher-forced comparison over independent windows of ids; the figures of a result.
+
+    Logit errors alone for synthetic weights, whose perplexity means nothing.
+    """
+    parts = []
     for ids in windows:
-        expected = reference(ids)
-        result.add(expected, engine(ids).to(expected.device), ids)
-        advance()
-    return result
+        expected, got = reference(ids), engine(ids)
+        target = torch.tensor(ids[1:], device=expected.device)
+        rows = zip(*(x.split(CHUNK_TOKENS) for x in (expected[:-1], got[:-1].to(expected.device), target)))
+        parts += [score(*chunk) for chunk in rows]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tokens, mean = len(scores["kl"]), {name: float(values.mean()) for name, values in scores.items()}
+    top = {name: float(values.max()) for name, values in scores.items()}
+    if synthetic:
+        return {
+            "tokens": tokens,
+            "logit_error_rms": (mean["error_square"] / mean["reference_square"]) ** 0.5,
+            "logit_error_max": top["error_max"] / top["reference_max"],
+        }
+    baseline, quantized = math.exp(mean["nll_baseline"]), math.exp(mean["nll_engine"])
+    return {
+        "tokens": tokens,
+        "perplexity_baseline": baseline,
+        "perplexity_engine": quantized,
+        "perplexity_ratio": quantized / baseline,
+        "kl_mean": mean["kl"],
+        "kl_max": top["kl"],
+        "top1_agreement": mean["agree"],
+    }
 
 
 def greedy_agreement(reference: Sequence[GenerationRun], engine: Sequence[GenerationRun]) -> dict[str, Any]:
     """How many greedy tokens agree before the first difference, over prompts. Sensitive to ties: shown, not gated."""
-    lengths = []
-    for a, b in zip(reference, engine):
-        same = [x == y for x, y in zip(a.token_ids, b.token_ids)]
-        lengths.append(same.index(False) if False in same else len(same))
+    pairs = (zip(a.token_ids, b.token_ids) for a, b in zip(reference, engine))
+    lengths = [len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pair))) for pair in pairs]
     return summary(lengths) | {"of": max(len(run.token_ids) for run in reference), "lengths": lengths}
 
 
 def gate(figures: dict[str, Any], *, full: bool = True) -> dict[str, Any]:
     """``{"status": "PASSED"|"FAILED", "reasons": [...]}``; a figure that is missing or NaN fails."""
+    synthetic = "logit_error_rms" in figures
     limits = {"perplexity_ratio": MAX_PERPLEXITY_RATIO, "kl_mean": MAX_KL_MEAN}
-    if "logit_error_rms" in figures:
+    if synthetic:
         limits = {"logit_error_rms": MAX_LOGIT_ERROR_RMS}
-    reasons = [
-        f"{key} {figures.get(key, float('nan')):.5f} is above {limit}"
-        for key, limit in limits.items()
-        if not figures.get(key, float("nan")) <= limit
-    ]
-    if full and "logit_error_rms" not in figures and figures["tokens"] < MIN_TOKENS:
+    found = {key: figures.get(key, math.nan) for key in limits}
+    reasons = [f"{key} {found[key]:.5f} is above {limit}" for key, limit in limits.items() if not found[key] <= limit]
+    if full and not synthetic and figures["tokens"] < MIN_TOKENS:
         reasons.append(f"{figures['tokens']:,} tokens scored, at least {MIN_TOKENS:,} are needed")
-    return {
-        "status": "FAILED" if reasons else "PASSED",
-        "reasons": reasons,
-        "limits": limits,
-        "quick": not full,
-    }
+    return {"status": "FAILED" if reasons else "PASSED", "reasons": reasons, "limits": limits, "quick": not full}

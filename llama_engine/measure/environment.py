@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from llama_engine.measure.telemetry import nvml_handle
+from llama_engine.measure.telemetry import Nvml
 
 LIBRARIES = (
     "torch",
@@ -38,18 +38,18 @@ def fingerprint(device: str = "cpu") -> dict[str, Any]:
     """CPU, GPU (None without one), software, git state, and a hash of what must match for a fair comparison."""
     cpu = {
         "name": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "l3_bytes": _l3_bytes(),
     }
-    gpu = _gpu() if device.startswith("cuda") else None
+    gpu = _gpu() if device == "cuda" else None
     software = {"python": platform.python_version(), "os": f"{platform.system()} {platform.release()}"}
     software |= {name: _version(name) for name in LIBRARIES}
     software["cuda"] = torch.version.cuda
     same = {"cpu": {key: cpu[key] for key in ("name", "cores", "threads")}, "gpu": None}
     if gpu:
-        same["gpu"] = {key: gpu.get(key) for key in ("name", "count", "driver", "power_limit_w")}
+        same["gpu"] = {key: gpu[key] for key in ("name", "count", "driver", "power_limit_w")}
     same["libraries"] = {name: software[name] for name in ("python", "torch", "transformers")}
     return {
         "device": device,
@@ -64,110 +64,88 @@ def fingerprint(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def measure_read_bandwidth(device: str = "cpu", repeats: int = 0) -> dict[str, Any]:
+def ceilings(device: str) -> dict[str, Any]:
+    """``read_bandwidth`` and ``matmul``: the walls of this machine, measured now."""
+    return {"read_bandwidth": measure_read_bandwidth(device), "matmul": measure_matmul_flops(device)}
+
+
+def measure_read_bandwidth(device: str = "cpu") -> dict[str, Any]:
     """Peak read bandwidth in bytes/s: the fastest of several sums over an array far larger than any cache.
 
     CUDA: 4 GiB float32 timed with events. CPU: float32 over 4 times the last-level cache (256 MB to 4 GB, at most a
     quarter of free memory), all threads of PyTorch.
     """
-    if device.startswith("cuda"):
+    cuda, cache = device == "cuda", _l3_bytes()
+    if cuda:
         size = min(CUDA_BUFFER_BYTES, torch.cuda.mem_get_info()[0] // 2)
-        seconds = _cuda_seconds
     else:
-        wanted = max(256 << 20, L3_MULTIPLE * (_l3_bytes() or 0))
+        wanted = max(256 << 20, L3_MULTIPLE * (cache or 0))
         size = min(wanted, 4 << 30, psutil.virtual_memory().available // 4)
-        seconds = _cpu_seconds
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
-    best = min(seconds(operation, repeats or 10) for operation in (data.sum, data.max))
+    best = min(_fastest(operation, device) for operation in (data.sum, data.max))
     return {
         "device": device,
         "bytes_per_s": data.nbytes / best,
         "buffer_bytes": data.nbytes,
         "method": "fastest of sum and max over a float32 array, all threads",
-        "threads": None if device.startswith("cuda") else torch.get_num_threads(),
-        "exceeds_l3": None
-        if device.startswith("cuda") or not _l3_bytes()
-        else data.nbytes >= L3_MULTIPLE * _l3_bytes(),
+        "threads": None if cuda else torch.get_num_threads(),
+        "exceeds_l3": None if cuda or not cache else data.nbytes >= L3_MULTIPLE * cache,
     }
 
 
-def measure_matmul_flops(device: str = "cpu", repeats: int = 0) -> dict[str, Any]:
+def measure_matmul_flops(device: str = "cpu") -> dict[str, Any]:
     """Peak dense matmul rate in FLOP/s, the 100 % of MFU: the fastest square product in the 16-bit type in use."""
-    cuda = device.startswith("cuda")
-    n, dtype = (8192, torch.float16) if cuda else (2048, torch.bfloat16)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = (_cuda_seconds if cuda else _cpu_seconds)(lambda: a @ b, repeats or (10 if cuda else 5))
-    return {"device": device, "flop_per_s": 2 * n**3 / best, "method": f"{n} x {n} {str(dtype)[6:]} product"}
+    n, dtype = (8192, torch.float16) if device == "cuda" else (256, torch.bfloat16)
+    while True:
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        seconds = _fastest(lambda a=a, b=b: a @ b, device)
+        if n >= 2048 or seconds > 0.05:  # a CPU without 16-bit instructions would need minutes for the largest
+            break
+        n *= 2
+    return {"device": device, "flop_per_s": 2 * n**3 / seconds, "method": f"{n} x {n} {str(dtype)[6:]} product"}
 
 
-def _cpu_seconds(operation: Callable[[], object], repeats: int) -> float:
-    operation()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        operation()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _cuda_seconds(operation: Callable[[], object], repeats: int) -> float:
-    for _ in range(3):
-        operation()
-    best = float("inf")
-    for _ in range(repeats):
+def _fastest(operation: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of a dozen calls: by CUDA events on a GPU, by the wall clock on a CPU."""
+    if device != "cuda":
+        return min(timeit.repeat(operation, number=1, repeat=12))
+    times = []
+    for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         operation()
         end.record()
         end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
 
 
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def _l3_bytes() -> int | None:
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
-    except (OSError, KeyError, ValueError):
+    except OSError:  # some virtual machines do not say
         return None
+    return int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
 
 
 def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    info: dict[str, Any] = {
+    properties, nvml = torch.cuda.get_device_properties(0), Nvml()
+    limit_mw = nvml.read("nvmlDeviceGetEnforcedPowerLimit")
+    return {
         "name": properties.name,
         "count": torch.cuda.device_count(),
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "multiprocessors": properties.multi_processor_count,
         "compute_capability": f"{properties.major}.{properties.minor}",
-    }
-    nvml, handle = nvml_handle()
-    if handle is None:
-        return info | {"driver": None, "power_limit_w": None, "max_sm_clock_mhz": None, "max_memory_clock_mhz": None}
-
-    def read(call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except nvml.NVMLError:
-            return None
-
-    limit = read(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))
-    driver = read(nvml.nvmlSystemGetDriverVersion)
-    return info | {
-        "driver": driver.decode() if isinstance(driver, bytes) else driver,
-        "power_limit_w": None if limit is None else limit / 1e3,
-        "max_sm_clock_mhz": read(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
-        "max_memory_clock_mhz": read(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        "driver": nvml.driver(),
+        "power_limit_w": None if limit_mw is None else limit_mw / 1e3,
+        "max_sm_clock_mhz": nvml.read("nvmlDeviceGetMaxClockInfo", nvml.SM_CLOCK),
+        "max_memory_clock_mhz": nvml.read("nvmlDeviceGetMaxClockInfo", nvml.MEMORY_CLOCK),
     }
 
 
@@ -182,19 +160,18 @@ def _git() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parents[2]
         try:
-            out = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
+            return subprocess.check_output(
+                ["git", "-C", root, *arguments], text=True, stderr=subprocess.DEVNULL
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):
             return None
-        return out.stdout.strip() if out.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": os.environ.get("GIT_COMMIT"), "dirty": None}  # a copied tree has no history to ask
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
 def _command() -> str:
     """The command line, with paths under the working directory made relative."""
-    here = f"{os.getcwd()}/"
-    return " ".join(argument.replace(here, "") for argument in sys.argv)
+    return " ".join(sys.argv).replace(f"{os.getcwd()}/", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -12,14 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from llama_engine.config import ModelConfig
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError, RunError
 from llama_engine.hf import HFModel
-from llama_engine.measure.environment import measure_matmul_flops, measure_read_bandwidth
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
 
@@ -33,6 +31,11 @@ class GenerationRun:
     t0: float
     token_times: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], stamp: float) -> None:
+        """Record tokens that the caller can use since ``stamp``."""
+        self.token_times += [stamp] * len(ids)
+        self.token_ids += ids
 
     @property
     def ttft_s(self) -> float:
@@ -56,8 +59,7 @@ class GenerationRun:
 
     @property
     def clock_backwards(self) -> int:
-        times = [self.t0, *self.token_times]
-        return sum(b < a for a, b in itertools.pairwise(times))
+        return sum(b < a for a, b in itertools.pairwise([self.t0, *self.token_times]))
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Cost:
     kv_nbytes_per_token: int  # read a step for every live position of every sequence
     flop_per_token: float  # 2 x multiply-adds of the linear layers, lm_head excluded
 
-    def decode_nbytes(self, input_tokens: int, output_tokens: int, batch: int = 1) -> float:
+    def decode_nbytes(self, input_tokens: float, output_tokens: float, batch: int = 1) -> float:
         """Mean bytes a decode step reads: weights once + KV of the live tokens, averaged over the run's steps."""
         return self.weight_nbytes + batch * self.kv_nbytes_per_token * (input_tokens + output_tokens / 2)
 
@@ -81,6 +83,7 @@ class Cost:
 class Stack(Protocol):
     name: str
     cost: Cost
+    about: dict[str, Any]  # what a result says of the engine; empty for the baseline
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         """Exactly ``new_tokens`` greedy tokens, each stamped when the caller could use it."""
@@ -100,14 +103,14 @@ class TransformersStack:
         config = HFModel(model_dir).config  # refuses what is not a Llama directory, in one line
         self.dtype = torch.float16 if device == "cuda" else torch.bfloat16
         self.device = device
+        self.about: dict[str, Any] = {}
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype, attn_implementation="sdpa")
         self.model.to(device).eval()
         # generate() fills unset fields from the model's own generation config: leave it no EOS to stop at
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        embedding = self.model.get_input_embeddings().weight
-        weights = sum(p.nbytes for p in self.model.parameters()) - (
-            0 if config.tie_word_embeddings else embedding.nbytes
-        )
+        weights = sum(p.nbytes for p in self.model.parameters())
+        if not config.tie_word_embeddings:
+            weights -= self.model.get_input_embeddings().weight.nbytes  # a gather of one row, not a read of all
         self.cost = Cost.of(config, weights, 2 * config.num_layers * config.kv_size * self.dtype.itemsize)
 
     @torch.inference_mode()
@@ -126,12 +129,9 @@ class _Clock:
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt first, then with each new token."""
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        ids = value.reshape(-1).tolist()
-        self.run.token_times += [now()] * len(ids)
-        self.run.token_ids += ids
+        if self.prompt_seen:
+            self.run.add(value.reshape(-1).tolist(), now())
+        self.prompt_seen = True
 
     def end(self) -> None:
         """Called after the last token."""
@@ -142,10 +142,9 @@ class EngineStack:
 
     name = "native"
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        executor = engine.executor
-        self.cost = Cost.of(engine.model, executor.step_nbytes, executor.kv_nbytes_per_token)
+    def __init__(self, engine: Engine, about: dict[str, Any] | None = None) -> None:
+        self.engine, self.about = engine, about or {}
+        self.cost = Cost.of(engine.model, engine.executor.step_nbytes, engine.executor.kv_nbytes_per_token)
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         return self.generate_batch([prompt_ids], new_tokens)[0]
@@ -158,9 +157,7 @@ class EngineStack:
             outputs = self.engine.step()
             stamp = now()
             for output in outputs:
-                run = runs[output.request_id]
-                run.token_times += [stamp] * len(output.token_ids)
-                run.token_ids += output.token_ids
+                runs[output.request_id].add(output.token_ids, stamp)
         return list(runs.values())
 
 
@@ -169,24 +166,17 @@ class RunnerStack:
 
     name = "tensorrt_llm"
 
-    def __init__(self, runner: Any, cost: Cost) -> None:
-        self.runner, self.cost = runner, cost
+    def __init__(self, runner: Any, cost: Cost, about: dict[str, Any] | None = None) -> None:
+        self.runner, self.cost, self.about = runner, cost, about or {}
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())
-        for result in self.runner.generate(
-            [torch.tensor(prompt_ids, dtype=torch.int32)],
-            max_new_tokens=new_tokens,
-            end_id=-1,
-            pad_id=0,
-            streaming=True,
-            return_dict=True,
-            output_sequence_lengths=True,
-        ):
+        prompt = [torch.tensor(prompt_ids, dtype=torch.int32)]
+        options = {"streaming": True, "return_dict": True, "output_sequence_lengths": True}
+        for result in self.runner.generate(prompt, max_new_tokens=new_tokens, end_id=-1, pad_id=0, **options):
             seen = len(prompt_ids) + len(run.token_ids)
             ids = result["output_ids"][0, 0, seen : int(result["sequence_lengths"][0, 0])].tolist()
-            run.token_times += [now()] * len(ids)
-            run.token_ids += ids
+            run.add(ids, now())
         return run
 
 
@@ -213,21 +203,12 @@ def make_prompts(model_dir: Path | str, text: str, length: int, count: int = 1) 
 
 
 def run_interleaved(
-    stacks: Sequence[Stack],
-    prompt: list[int],
-    new_tokens: int,
-    *,
-    warmup: int,
-    runs: int,
-    telemetry: Telemetry,
-    console: Console | None = None,
+    stacks: Sequence[Stack], prompt: list[int], new_tokens: int, *, warmup: int, runs: int, telemetry: Telemetry
 ) -> dict[str, list[GenerationRun]]:
     """Warm every stack up, then time A B A B ...; telemetry sections are named after the stacks."""
-    if warmup < 0 or runs < 1 or new_tokens < 1:
-        raise InputError("--warmup must be >= 0, --runs and --output-tokens >= 1")
     timed: dict[str, list[GenerationRun]] = {stack.name: [] for stack in stacks}
-    with progress_bar(console) as bar:
-        task = bar.add_task("warm-up", total=(warmup + runs) * len(stacks))
+    with progress_bar() as bar:
+        task = bar.add_task("", total=(warmup + runs) * len(stacks))
         for index in range(warmup + runs):
             for stack in stacks:
                 bar.update(task, description=f"{stack.name}: {'warm-up' if index < warmup else 'timed'}")
@@ -243,51 +224,41 @@ def run_interleaved(
     return timed
 
 
-def progress_bar(console: Console | None = None) -> Progress:
+def progress_bar() -> Progress:
     """The bar every long measurement shows, on stderr."""
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console or Console(stderr=True))
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
-def samples_of(runs: Sequence[GenerationRun]) -> dict[str, list[Any]]:
-    """Raw samples: ttft, tpot, latency and output_tokens one a request, itl pooled over requests."""
-    return {
-        "ttft_ms": [run.ttft_s * 1e3 for run in runs],
-        "tpot_ms": [run.tpot_s * 1e3 for run in runs],
+def samples_of(runs: Sequence[GenerationRun], *, streaming: bool = True) -> dict[str, list[Any]]:
+    """Raw samples: latency and output_tokens one a request; if it streamed also ttft and tpot, and itl pooled."""
+    samples: dict[str, list[Any]] = {
         "latency_s": [run.latency_s for run in runs],
         "output_tokens": [len(run.token_ids) for run in runs],
-        "itl_ms": [round(gap * 1e3, 4) for run in runs for gap in run.itl_s],
     }
+    if streaming:
+        samples["ttft_ms"] = [run.ttft_s * 1e3 for run in runs]
+        samples["tpot_ms"] = [run.tpot_s * 1e3 for run in runs]
+        samples["itl_ms"] = [round(gap * 1e3, 4) for run in runs for gap in run.itl_s]
+    return samples
 
 
-def summarize(
-    samples: dict[str, list[Any]],
-    cost: Cost,
-    workload: dict[str, Any],
-    ceilings: dict[str, Any],
-    telemetry: dict[str, Any],
+def summarize(samples: dict[str, list[Any]], rates: Sequence[float]) -> dict[str, Any]:
+    """Percentiles of every time in ``samples``, and of ``rates`` as output tokens a second."""
+    times = {key: summary(values) for key, values in samples.items() if key != "output_tokens" and values}
+    return times | {"output_tokens_per_s": summary(rates)}
+
+
+def add_device(
+    part: dict[str, Any], section: dict[str, Any], nbytes: float | None, ceilings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Percentiles, tokens a second a request, MBU, MFU and energy a token of requests run one at a time."""
-    result: dict[str, Any] = {
-        key: summary(samples[key]) for key in ("ttft_ms", "tpot_ms", "latency_s", "itl_ms") if samples.get(key)
-    }
-    rates = [count / latency for count, latency in zip(samples["output_tokens"], samples["latency_s"])]
-    result["output_tokens_per_s"] = summary(rates)
-    nbytes = cost.decode_nbytes(workload["input_tokens"], workload["output_tokens"])
-    result["step_nbytes"] = nbytes
-    result["mbu"] = mbu(nbytes, result["tpot_ms"]["p50"] / 1e3, ceilings)
-    result["mfu"] = mfu(cost, workload["input_tokens"], result["ttft_ms"]["p50"] / 1e3, ceilings)
-    for key in ("gpu_utilization_pct", "gpu_power_w"):
-        result[key] = telemetry.get(key)
-    energy = telemetry.get("gpu_energy_j")
-    result["energy_j_per_token"] = energy / sum(samples["output_tokens"]) if energy else None
-    return result
+    """Add to a result or level its telemetry ``section``, and to its summary utilization, power, energy and MBU."""
+    summed, tokens, energy = part["summary"], sum(part["samples"].get("output_tokens", [])), section["gpu_energy_j"]
+    summed |= {key: section[key] for key in ("gpu_utilization_pct", "gpu_power_w")}
+    summed["energy_j_per_token"] = energy / tokens if energy and tokens else None
+    if nbytes and "tpot_ms" in summed:
+        summed["mbu"] = mbu(nbytes, summed["tpot_ms"]["p50"] / 1e3, ceilings)
+    return part | {"telemetry": section}
 
 
 def mbu(nbytes: float, seconds: float, ceilings: dict[str, Any]) -> float | None:
@@ -298,20 +269,3 @@ def mbu(nbytes: float, seconds: float, ceilings: dict[str, Any]) -> float | None
 def mfu(cost: Cost, input_tokens: int, ttft_s: float, ceilings: dict[str, Any]) -> float | None:
     """FLOP of the prompt's linear layers / TTFT / peak 16-bit matmul rate measured in this run."""
     return cost.flop_per_token * input_tokens / ttft_s / ceilings["matmul"]["flop_per_s"] if ttft_s > 0 else None
-
-
-def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
-    """What :mod:`llama_engine.measure.validity` asks of a closed set of runs, and a hash of the tokens."""
-    outputs = {tuple(run.token_ids) for run in runs}
-    return {
-        "failed_requests": 0,  # an in-process failure ends the benchmark instead
-        "clock_backwards": sum(run.clock_backwards for run in runs),
-        "distinct_outputs": len(outputs),
-        "token_ids_sha256": hashlib.sha256(repr(runs[0].token_ids).encode()).hexdigest(),
-        "first_token_ids": runs[0].token_ids[:16],
-    }
-
-
-def ceilings(device: str) -> dict[str, Any]:
-    """``read_bandwidth`` and ``matmul``: the walls of this machine, measured now."""
-    return {"read_bandwidth": measure_read_bandwidth(device), "matmul": measure_matmul_flops(device)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,12 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_engine.errors import InputError
-from llama_engine.measure.generation import GenerationRun
-from llama_engine.measure.stats import percentile, summary
+from llama_engine.measure.generation import GenerationRun, samples_of, summarize
+from llama_engine.measure.stats import percentile
 from llama_engine.triton_client import Client, RequestFailed
 
 TICK_S = 0.005
-SLO_KEYS = ("ttft_ms", "tpot_ms", "latency_ms")
+SLO: dict[str, Callable[[GenerationRun], float]] = {
+    "ttft_ms": lambda run: run.ttft_s * 1e3,
+    "tpot_ms": lambda run: run.tpot_s * 1e3,
+    "latency_ms": lambda run: run.latency_s * 1e3,
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,14 @@ class Length:
     @classmethod
     def parse(cls, text: str) -> Length:
         """``"128"`` or ``"16:512"``. Raises :class:`InputError`."""
-        try:
-            low, high = (int(part) for part in (text.split(":") if ":" in text else (text, text)))
-        except ValueError:
-            raise InputError(f"a length is N or LOW:HIGH, got {text!r}") from None
-        if not 1 <= low <= high:
-            raise InputError(f"a length needs 1 <= LOW <= HIGH, got {text!r}")
-        return cls(low, high)
+        low, _, high = text.partition(":")
+        if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
+            raise InputError(f"a length is N or LOW:HIGH with 1 <= LOW <= HIGH, got {text!r}")
+        return cls(int(low), int(high or low))
+
+    @property
+    def mean(self) -> float:
+        return (self.low + self.high) / 2
 
     def draw(self, rng: random.Random) -> int:
         return rng.randint(self.low, self.high)
@@ -50,13 +56,10 @@ def parse_slo(items: Sequence[str]) -> dict[str, float]:
     """``["ttft_ms:200", "tpot_ms:30"]``. Raises :class:`InputError`."""
     limits = {}
     for item in items:
-        key, _, value = item.partition(":")
-        try:
-            limits[key] = float(value)
-        except ValueError:
-            limits[key] = -1.0
-        if key not in SLO_KEYS or limits[key] <= 0:
-            raise InputError(f"--slo takes {', '.join(f'{k}:MS' for k in SLO_KEYS)}, got {item!r}")
+        found = re.fullmatch(rf"({'|'.join(SLO)}):([\d.]+)", item)
+        if not found or not float(found[2]):
+            raise InputError(f"--slo takes {', '.join(f'{key}:MS' for key in SLO)}, got {item!r}")
+        limits[found[1]] = float(found[2])
     return limits
 
 
@@ -65,7 +68,6 @@ class Load:
     """What happened at one level. Times are ``perf_counter`` seconds; ``t0`` of a run is its scheduled send time."""
 
     runs: list[GenerationRun] = field(default_factory=list)
-    wanted: list[int] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     lag_s: list[float] = field(default_factory=list)
     responses: int = 0
@@ -132,7 +134,6 @@ class Generator:
         else:
             if len(run.token_ids) == output_tokens:
                 load.runs.append(run)
-                load.wanted.append(output_tokens)
             else:
                 load.failures[f"{len(run.token_ids)} tokens received, {output_tokens} requested"] += 1
         self.on_progress(load)
@@ -140,8 +141,7 @@ class Generator:
     async def _receive(self, load: Load, run: GenerationRun, input_tokens: int, output_tokens: int) -> None:
         prompt = self.prompts(input_tokens)
         async for ids in self.client.generate(prompt, output_tokens, streaming=self.streaming, model=self.model):
-            run.token_times += [time.perf_counter()] * len(ids)
-            run.token_ids += ids
+            run.add(ids, time.perf_counter())
             load.responses += 1
             load.tokens += len(ids)
 
@@ -174,18 +174,9 @@ def level(load: Load, *, streaming: bool, slo: dict[str, float]) -> dict[str, An
     if not load.runs:
         return part
     runs, wall = load.runs, load.wall_s
-    samples: dict[str, list[Any]] = {
-        "latency_s": [run.latency_s for run in runs],
-        "output_tokens": [len(run.token_ids) for run in runs],
-    }
-    if streaming:
-        samples["ttft_ms"] = [run.ttft_s * 1e3 for run in runs]
-        samples["tpot_ms"] = [run.tpot_s * 1e3 for run in runs]
-    summed: dict[str, Any] = {name: summary(samples[name]) for name in samples if name != "output_tokens"}
-    gaps = [gap * 1e3 for run in runs for gap in run.itl_s]
-    if streaming and gaps:
-        summed["itl_ms"] = summary(gaps)
-    summed["output_tokens_per_s"] = summary([sum(samples["output_tokens"]) / wall])
+    samples = samples_of(runs, streaming=streaming)
+    summed = summarize(samples, [sum(samples["output_tokens"]) / wall])
+    samples.pop("itl_ms", None)  # too many to keep
     summed["requests_per_s"] = len(runs) / wall
     checks |= {
         "requests_per_s": len(runs) / wall,
@@ -194,8 +185,6 @@ def level(load: Load, *, streaming: bool, slo: dict[str, float]) -> dict[str, An
         "clock_backwards": sum(run.clock_backwards for run in runs),
     }
     if slo:
-        limits = {"ttft_ms": lambda r: r.ttft_s * 1e3, "tpot_ms": lambda r: r.tpot_s * 1e3}
-        limits |= {"latency_ms": lambda r: r.latency_s * 1e3}
-        met = [all(limits[key](run) <= limit for key, limit in slo.items()) for run in runs]
-        summed["goodput"] = {"slo": slo, "requests_per_s": sum(met) / wall, "share": sum(met) / (len(runs) + failed)}
+        met = sum(all(SLO[key](run) <= limit for key, limit in slo.items()) for run in runs)
+        summed["goodput"] = {"slo": slo, "requests_per_s": met / wall, "share": met / (len(runs) + failed)}
     return part | {"samples": samples, "summary": summed, "wall_s": wall}

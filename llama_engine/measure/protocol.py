@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from llama_engine import build
 from llama_engine.engine import Engine, pick_device
 from llama_engine.errors import InputError
 from llama_engine.hf import model_identity
-from llama_engine.measure.environment import fingerprint
+from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     Cost,
     EngineStack,
     GenerationRun,
     RunnerStack,
     Stack,
-    ceilings,
+    add_device,
     make_prompts,
-    mbu,
     mfu,
     progress_bar,
-    run_checks,
     run_interleaved,
     samples_of,
     summarize,
@@ -36,29 +33,34 @@ from llama_engine.measure.generation import (
 from llama_engine.measure.result import Result, new_result
 from llama_engine.measure.stats import bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
-from llama_engine.measure.validity import judge
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (
     "The lighthouse keeper climbed the stairs each evening with a lamp in one hand and a letter in the other. "
     "Nobody in the village knew who wrote to him, or why the letters always came on the day before a storm. "
 )
-console = Console(stderr=True)
+RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
 
 
-def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """The flags that every generation benchmark shares."""
+def parser_for(doc: str | None, output: str) -> argparse.ArgumentParser:
+    """A script's parser, with the flags of every benchmark that loads a model itself."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--output", type=Path, default=Path(output), help="where the result goes")
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of one generation."""
     parser.add_argument("--input-tokens", type=int, default=32, help="prompt length, exactly")
     parser.add_argument("--output-tokens", type=int, default=512, help="new tokens a run, exactly")
     parser.add_argument("--warmup", type=int, default=3, help="runs that are not counted")
     parser.add_argument("--runs", type=int, default=10, help="timed runs")
     parser.add_argument("--prefill-tokens", type=int, default=1024, help="also time TTFT of this prompt; 0 to skip")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text, repeated or cut to --input-tokens")
-    parser.add_argument("--output", type=Path, default=Path(output), help="result file")
-    parser.add_argument("--force", action="store_true", help="replace an existing result")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,199 +74,161 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace) -> str:
     """Check the flags, set the threads, return the device."""
-    for name in ("input_tokens", "output_tokens", "runs"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.warmup < 0 or args.prefill_tokens < 0:
-        raise InputError("--warmup and --prefill-tokens must not be negative")
+    least = {"input_tokens": 1, "output_tokens": 1, "runs": 1, "warmup": 0, "prefill_tokens": 0}
+    for name, low in (least | {"threads": 1, "batch_output_tokens": 1, "batch_runs": 1}).items():
+        if (value := getattr(args, name, None)) is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     return pick_device(args.device).type
 
 
-def backend_of(args: argparse.Namespace) -> str:
-    """What ``--backend`` means for ``--engine-dir``: auto reads ``engine.json``."""
-    return build.engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
-
-
-def check_same_model(model_dir: Path, about: dict[str, Any]) -> None:
-    """Refuse to measure an engine under another model's name. Raises :class:`InputError`."""
-    model = model_identity(model_dir)
-    if about["model"]["sha256"] != model["sha256"]:
-        raise InputError(
-            f"the engine was built from {about['model']['name']}, not from {model_dir}: give its --model-dir"
-        )
-
-
-def add_levels(result: Result, stack: EngineStack, args: argparse.Namespace, device: str) -> None:
-    """Measure the batch levels into ``result`` and judge it again."""
-    if args.batch_runs < 1 or args.batch_output_tokens < 1:
-        raise InputError("--batch-runs and --batch-output-tokens must be at least 1")
-    result["levels"] = measure_batches(stack, args, args.batch, device, result["environment"])
-    result["validity"] = judge(result)
-
-
-def open_engine(engine_dir: Path, backend: str, device: str, threads: int | None) -> tuple[Stack, dict[str, Any]]:
-    """The engine as a stack, and what a result says about it. ``backend`` auto reads ``engine.json``."""
-    if backend == "auto":
-        backend = build.engine_backend(engine_dir)
-    info = build.load_engine_json(engine_dir, backend=backend)
-    about = {
+def describe(info: build.EngineInfo, backend: str, kernels: str) -> dict[str, Any]:
+    """What a result says of its engine."""
+    return {
         "backend": backend,
         "checkpoint_sha256": info.checkpoint_sha256,
         "weights_sha256": info.weights_sha256,
         "config": info.engine.to_dict(),
         "model": info.identity,
+        "kernels": kernels,
     }
+
+
+def open_engine(args: argparse.Namespace, device: str) -> Stack:
+    """The engine of ``--engine-dir`` as a stack; ``--backend`` auto reads ``engine.json``.
+
+    Raises :class:`InputError` when it was built from another model than ``--model-dir`` or for a smaller ``--batch``.
+    """
+    backend = build.engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
+    info = build.load_engine_json(args.engine_dir, backend=backend)
+    if info.identity["sha256"] != model_identity(args.model_dir)["sha256"]:
+        name = info.identity["name"]
+        raise InputError(f"the engine was built from {name}, not from {args.model_dir}: give its --model-dir")
+    limit = info.engine.max_batch_size
+    if bad := [level for level in getattr(args, "batch", None) or () if not 1 <= level <= limit]:
+        raise InputError(f"--batch {bad[0]}: this engine was built for 1 to {limit} (max_batch_size)")
     if backend == "native":
-        engine = Engine.from_dir(engine_dir, device=device, threads=threads)
-        return EngineStack(engine), about | {"kernels": engine.executor.kernels}
+        engine = Engine.from_dir(args.engine_dir, device=device, threads=args.threads)
+        return EngineStack(engine, describe(info, backend, engine.executor.kernels))
     from llama_engine.runner import ModelRunner
 
     model = info.model
     layer = model.hidden_size * (model.qkv_size + model.q_size + 3 * model.intermediate_size)
     nbytes = model.num_layers * layer + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, 4 * model.num_layers * model.kv_size)
-    return RunnerStack(ModelRunner.from_dir(engine_dir), cost), about | {"kernels": "tensorrt_llm"}
+    return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, backend, "tensorrt_llm"))
 
 
-def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str, about: dict[str, Any]) -> dict[str, Result]:
-    """Run the stacks interleaved and return one complete result each, by stack name."""
+def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> dict[str, Result]:
+    """Run the stacks interleaved, then the native engine's batches; one complete result each, by stack name."""
     environment = fingerprint(device) | ceilings(device)
-    model = model_identity(args.model_dir)
+    prompt = make_prompts(args.model_dir, args.prompt, args.input_tokens)[0]
     workload = {
         "input_tokens": args.input_tokens,
         "output_tokens": args.output_tokens,
         "concurrency": 1,
         "warmup_runs": args.warmup,
         "timed_runs": args.runs,
-        "prompt_ids": make_prompts(args.model_dir, args.prompt, args.input_tokens)[0],
+        "prompt_ids": prompt,
         "interleaved_with": [stack.name for stack in stacks],
     }
+    times: dict[str, Any] = {"warmup": args.warmup, "runs": args.runs}
     with Telemetry(device) as telemetry:
-        timed = run_interleaved(
-            stacks,
-            workload["prompt_ids"],
-            args.output_tokens,
-            warmup=args.warmup,
-            runs=args.runs,
-            telemetry=telemetry,
-            console=console,
-        )
+        timed = run_interleaved(stacks, prompt, args.output_tokens, telemetry=telemetry, **times)
         sections = {stack.name: telemetry.summary(stack.name) for stack in stacks}
-        prefill = _measure_prefill(stacks, args, telemetry)
+        prefill = {}
+        if args.prefill_tokens:
+            long = make_prompts(args.model_dir, args.prompt, args.prefill_tokens)[0]
+            prefill = run_interleaved(stacks, long, 1, telemetry=telemetry, **times)
     results = {}
     for stack in stacks:
-        baseline = stack.name == "transformers"
-        samples = samples_of(timed[stack.name])
-        summed = summarize(samples, stack.cost, workload, environment, sections[stack.name])
-        more: dict[str, Any] = {} if baseline else {"engine": about}
-        if stack.name in prefill:
-            times = prefill[stack.name]
-            summed["prefill_ttft_ms"] = summary(times) | {"input_tokens": args.prefill_tokens}
-            summed["prefill_mfu"] = mfu(
-                stack.cost, args.prefill_tokens, summed["prefill_ttft_ms"]["p50"] / 1e3, environment
-            )
-            samples["prefill_ttft_ms"] = times
+        runs, cost = timed[stack.name], stack.cost
+        samples = samples_of(runs)
+        summed = summarize(samples, [run_rate(run) for run in runs])
+        summed["step_nbytes"] = cost.decode_nbytes(args.input_tokens, args.output_tokens)
+        summed["mfu"] = mfu(cost, args.input_tokens, summed["ttft_ms"]["p50"] / 1e3, environment)
+        if prefill:
+            samples["prefill_ttft_ms"] = [run.ttft_s * 1e3 for run in prefill[stack.name]]
+            long_ttft = summary(samples["prefill_ttft_ms"])
+            summed["prefill_ttft_ms"] = long_ttft | {"input_tokens": args.prefill_tokens}
+            summed["prefill_mfu"] = mfu(cost, args.prefill_tokens, long_ttft["p50"] / 1e3, environment)
+        part = {"samples": samples, "summary": summed, "checks": run_checks(runs), "cost": dataclasses.asdict(cost)}
+        part = add_device(part, sections[stack.name], summed["step_nbytes"], environment)
+        if stack.about:
+            part["engine"] = stack.about
+        if isinstance(stack, EngineStack):
+            part["levels"] = measure_batches(stack, args, device, environment)
         results[stack.name] = new_result(
-            "baseline" if baseline else "optimized",
+            "optimized" if stack.about else "baseline",
             stack.name,
-            model=model,
+            model=model_identity(args.model_dir),
             workload=workload,
             environment=environment,
-            samples=samples,
-            summary=summed,
-            checks=run_checks(timed[stack.name]),
-            cost=dataclasses.asdict(stack.cost),
-            telemetry=sections[stack.name],
-            **more,
+            **part,
         )
     return results
 
 
-def _measure_prefill(stacks: Sequence[Stack], args: argparse.Namespace, telemetry: Telemetry) -> dict[str, list[float]]:
-    """TTFT in ms of the long prompt, one token generated, interleaved like everything else."""
-    if not args.prefill_tokens:
-        return {}
-    prompt = make_prompts(args.model_dir, args.prompt, args.prefill_tokens)[0]
-    runs = run_interleaved(stacks, prompt, 1, warmup=args.warmup, runs=args.runs, telemetry=telemetry, console=console)
-    return {name: [run.ttft_s * 1e3 for run in finished] for name, finished in runs.items()}
+def run_rate(run: GenerationRun) -> float:
+    """Output tokens a second of one request: N / (tN - t0)."""
+    return len(run.token_ids) / run.latency_s
+
+
+def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
+    """What :mod:`llama_engine.measure.validity` asks of runs in this process, and a hash of the tokens."""
+    return {
+        "failed_requests": 0,  # an in-process failure ends the benchmark instead
+        "clock_backwards": sum(run.clock_backwards for run in runs),
+        "distinct_outputs": len({tuple(run.token_ids) for run in runs}),
+        "token_ids_sha256": hashlib.sha256(repr(runs[0].token_ids).encode()).hexdigest(),
+        "first_token_ids": runs[0].token_ids[:16],
+    }
 
 
 def measure_batches(
-    stack: EngineStack, args: argparse.Namespace, levels: Sequence[int] | None, device: str, environment: dict[str, Any]
+    stack: EngineStack, args: argparse.Namespace, device: str, environment: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """In-process levels: that many requests handed over at once, ``--batch-runs`` times.
+    """In-process levels: that many requests handed over at once, ``--batch-runs`` times after one to warm up.
 
-    Throughput is tokens received / wall time from the first t0 to the last tN. Raises :class:`InputError` for a level
-    above the engine's ``max_batch_size``; without ``levels``, :data:`BATCH_LEVELS` up to it.
+    Throughput is tokens received / wall time from the first t0 to the last tN.
     """
-    limit = stack.engine.config.max_batch_size
+    levels, new_tokens, results = args.batch, args.batch_output_tokens, []
     if levels is None:
-        levels = [level for level in BATCH_LEVELS if level <= limit]
-    if bad := [level for level in levels if not 1 <= level <= limit]:
-        raise InputError(f"--batch {bad[0]}: this engine was built for 1 to {limit} (max_batch_size)")
-    new_tokens, results = args.batch_output_tokens, []
-    with Telemetry(device) as telemetry, progress_bar(console) as bar:
-        task = bar.add_task("batches", total=len(levels) * (args.batch_runs + 1))
+        levels = [level for level in BATCH_LEVELS if level <= stack.engine.config.max_batch_size]
+    with Telemetry(device) as telemetry, progress_bar() as bar:
+        task = bar.add_task("", total=len(levels) * (args.batch_runs + 1))
         for level in levels:
             bar.update(task, description=f"{level} at once")
             prompts = make_prompts(args.model_dir, args.prompt, args.input_tokens, level)
             stack.generate_batch(prompts, new_tokens)
             bar.advance(task)
-            batches = []
+            runs, walls, rates = [], [], []
             for _ in range(args.batch_runs):
                 with telemetry.section(str(level)):
-                    batches.append(stack.generate_batch(prompts, new_tokens))
+                    batch = stack.generate_batch(prompts, new_tokens)
+                runs += batch
+                walls.append(max(run.token_times[-1] for run in batch) - batch[0].t0)
+                rates.append(sum(len(run.token_ids) for run in batch) / walls[-1])
                 bar.advance(task)
-            results.append(_level(stack, level, batches, args, telemetry.summary(str(level)), environment))
+            samples = samples_of(runs)
+            del samples["itl_ms"]
+            part = {
+                "concurrency": level,
+                "mode": "in_process",
+                "workload": {"input_tokens": args.input_tokens, "output_tokens": new_tokens},
+                "samples": samples | {"wall_s": walls},
+                "summary": summarize(samples, rates),
+                "checks": {
+                    "failed_requests": 0,
+                    "clock_backwards": sum(run.clock_backwards for run in runs),
+                    "requests_per_s": len(runs) / sum(walls),
+                    "mean_latency_s": sum(samples["latency_s"]) / len(runs),
+                },
+            }
+            nbytes = stack.cost.decode_nbytes(args.input_tokens, new_tokens, level)
+            results.append(add_device(part, telemetry.summary(str(level)), nbytes, environment))
     return results
-
-
-def _level(
-    stack: EngineStack,
-    level: int,
-    batches: list[list[GenerationRun]],
-    args: argparse.Namespace,
-    section: dict[str, Any],
-    environment: dict[str, Any],
-) -> dict[str, Any]:
-    runs = [run for batch in batches for run in batch]
-    walls = [max(run.token_times[-1] for run in batch) - batch[0].t0 for batch in batches]
-    rates = [sum(len(run.token_ids) for run in batch) / wall for batch, wall in zip(batches, walls)]
-    samples = samples_of(runs)
-    summed: dict[str, Any] = {key: summary(samples[key]) for key in ("ttft_ms", "tpot_ms", "latency_s")}
-    summed["output_tokens_per_s"] = summary(rates)
-    nbytes = stack.cost.decode_nbytes(args.input_tokens, args.batch_output_tokens, level)
-    summed["mbu"] = mbu(nbytes, summed["tpot_ms"]["p50"] / 1e3, environment)
-    summed["gpu_utilization_pct"], summed["gpu_power_w"] = section["gpu_utilization_pct"], section["gpu_power_w"]
-    tokens = sum(samples["output_tokens"])
-    summed["energy_j_per_token"] = section["gpu_energy_j"] / tokens if section["gpu_energy_j"] else None
-    del samples["itl_ms"]
-    return {
-        "concurrency": level,
-        "mode": "in_process",
-        "workload": {"input_tokens": args.input_tokens, "output_tokens": args.batch_output_tokens},
-        "samples": samples | {"wall_s": walls},
-        "summary": summed,
-        "telemetry": section,
-        "checks": {
-            "failed_requests": 0,
-            "clock_backwards": sum(run.clock_backwards for run in runs),
-            "requests_per_s": len(runs) / sum(walls),
-            "mean_latency_s": summed["latency_s"]["mean"],
-        },
-    }
-
-
-RATIOS = {  # metric: (key of the samples, statement of what is divided)
-    "latency": ("latency_s", "baseline / engine"),
-    "ttft": ("ttft_ms", "baseline / engine"),
-    "tpot": ("tpot_ms", "baseline / engine"),
-    "prefill": ("prefill_ttft_ms", "baseline / engine, the long prompt"),
-}
 
 
 def comparison(baseline: Result, engine: Result) -> Result:
@@ -272,13 +236,11 @@ def comparison(baseline: Result, engine: Result) -> Result:
     reasons = [f"{r['benchmark']}: {reason}" for r in (baseline, engine) for reason in r["validity"]["reasons"]]
     speedup = {}
     if not reasons:
-        for name, (key, _) in RATIOS.items():
-            if key in baseline["samples"] and key in engine["samples"]:
-                speedup[name] = bootstrap_ratio(baseline["samples"][key], engine["samples"][key])
-        rates = [
-            [n / s for n, s in zip(r["samples"]["output_tokens"], r["samples"]["latency_s"])]
-            for r in (engine, baseline)
-        ]
+        before, after = baseline["samples"], engine["samples"]
+        for name, key in RATIOS.items():
+            if key in before and key in after:
+                speedup[name] = bootstrap_ratio(before[key], after[key])
+        rates = [[n / s for n, s in zip(x["output_tokens"], x["latency_s"])] for x in (after, before)]
         speedup["output_tokens_per_s"] = bootstrap_ratio(*rates)
     result = new_result(
         "comparison",
@@ -292,34 +254,3 @@ def comparison(baseline: Result, engine: Result) -> Result:
     )
     result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
     return result
-
-
-def print_result(result: Result, out: Console | None = None) -> None:
-    """The speed, its MBU and how far the wall is: one table."""
-    summed, wall = result["summary"], result["environment"]["read_bandwidth"]["bytes_per_s"]
-    table = Table(title=f"{result['benchmark']} ({result['backend']}), {result['model']['name']}", title_justify="left")
-    for column in ("at once", "tok/s", "TTFT p50", "TPOT p50", "MBU", "wall"):
-        table.add_column(column, justify="right")
-
-    def row(level: int, s: dict[str, Any], nbytes: float) -> None:
-        limit = level * wall / nbytes
-        rate = s["output_tokens_per_s"]["p50"]
-        used = "-" if s["mbu"] is None else f"{s['mbu']:.2f}"
-        distance = f"{limit:,.0f} tok/s, {limit / rate:.2f}x away"
-        table.add_row(
-            str(level), f"{rate:,.1f}", f"{s['ttft_ms']['p50']:.1f} ms", f"{s['tpot_ms']['p50']:.2f} ms", used, distance
-        )
-
-    row(1, summed, summed["step_nbytes"])
-    for level in result.get("levels", []):
-        s = level["summary"]
-        row(level["concurrency"], s, s["mbu"] * wall * s["tpot_ms"]["p50"] / 1e3 if s["mbu"] else summed["step_nbytes"])
-    out = out or Console()
-    out.print(table)
-    if "prefill_ttft_ms" in summed:
-        prefill = summed["prefill_ttft_ms"]
-        out.print(f"TTFT of {prefill['input_tokens']} tokens: {prefill['p50']:.1f} ms, MFU {summed['prefill_mfu']:.2f}")
-    if result["model"]["source"] == "synthetic":
-        out.print("[bold]synthetic weights[/]: speed only, no accuracy")
-    for reason in result["validity"]["reasons"]:
-        out.print(f"[bold red]INVALID[/] {reason}")

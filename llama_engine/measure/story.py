@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,16 @@ from llama_engine.measure.generation import Cost
 from llama_engine.measure.result import Result, load_folder
 
 STACK_NAMES = {"transformers": "Baseline", "native": "Native INT8 engine", "tensorrt_llm": "TensorRT-LLM engine"}
+MEASUREMENTS = ("baseline", "optimized", "triton")
 
 
 def dig(data: Any, path: str) -> Any:
     """``dig(result, "summary.ttft_ms.p50")``; None where a step is missing. A number indexes a list."""
     for key in path.split("."):
-        if isinstance(data, list) and key.isdigit() and int(key) < len(data):
-            data = data[int(key)]
-        elif isinstance(data, dict):
-            data = data.get(key)
+        if isinstance(data, list):
+            data = dict(enumerate(data)).get(int(key))
         else:
-            return None
+            data = data.get(key) if isinstance(data, dict) else None
     return data
 
 
@@ -33,48 +33,45 @@ class Story:
     name: str
     files: dict[str, Result]
     sha256: str
-    backend: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        backends = [name[10:-5] for name in self.files if name.startswith("optimized-")]
-        compared = self.files.get("comparison.json")
-        self.backend = compared["backend"] if compared else (backends or ["native"])[0]
-        if not any(result["benchmark"] in ("baseline", "optimized", "triton") for result in self.files.values()):
-            raise InputError(f"results of {self.name!r} hold no measurement to report: run scripts/run_all.sh")
 
     @classmethod
     def load(cls, folder: Path | str) -> Story:
         """Read a results folder. Raises :class:`InputError` when it is empty or a file is broken."""
         folder = Path(folder)
         files = {f"{stem}.json": result for stem, result in load_folder(folder).items()}
+        if not any(result["benchmark"] in MEASUREMENTS for result in files.values()):
+            raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
         return cls(folder.name, files, digest)
 
-    @property
-    def baseline_file(self) -> str:
-        return "baseline.json"
+    @cached_property
+    def backend(self) -> str:
+        engines = (r for r in self.files.values() if r["benchmark"] in ("comparison", "optimized"))
+        return next((result["backend"] for result in engines), "native")
 
-    @property
-    def engine_file(self) -> str:
-        return f"optimized-{self.backend}.json"
-
-    @property
-    def triton_file(self) -> str:
-        return f"triton-{self.backend}.json"
-
-    @property
-    def accuracy_file(self) -> str:
-        named = f"accuracy-{self.backend}.json"
-        return named if named in self.files else "accuracy.json"
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Short names of files; ``any`` is the first measurement there is."""
+        names = {
+            "base": "baseline.json",
+            "engine": f"optimized-{self.backend}.json",
+            "triton": f"triton-{self.backend}.json",
+        }
+        accuracy = f"accuracy-{self.backend}.json"
+        return names | {
+            "any": next(name for name in (*names.values(), *self.files) if name in self.files),
+            "accuracy": accuracy if accuracy in self.files else "accuracy.json",
+            "comparison": "comparison.json",
+            "profile": "profile.json",
+        }
 
     @property
     def any(self) -> Result:
-        order = (self.engine_file, self.baseline_file, self.triton_file)
-        return next(self.files[name] for name in (*order, *self.files) if name in self.files)
+        return self.files[self.aliases["any"]]
 
     def get(self, file: str, path: str) -> Any:
-        """A value of a result file, or None."""
-        return dig(self.files.get(file), path)
+        """A value of a result file, given by name or alias, or None."""
+        return dig(self.files.get(self.aliases.get(file, file)), path)
 
     def valid(self, file: str) -> bool:
         return self.get(file, "validity.status") == "VALID"
@@ -89,47 +86,70 @@ class Story:
 
     @property
     def machine(self) -> str:
-        environment = self.any["environment"]
-        if environment["gpu"]:
-            return environment["gpu"]["name"]
-        return f"{environment['cpu']['name']}, {environment['cpu']['cores']} cores"
+        cpu, gpu = self.any["environment"]["cpu"], self.any["environment"]["gpu"]
+        return gpu["name"] if gpu else f"{cpu['name']}, {cpu['cores']} cores"
 
     def levels(self, file: str) -> list[tuple[int, dict[str, Any]]]:
-        """(index in the file, level) of the closed-loop levels, by concurrency. None of an INVALID file."""
-        levels = self.get(file, "levels") or []
-        closed = [(i, level) for i, level in enumerate(levels) if "concurrency" in level]
+        """(index in the file, level) of the closed-loop levels that have figures, by concurrency."""
+        levels = enumerate(self.get(file, "levels") or [])
+        closed = [(i, level) for i, level in levels if "concurrency" in level and level["summary"].get("latency_s")]
         return sorted(closed, key=lambda item: item[1]["concurrency"])
 
-    def level_mbu(self, file: str, index: int) -> float | None:
-        """MBU of a level: as recorded, else from its TPOT p50 and the engine's cost and measured read bandwidth."""
-        level = self.files[file]["levels"][index]
-        if (recorded := dig(level, "summary.mbu")) is not None:
-            return recorded
-        cost = self.get(self.engine_file, "cost")
-        bandwidth = self.get(self.engine_file, "environment.read_bandwidth.bytes_per_s")
-        workload = self.get(file, "workload") | level.get("workload", {})
-        tpot = dig(level, "summary.tpot_ms.p50")
-        if not (cost and bandwidth and tpot and {"input_tokens", "output_tokens"} <= set(workload)):
-            return None
-        nbytes = Cost(**cost).decode_nbytes(workload["input_tokens"], workload["output_tokens"], level["concurrency"])
-        return nbytes / (tpot / 1e3) / bandwidth
+    def stacks(self) -> list[tuple[str, str]]:
+        """(file alias, label in two lines) of the in-process stacks that were measured."""
+        engine = STACK_NAMES[self.backend].replace(" INT8 ", "\nINT8 ")
+        labels = {"base": "Baseline\n(transformers, 16-bit)", "engine": engine}
+        return [(file, label) for file, label in labels.items() if self.aliases[file] in self.files]
 
     def withheld(self) -> str | None:
         """Why no speed-up may be shown, or None when it may: validity first, then the accuracy gate."""
-        compared = self.files.get("comparison.json")
-        if compared is None:
+        if "comparison.json" not in self.files:
             return "no paired comparison was run (benchmarks/compare.py)"
-        if compared["validity"]["status"] != "VALID":
-            return "a run is INVALID: " + "; ".join(compared["validity"]["reasons"])
-        accuracy = self.files.get(self.accuracy_file)
-        if accuracy is None:
+        if not self.valid("comparison"):
+            return "a run is INVALID: " + "; ".join(self.get("comparison", "validity.reasons"))
+        if self.aliases["accuracy"] not in self.files:
             return "the accuracy gate was not run on this engine (benchmarks/accuracy.py)"
-        if dig(accuracy, "engine.weights_sha256") != dig(compared, "engine.weights_sha256"):
+        weights = "engine.weights_sha256"
+        if self.get("accuracy", weights) != self.get("comparison", weights):
             return "the accuracy gate was run on another engine"
-        if dig(accuracy, "gate.status") != "PASSED":
-            return "the accuracy gate failed: " + "; ".join(dig(accuracy, "gate.reasons") or ["no reason recorded"])
+        if self.get("accuracy", "gate.status") != "PASSED":
+            return "the accuracy gate failed: " + "; ".join(
+                self.get("accuracy", "gate.reasons") or ["no reason recorded"]
+            )
         return None
 
     def speedup(self, metric: str) -> dict[str, Any] | None:
         """``{"ratio", "ci95", "verdict"}``, or None while :meth:`withheld`."""
-        return None if self.withheld() else self.get("comparison.json", f"speedup.{metric}")
+        return None if self.withheld() else self.get("comparison", f"speedup.{metric}")
+
+
+def waterfall_steps(story: Story) -> list[tuple[str, float, str, str]]:
+    """(name, latency p50 / tokens in ms, file, path); Triton only where its workload is the same."""
+    places = [(label, file, "summary.latency_s.p50") for file, label in story.stacks()]
+    shape = ("workload.input_tokens", "workload.output_tokens")
+    if all(story.get("engine", key) == story.get("triton", key) for key in shape):
+        alone = [i for i, level in story.levels("triton") if level["concurrency"] == 1]
+        places += [("through Triton", "triton", f"levels.{i}.summary.latency_s.p50") for i in alone[:1]]
+    return [
+        (name, story.get(file, path) / story.get(file, "workload.output_tokens") * 1e3, file, path)
+        for name, file, path in places
+        if story.valid(file)
+    ]
+
+
+def roofline_points(story: Story) -> list[tuple[str, float, float, str]]:
+    """(label, FLOP/byte, FLOP/s, file) of decode, batches and the long prefill."""
+    points = []
+    for file, label in story.stacks():
+        name, result = label.replace("\n", " "), story.files[story.aliases[file]]
+        cost, flop = Cost(**result["cost"]), result["cost"]["flop_per_token"]
+        alone = result | {"concurrency": 1}
+        for load in (alone, *(level for _, level in story.levels(file))):
+            n, shape, step_ms = load["concurrency"], load["workload"], load["summary"]["tpot_ms"]["p50"]
+            nbytes = cost.decode_nbytes(shape["input_tokens"], shape["output_tokens"], n)
+            what = "decode" if load is alone else f"decode, {n} at once"
+            points.append((f"{name}: {what}", n * flop / nbytes, n * flop / step_ms * 1e3, file))
+        if long := result["summary"].get("prefill_ttft_ms"):
+            work, nbytes = flop * long["input_tokens"], cost.decode_nbytes(0, 2 * long["input_tokens"])
+            points.append((f"{name}: prefill {long['input_tokens']}", work / nbytes, work / long["p50"] * 1e3, file))
+    return points

@@ -4,52 +4,63 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, TracebackType
 from typing import Any
 
 import psutil
+import pynvml
 import torch
 
 from llama_engine.measure.stats import bootstrap_ratio
 
 SAMPLE_HZ = 25
 SETTLE_S = 0.2  # NVML utilization looks back up to this long, so a section's first samples belong to the one before
-_THROTTLE_BITS = {
-    "sw_power_cap": 0x4,
-    "hw_slowdown": 0x8,
-    "sw_thermal_slowdown": 0x20,
-    "hw_thermal_slowdown": 0x40,
-    "hw_power_brake": 0x80,
-}  # nvml.h, nvmlClocksThrottleReason*
+THROTTLE_BITS = {
+    "sw_power_cap": pynvml.nvmlClocksThrottleReasonSwPowerCap,
+    "hw_slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
+    "sw_thermal_slowdown": pynvml.nvmlClocksThrottleReasonSwThermalSlowdown,
+    "hw_thermal_slowdown": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+    "hw_power_brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+}
 
 
-def nvml_handle() -> tuple[ModuleType | None, Any]:
-    """(pynvml, the NVML handle of PyTorch's device 0), or (None, None) where there is none."""
-    if not torch.cuda.is_available():
-        return None, None
-    try:
-        import pynvml
+class Nvml:
+    """NVML on PyTorch's device 0; every reading is None where there is no GPU, library or permission."""
 
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(0).uuid)
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except Exception:  # no library, no permission, no such device: telemetry is optional, blanks say so
-        return None, None
+    SM_CLOCK, MEMORY_CLOCK = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
+
+    def __init__(self) -> None:
+        self._gpu = None
+        try:
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(0).uuid)
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        except (pynvml.NVMLError, RuntimeError, AssertionError):  # the last two: PyTorch without a GPU
+            pass
+
+    def read(self, call: str, *arguments: int) -> Any:
+        """``pynvml.<call>(gpu, *arguments)``, or None."""
+        try:
+            return getattr(pynvml, call)(self._gpu, *arguments) if self._gpu else None
+        except pynvml.NVMLError:
+            return None
+
+    def driver(self) -> str | None:
+        return pynvml.nvmlSystemGetDriverVersion() if self._gpu else None
 
 
 class Telemetry:
     """``with Telemetry("cuda") as telemetry: with telemetry.section("engine"): ...; telemetry.summary("engine")``."""
 
-    def __init__(self, device: str = "cpu", *, hz: float = SAMPLE_HZ, own_processes: int = 1) -> None:
-        self._period = 1 / hz
+    def __init__(self, device: str = "cpu", *, own_processes: int = 1) -> None:
         self._own_processes = own_processes
-        self._nvml, self._gpu = nvml_handle() if device.startswith("cuda") else (None, None)
+        self._nvml = Nvml() if device == "cuda" else None
         self._process = psutil.Process()
-        self._samples: dict[str, list[dict[str, float | int | None]]] = {}
-        self._energy_j: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
+        self._samples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._energy_j: defaultdict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._busy_s = 0.0
         self._active: tuple[str, float] | None = None
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -59,7 +70,7 @@ class Telemetry:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._wake.set()
         self._thread.join()
@@ -69,7 +80,7 @@ class Telemetry:
         """Samples taken until the block ends count for ``name``; a name may be entered many times."""
         psutil.cpu_percent()  # restarts the interval that the next reading covers
         self._process.cpu_percent()
-        energy, start = self._read_energy(), time.perf_counter()
+        energy_mj, start = self._read_energy(), time.perf_counter()
         self._active = (name, start)
         self._wake.set()
         try:
@@ -77,26 +88,22 @@ class Telemetry:
         finally:
             self._wake.clear()
             self._active = None
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-            if energy is not None and (now := self._read_energy()) is not None:
-                self._energy_j[name] = self._energy_j.get(name, 0.0) + now - energy
+            self._seconds[name] += time.perf_counter() - start
+            if energy_mj is not None and (now_mj := self._read_energy()) is not None:
+                self._energy_j[name] += (now_mj - energy_mj) / 1e3
 
     def summary(self, name: str) -> dict[str, Any]:
         """Means and maxima of a section; GPU entries are None on a CPU-only machine."""
-        samples = self._samples.get(name, [])
+        samples, seconds = self._samples.get(name, []), self._seconds.get(name, 0.0)
+
+        def values(key: str) -> list[Any]:
+            return [sample[key] for sample in samples if sample.get(key) is not None]
 
         def reduce(key: str) -> dict[str, float] | None:
-            values = [sample[key] for sample in samples if sample.get(key) is not None]
-            return {"mean": sum(values) / len(values), "max": max(values), "min": min(values)} if values else None
+            found = values(key)
+            return {"mean": sum(found) / len(found), "max": max(found), "min": min(found)} if found else None
 
-        reasons = [sample["throttle"] for sample in samples if sample.get("throttle") is not None]
-        processes = [sample["processes"] for sample in samples if sample.get("processes") is not None]
-        share = (
-            {key: sum(bool(r & bit) for r in reasons) / len(reasons) for key, bit in _THROTTLE_BITS.items()}
-            if reasons
-            else None
-        )
-        seconds = self._seconds.get(name, 0.0)
+        reasons, processes = values("throttle"), max(values("processes"), default=0)
         return {
             "samples": len(samples),
             "seconds": seconds,
@@ -108,8 +115,12 @@ class Telemetry:
             "gpu_memory_clock_mhz": reduce("memory_clock"),
             "gpu_temperature_c": reduce("temperature"),
             "gpu_energy_j": self._energy_j.get(name),
-            "throttle_share": share,
-            "other_processes": max(0, max(processes) - self._own_processes) if processes and max(processes) else None,
+            "throttle_share": {
+                key: sum(bool(reason & bit) for reason in reasons) / len(reasons) for key, bit in THROTTLE_BITS.items()
+            }
+            if reasons
+            else None,
+            "other_processes": max(0, processes - self._own_processes) if processes else None,
             "cpu_utilization_pct": reduce("cpu"),
             "process_cpu_pct": reduce("process_cpu"),
             "process_memory_gb": reduce("rss"),
@@ -117,52 +128,37 @@ class Telemetry:
         }
 
     def _run(self) -> None:
-        due = time.perf_counter()
         while not self._stop.is_set():
-            if self._active is None:
-                self._wake.wait()
-                due = time.perf_counter()
-                continue
+            self._wake.wait()
             began = time.perf_counter()
-            active = self._active
-            if active is not None:
-                sample = self._read(settled=began - active[1] > SETTLE_S)
-                self._samples.setdefault(active[0], []).append(sample)
-            self._busy_s += time.perf_counter() - began
-            due = max(due + self._period, time.perf_counter())
-            self._stop.wait(max(0.0, due - time.perf_counter()))
+            if active := self._active:
+                self._samples[active[0]].append(self._read(settled=began - active[1] > SETTLE_S))
+            spent = time.perf_counter() - began
+            self._busy_s += spent
+            self._stop.wait(max(0.0, 1 / SAMPLE_HZ - spent))
 
     def _read(self, *, settled: bool) -> dict[str, Any]:
-        sample: dict[str, Any] = {
-            "cpu": psutil.cpu_percent() if settled else None,
-            "process_cpu": self._process.cpu_percent() if settled else None,
-            "rss": self._process.memory_info().rss / 1e9,
-        }
-        nvml, gpu = self._nvml, self._gpu
-        if nvml is None or gpu is None:
-            return sample
-        read = self._try
+        sample: dict[str, Any] = {"rss": self._process.memory_info().rss / 1e9}
         if settled:
-            sample["utilization"] = read(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
-        sample["power"] = read(lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3)
-        sample["memory"] = read(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e9)
-        sample["sm_clock"] = read(lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM))
-        sample["memory_clock"] = read(lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM))
-        sample["temperature"] = read(lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU))
-        sample["throttle"] = read(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
-        sample["processes"] = read(lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(gpu)))
+            sample |= {"cpu": psutil.cpu_percent(), "process_cpu": self._process.cpu_percent()}
+        if nvml := self._nvml:
+            power_mw, memory = nvml.read("nvmlDeviceGetPowerUsage"), nvml.read("nvmlDeviceGetMemoryInfo")
+            processes = nvml.read("nvmlDeviceGetComputeRunningProcesses")
+            busy = nvml.read("nvmlDeviceGetUtilizationRates") if settled else None
+            sample |= {
+                "utilization": busy and busy.gpu,
+                "power": power_mw and power_mw / 1e3,
+                "memory": memory and memory.used / 1e9,
+                "sm_clock": nvml.read("nvmlDeviceGetClockInfo", nvml.SM_CLOCK),
+                "memory_clock": nvml.read("nvmlDeviceGetClockInfo", nvml.MEMORY_CLOCK),
+                "temperature": nvml.read("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
+                "throttle": nvml.read("nvmlDeviceGetCurrentClocksThrottleReasons"),
+                "processes": None if processes is None else len(processes),
+            }
         return sample
 
-    def _read_energy(self) -> float | None:
-        if self._nvml is None or self._gpu is None:
-            return None
-        return self._try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu) / 1e3)
-
-    def _try(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except self._nvml.NVMLError:
-            return None
+    def _read_energy(self) -> int | None:
+        return self._nvml.read("nvmlDeviceGetTotalEnergyConsumption") if self._nvml else None
 
 
 def measure_cost(device: str = "cpu", pairs: int = 15) -> dict[str, Any]:

@@ -13,9 +13,8 @@ GOOD = {"tokens": 20_000, "perplexity_ratio": 1.005, "kl_mean": 0.004}
 
 def test_identical_logits_have_no_distance():
     logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0))
-    result = accuracy.compare_logits(lambda ids: logits, lambda ids: logits, [[1, 2, 3, 4, 5, 6]]).summary(
-        synthetic=False
-    )
+    windows = [[1, 2, 3, 4, 5, 6]]
+    result = accuracy.compare_logits(lambda ids: logits, lambda ids: logits, windows, synthetic=False)
     assert result["tokens"] == 5
     assert result["kl_mean"] == result["kl_max"] == 0
     assert result["perplexity_ratio"] == result["top1_agreement"] == 1
@@ -24,13 +23,12 @@ def test_identical_logits_have_no_distance():
 def test_figures_by_hand():
     """p = (3/4, 1/4), q = (1/4, 3/4), the next token is 0: all figures in closed form."""
     p, q = torch.tensor([[0.75, 0.25]] * 2).log(), torch.tensor([[0.25, 0.75]] * 2).log()
-    compared = accuracy.compare_logits(lambda ids: p, lambda ids: q, [[0, 0]])
-    result = compared.summary(synthetic=False)
+    result = accuracy.compare_logits(lambda ids: p, lambda ids: q, [[0, 0]], synthetic=False)
     assert result["perplexity_baseline"] == pytest.approx(4 / 3)
     assert result["perplexity_engine"] == pytest.approx(4)
     assert result["kl_mean"] == pytest.approx(0.5 * math.log(3))
     assert result["top1_agreement"] == 0
-    errors = compared.summary(synthetic=True)
+    errors = accuracy.compare_logits(lambda ids: p, lambda ids: q, [[0, 0]], synthetic=True)
     assert errors["logit_error_max"] == pytest.approx(math.log(3) / math.log(4))
     assert "perplexity_ratio" not in errors
 

@@ -24,7 +24,7 @@ def test_fingerprint_changes_with_the_thread_count():
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch):
-    monkeypatch.setattr(environment, "_cpu_seconds", lambda operation, repeats: 0.5)
+    monkeypatch.setattr(environment, "_fastest", lambda operation, device: 0.5)
     monkeypatch.setattr(environment, "_l3_bytes", lambda: 1 << 20)
     result = environment.measure_read_bandwidth("cpu")
     assert result["bytes_per_s"] == result["buffer_bytes"] / 0.5
@@ -66,7 +66,9 @@ class FakeNvml:
 
 
 def record(monkeypatch, nvml, seconds=0.5):
-    monkeypatch.setattr(telemetry, "nvml_handle", lambda: (nvml, object() if nvml else None))
+    if nvml:
+        monkeypatch.setattr(telemetry, "pynvml", nvml)
+    monkeypatch.setattr(telemetry.Nvml, "__init__", lambda self: setattr(self, "_gpu", nvml))
     with telemetry.Telemetry("cuda") as sampler, sampler.section("a"):
         time.sleep(seconds)
     return sampler.summary("a")

@@ -1,0 +1,59 @@
+"""Results as a table on the terminal: every speed with its MBU and how far the memory wall is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llama_engine.measure.result import Result
+
+COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "wall", "failed")
+
+
+def show(results: Collection[Result]) -> None:
+    """One row a load of each measurement; then what failed or is INVALID, long prompts, and the paired ratios."""
+    measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
+    names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
+    title = "; ".join(dict.fromkeys(names))
+    table = Table("", title=title, title_justify="left", box=None, collapse_padding=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for result in measured:
+        alone = [result | {"concurrency": 1}] if result["samples"] else []
+        for load in [*alone, *result.get("levels", [])]:
+            users = load.get("concurrency")
+            what = f"{users} at once" if users else f"{load['rate']:g}/s"
+            name = "engine" if result["benchmark"] == "optimized" else result["benchmark"]
+            table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
+    out = Console()
+    out.print(table)
+    for result in results:
+        name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
+        for message in result["validity"]["reasons"]:
+            out.print(f"INVALID {name}: {message}", markup=False)
+        for level in result.get("levels", []):
+            for message, count in level.get("failures", {}).items():
+                out.print(f"{count} x {message}", markup=False)
+        if prefill := summed.get("prefill_ttft_ms"):
+            shown = f"{prefill['p50']:.1f} ms, MFU {summed['prefill_mfu']:.2f}"
+            out.print(f"{name}: TTFT of {prefill['input_tokens']} tokens {shown}")
+    for result in results:
+        for name, ratio in result.get("speedup", {}).items():
+            low, high = ratio["ci95"]
+            out.print(
+                f"{name:<20} {ratio['ratio']:.2f}x  95 % [{low:.2f}, {high:.2f}]  {ratio['verdict']}", markup=False
+            )
+
+
+def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
+    def cell(key: str, form: str) -> str:
+        return form.format(**summed[key]) if key in summed else ""
+
+    mbu = summed.get("mbu")
+    # the speed at MBU 1 is users / (bytes a step / bandwidth), and bytes / bandwidth is MBU x the step's time
+    wall = f"{users / (mbu * summed['tpot_ms']['p50'] / 1e3):,.0f}" if users and mbu else ""
+    times = (cell("ttft_ms", "{p50:.1f} / {p99:.1f}"), cell("tpot_ms", "{p50:.2f} / {p99:.2f}"))
+    return cell("output_tokens_per_s", "{p50:,.1f}"), *times, f"{mbu:.2f}" if mbu else "", wall
