@@ -91,7 +91,9 @@ def compile_library(directory: Path) -> Path | None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         target = Path(scratch) / library.name
-        done = subprocess.run([cxx, *FLAGS, "-o", str(target), str(SOURCE)], capture_output=True, text=True)
+        command = [cxx, *FLAGS, "-o", str(target), str(SOURCE)]
+        # The compiler may print what is not ASCII, which the interpreter inside Triton Inference Server expects.
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RunError(f"{cxx} could not compile {SOURCE.name}: {done.stderr.strip().splitlines()[-1:]}")
         os.replace(target, library)

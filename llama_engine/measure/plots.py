@@ -57,7 +57,7 @@ def _finish(figure: Figure, story: Story, title: str) -> Figure:
         note += f", {workload['input_tokens']}-token prompt, {workload['output_tokens']} new tokens, greedy"
     figure.suptitle(title, x=0.02, ha="left", fontsize=17, fontweight="bold")
     figure.text(0.02, 0.012, note, fontsize=10, color="#444444")
-    if invalid := [name for name in story.files if not story.valid(name)]:
+    if invalid := story.invalid:
         figure.text(
             0.98, 0.012, f"INVALID: {', '.join(invalid)}", fontsize=10, color="#b00000", ha="right", weight="bold"
         )

@@ -252,5 +252,6 @@ def comparison(baseline: Result, engine: Result) -> Result:
         engine=engine.get("engine"),
         method="interleaved A B A B; median ratio of pairs; percentile bootstrap, 10,000 resamples, seed 0",
     )
-    result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
+    cautions = [f"{r['benchmark']}: {x}" for r in (baseline, engine) for x in r["validity"].get("cautions", [])]
+    result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons, "cautions": cautions}
     return result

@@ -52,7 +52,8 @@ class Page(string.Formatter):
         self.story = story
         self.asked = 0  # figures since a line began
         self.sources: list[str] = []
-        invalid = {name: x["validity"]["reasons"] for name, x in story.files.items() if not story.valid(name)}
+        invalid = story.invalid
+        noisy = {name: x["validity"].get("cautions") for name, x in story.files.items()}
         labels = {"base": STACK_NAMES["transformers"], "engine": STACK_NAMES[story.backend]}
         labels = {x: f"{y} (INVALID)" if story.aliases[x] in invalid else y for x, y in labels.items()}
         accuracy, withheld = story.aliases["accuracy"] in story.files, story.withheld()
@@ -61,7 +62,7 @@ class Page(string.Formatter):
         levels = [
             {
                 "at": f"{file}.levels.{i}",
-                "name": f"{where}, {x['concurrency']} at once{'' if story.valid(file) else ' (INVALID)'}",
+                "name": f"{where}, {x['concurrency']} at once{'' if story.level_valid(file, x) else ' (INVALID)'}",
             }
             for file, where in (("engine", "in process"), ("triton", "through Triton"))
             for i, x in story.levels(file)
@@ -91,7 +92,8 @@ class Page(string.Formatter):
             "engine_label": labels["engine"],
             "synthetic_note": SYNTHETIC if story.synthetic else "",
             "invalid_notes": "\n>\n".join(
-                f"> **INVALID** {name}: {'; '.join(x)}. No ratio is computed." for name, x in invalid.items()
+                [f"> **INVALID** {name}: {'; '.join(x)}. No ratio is computed." for name, x in invalid.items()]
+                + [f"> **Noisy** {name}: {'; '.join(x)}." for name, x in noisy.items() if x]
             ),
             "withheld_note": f"**No speed-up is shown:** {withheld}." if withheld else "",
             "triton_missing": ""

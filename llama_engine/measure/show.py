@@ -34,7 +34,11 @@ def show(results: Collection[Result]) -> None:
         name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
         for message in result["validity"]["reasons"]:
             out.print(f"INVALID {name}: {message}", markup=False)
+        for message in result["validity"].get("cautions", []):
+            out.print(f"noisy {name}: {message}", markup=False)
         for level in result.get("levels", []):
+            for message in level["validity"]["reasons"]:
+                out.print(f"INVALID {name} at {level.get('concurrency', level.get('rate'))}: {message}", markup=False)
             for message, count in level.get("failures", {}).items():
                 out.print(f"{count} x {message}", markup=False)
         if prefill := summed.get("prefill_ttft_ms"):

@@ -76,6 +76,20 @@ class Story:
     def valid(self, file: str) -> bool:
         return self.get(file, "validity.status") == "VALID"
 
+    def level_valid(self, file: str, level: dict[str, Any]) -> bool:
+        return level["validity"]["status"] == "VALID" if "validity" in level else self.valid(file)
+
+    @property
+    def invalid(self) -> dict[str, list[str]]:
+        """The reasons of each file, or load of one, that is INVALID."""
+        found = {name: x["validity"]["reasons"] for name, x in self.files.items() if not self.valid(name)}
+        for name, result in self.files.items():
+            for level in result.get("levels", []):
+                if name not in found and not self.level_valid(name, level):
+                    load = level.get("concurrency", level.get("rate"))
+                    found[f"{name} at {load}"] = level["validity"]["reasons"]
+        return found
+
     @property
     def synthetic(self) -> bool:
         return self.any["model"]["source"] == "synthetic"

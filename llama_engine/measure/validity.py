@@ -1,4 +1,4 @@
-"""When a measurement may be believed. Every threshold has a name and a reason; a broken one marks the run INVALID.
+"""When a measurement may be believed. Every threshold has a name and a reason; a broken one marks the part INVALID.
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level.
 ``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hits``,
@@ -13,7 +13,7 @@ from typing import Any
 from llama_engine.measure.stats import summary
 
 MIN_TIMED_RUNS = 5  # below this a median is one lucky run, and a bootstrap interval has nothing to resample
-MAX_SPREAD = 0.20  # a middle half wider than a fifth of the median means that something else ran or the clock moved
+MAX_SPREAD = 0.20  # of the median; a wider middle half is noise that a ratio's interval carries, so only a caution
 MAX_THROTTLED_SHARE = 0.05  # a few samples at the power limit happen at start; more than this slows the median
 MAX_CLIENT_LAG_MS = 5.0  # a client that wakes later than this after its due time measures itself
 MAX_LITTLE_GAP = 0.10  # L = X * R holds for any stable system; ramps of a finite run explain up to a tenth
@@ -24,14 +24,27 @@ THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_th
 
 
 def judge(result: dict[str, Any]) -> dict[str, Any]:
-    """``{"status": "VALID"|"INVALID", "reasons": [...]}`` for a result, its levels included."""
-    reasons = list(_reasons(result, result.get("workload", {}), needs_runs="latency_s" in result.get("samples", {})))
-    for level in result.get("levels", []):
-        name = f"concurrency {level['concurrency']}" if "concurrency" in level else f"rate {level.get('rate', '?')}"
-        workload = result.get("workload", {}) | level.get("workload", {})
-        if "concurrency" in level:
-            workload["concurrency"] = level["concurrency"]
-        reasons += [f"{name}: {reason}" for reason in _reasons(level, workload, needs_runs=False)]
+    """``{"status": "VALID"|"INVALID", "reasons": [...], "cautions": [...]}`` for a result.
+
+    Each of its levels gets a verdict of its own under ``validity``. A bad level leaves the rest of the result standing;
+    a result of nothing but bad levels is INVALID.
+    """
+    workload = result.get("workload", {})
+    reasons = list(_reasons(result, workload, needs_runs="latency_s" in result.get("samples", {})))
+    levels = result.get("levels", [])
+    for level in levels:
+        load = workload | level.get("workload", {}) | {k: level[k] for k in ("concurrency",) if k in level}
+        level["validity"] = _verdict(list(_reasons(level, load, needs_runs=False)))
+    if levels and all(level["validity"]["reasons"] for level in levels):
+        names = [f"concurrency {x['concurrency']}" if "concurrency" in x else f"rate {x.get('rate')}" for x in levels]
+        reasons += [f"{name}: {why}" for name, x in zip(names, levels) for why in x["validity"]["reasons"]]
+    latencies = result.get("samples", {}).get("latency_s", [])
+    spread = summary(latencies)["spread"] if len(latencies) > 1 else 0
+    noisy = f"latency spread (p75 - p25) / p50 is {spread:.0%}, above {MAX_SPREAD:.0%}: trust intervals, not medians"
+    return _verdict(reasons) | {"cautions": [noisy] if spread > MAX_SPREAD else []}
+
+
+def _verdict(reasons: list[str]) -> dict[str, Any]:
     return {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
 
 
@@ -40,8 +53,6 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
     latencies = samples.get("latency_s", [])
     if needs_runs and len(latencies) < MIN_TIMED_RUNS:
         yield f"{len(latencies)} timed runs, at least {MIN_TIMED_RUNS} are needed"
-    if needs_runs and len(latencies) > 1 and (spread := summary(latencies)["spread"]) > MAX_SPREAD:
-        yield f"latency spread (p75 - p25) / p50 is {spread:.0%}, above {MAX_SPREAD:.0%}"
     asked = workload.get("output_tokens")
     wrong = [count for count in samples.get("output_tokens", []) if count != asked]
     if asked and wrong:
