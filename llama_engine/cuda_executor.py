@@ -2,7 +2,7 @@
 
 A step's decodes run as one replay of their batch bucket's graph, its prefill chunks as a second pass. Rows never see
 each other and every kernel's result for a row is independent of the batch, so a request's tokens do not depend on what
-ran beside it (batches of up to 4 may run the persistent kernel, whose attention rounds differently).
+ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently).
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class Engine:
         num_kv_blocks: int | None = None,
         kv_cache_free_gpu_memory_fraction: float | None = None,
     ) -> Engine:
-        """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference).
+        """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
+        a GPU also stream or triton (:class:`llama_engine.cuda_executor.CudaExecutor`).
 
         Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
         """
@@ -190,14 +191,15 @@ def make_executor(
     engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
 ) -> Executor:
     """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
-    if kernels not in ("auto", "torch"):
-        raise InputError(f"kernels must be auto or torch, got {kernels!r}")
+    choices = ("auto", "stream", "triton", "torch") if device.type == "cuda" else ("auto", "torch")
+    if kernels not in choices:
+        raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
     weights = load_weights(engine_dir, model, device)
-    if device.type == "cuda" and kernels == "auto":
+    if device.type == "cuda" and kernels != "torch":
         from llama_engine.cuda_executor import CudaExecutor
         from llama_engine.kernels.tuning import load_tuning
 
-        return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir))
+        return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
     blocks = config.num_kv_blocks or config.max_batch_size * config.max_blocks_per_sequence + 1
     sizes = {"num_blocks": blocks, "tokens_per_block": config.tokens_per_block, "max_seq_len": config.max_seq_len}
     if kernels == "auto" and cpu.supported(model, weights, config.tokens_per_block):

@@ -12,6 +12,7 @@ ttft_percentiles, waterfall, roofline) beside the JSON.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from llama_engine.measure.result import load_folder, write_text
 from llama_engine.measure.story import Story
 
 REPORT = "PERFORMANCE_REPORT.md"
+
+PEERS = Path(__file__).parents[1] / "benchmarks/data/peers.json"  # engines measured elsewhere, for the README
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
     wanted = {results / story.name / REPORT: render(story) for story in stories}
     wanted[results / REPORT] = render(stories[0], headline=True, others=stories[1:])
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    updated = replace_block(text, readme_block(stories))
+    updated = replace_block(text, readme_block(stories, json.loads(PEERS.read_text())))
     if updated is None:
         raise RunError(f"{readme} lacks the marks <!-- results:begin --> and <!-- results:end -->: add them")
     return wanted | {readme: updated}

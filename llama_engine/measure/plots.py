@@ -56,16 +56,14 @@ def _finish(figure: Figure, story: Story, title: str) -> Figure:
     if {"input_tokens", "output_tokens"} <= set(workload):
         note += f", {workload['input_tokens']}-token prompt, {workload['output_tokens']} new tokens, greedy"
     figure.suptitle(title, x=0.02, ha="left", fontsize=17, fontweight="bold")
-    figure.text(0.02, 0.012, note, fontsize=10, color="#444444")
+    figure.text(0.02, 0.032, note, fontsize=10, color="#444444")
     if invalid := story.invalid:
-        figure.text(
-            0.98, 0.012, f"INVALID: {', '.join(invalid)}", fontsize=10, color="#b00000", ha="right", weight="bold"
-        )
+        figure.text(0.02, 0.008, f"INVALID: {', '.join(invalid)}", fontsize=10, color="#b00000", weight="bold")
     if story.synthetic:
         badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}
         figure.text(0.985, 0.985, "SYNTHETIC WEIGHTS", fontsize=12, ha="right", va="top", weight="bold", bbox=badge)
         figure.text(0.5, 0.5, "synthetic weights", fontsize=54, color="#000000", alpha=0.06, rotation=20, ha="center")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.055, 1, 1))
     return figure
 
 
@@ -86,7 +84,9 @@ def _bars(axes: Axes, rows: Sequence[Bar], form: str, unit: str, title: str) -> 
         axes.text(0.5, 0.5, "not measured on this machine", ha="center", color="#666666", transform=axes.transAxes)
         return
     labels, values, colours = zip(*rows)
-    axes.bar_label(axes.bar(labels, values, color=colours, width=0.55), fmt=form, padding=3, fontweight="bold")
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that no line crosses a figure
+    bars = axes.bar(labels, values, color=colours, width=0.55)
+    axes.bar_label(bars, fmt=form, padding=3, fontweight="bold", bbox=behind, zorder=5)
     axes.set_ylim(0, max(values) * 1.22 or 1)
     axes.set_ylabel(unit)
 

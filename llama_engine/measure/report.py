@@ -213,11 +213,30 @@ def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()
     return text
 
 
-def readme_block(stories: Sequence[Story]) -> str:
-    """The README's results: one table over all published machines."""
+def readme_block(stories: Sequence[Story], peers: dict[str, Any] | None = None) -> str:
+    """The README's results: one table over all published machines, and one against the ``peers`` of one of them."""
     rows = [Page(story).fill(MACHINE, link=f"results/{story.name}/PERFORMANCE_REPORT.md") for story in stories]
     notes = [f"No speed-up is shown for {story.name}: {reason}." for story in stories if (reason := story.withheld())]
-    return "\n".join([README_MARKS[0], MACHINES, *rows, *([""] if notes else []), *notes, README_MARKS[1]])
+    against = [line for story in stories if peers and story.name == peers["machine"] for line in _peers(story, peers)]
+    return "\n".join([README_MARKS[0], MACHINES, *rows, *([""] if notes else []), *notes, *against, README_MARKS[1]])
+
+
+def _peers(story: Story, peers: dict[str, Any]) -> Iterator[str]:
+    """A table of other engines' tokens/s and this machine's engine under them."""
+    loads = ("8", "32", "64")
+    yield f"\n| {story.machine} | tok/s alone | TTFT p50, ms | {' | '.join(f'{n} at once' for n in loads)} |"
+    yield "| --- |" + " ---: |" * 5
+    levels = {str(level["concurrency"]): (i, level) for i, level in story.levels("engine")}
+    ours = {"engine": f"**this engine**, INT8 weight-only, {story.get('engine', 'environment.time_utc')[:10]}"}
+    ours |= {"alone": story.get("engine", "summary.output_tokens_per_s.p50")}
+    ours |= {"ttft_ms": story.get("engine", "summary.ttft_ms.p50")}
+    ours |= {n: level["summary"]["output_tokens_per_s"]["p50"] for n, (_, level) in levels.items()}
+    for row in (*peers["peers"], ours):
+        alone = [f"{row[key]:,.1f}" if key in row else "" for key in ("alone", "ttft_ms")]
+        yield f"| {' | '.join([row['engine'], *alone, *(f'{row[n]:,.0f}' if n in row else '' for n in loads)])} |"
+    yield f"\n{peers['note']}"
+    if wrong := [why for name, part in story.invalid.items() for why in part if name.startswith("optimized")]:
+        yield f"In this engine's run: {'; '.join(wrong)}."
 
 
 def replace_block(text: str, block: str) -> str | None:
