@@ -12,7 +12,7 @@
 // chain of its own inputs, to have read it.
 //
 // Compiled at run time by persistent.py, which defines the geometry: HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD,
-// VOCAB, TPB (tokens per block), GRID, ROWS, and optionally ELEM_BF16, LM_INT8, TRACE.
+// VOCAB, TPB (tokens per block), GRID, ROWS, and optionally ELEM_BF16, LM_INT8.
 
 #include "persistent_stream.cu"
 
@@ -194,7 +194,7 @@ template <int N> __device__ __forceinline__ Words<N> load_shared(u32 addr) {
 // 256 * high + low. PAIRED: a stage holds NROWS / 2 gate rows, then as many up rows; gate j is added to acc row j, up j
 // to acc row MAX_PAIRS + j. A stage's sums are reduced over the warp while the next stage's words arrive.
 template <int K, int NROWS, bool PAIRED>
-__device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count, int trace) {
+__device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count) {
     using S = Split<K>;
     // 32512 * 128 * K / WARPS < 2^31: one integer holds a warp's sum of both digits
     constexpr bool ONE = K / WARPS <= 512;
@@ -226,7 +226,7 @@ __device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count, int t
         }
     };
     for (int first = 0; first < count; first += PER) {
-        TIMED(trace, threadIdx.x == 0, ring.wait_full());
+        ring.wait_full();
         const u32 base = ring.stage() + warp * (K / WARPS) + lane * 4 * S::VEC;
         Words<S::VEC> v[NROWS][S::NV];
 #pragma unroll
@@ -335,7 +335,6 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
                                 : Q_SIZE + (kind - 1) * KV_SIZE + unit.head * HEAD + i - OUTPUTS - (kind - 1) * HEAD);
     });
     consumer_sync();
-    MARK(T_ATT_LOAD)
     float qa[GROUP][8], qb[GROUP][8];
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) {
@@ -387,7 +386,7 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
     }
     for (int pos = unit.lo; pos < unit.hi;) {
         const int end = piece_end(pos, unit.hi), count = end - pos - warp * KEYS_PER_WARP;
-        TIMED(T_FULL_KV, tid == 0, ring.wait_full());
+        ring.wait_full();
         if (count > 0) {
             const u32 key = ring.stage() + (warp * KEYS_PER_WARP + my_key) * HEAD * 2 + d * 2;
             const Words<4> a = load_shared<4>(key), b = load_shared<4>(key + HEAD);
@@ -407,7 +406,6 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         ring.release();
         pos = end;
     }
-    MARK(T_ATT_KEYS)
     // the warps of this block send their merged sums; then every block merges a slice of outputs over its head's blocks
 #pragma unroll
     for (int h = 0; h < GROUP; ++h) {
@@ -451,7 +449,6 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
         }
         send(p.attended + unit.row * Q_SIZE + Split<Q_SIZE>::permuted(unit.head * OUTPUTS + o), acc / sum, flag);
     }
-    MARK(T_ATT_MERGE)
 }
 
 // ---------------------------------------------------------------- consumer
@@ -511,26 +508,20 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             Digits<HIDDEN> d;
             if (layer) receive_x(p.x_mlp, layer - 1);
             norm_digits(s, weight, p.eps, v, d);
-            MARK(T_PRO_QKV)
-            gemv<HIDDEN, RS, false>(ring, s, d, part.count, T_FULL_QKV);
-            MARK(T_GEMV_QKV)
+            gemv<HIDDEN, RS, false>(ring, s, d, part.count);
             consumer_sync();
             if (tid < part.count)
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r)
                     send(p.qkv + r * QKV + part.start + tid, take(s, tid, r, d.scale[r], weight_scale), flag);
-            MARK(T_EPI_QKV)
         }
         if (unit.active) attend(p, s, ring, unit, layer);
         {
             const float weight_scale = scale_of(O_S, rows_x.start + tid, tid < rows_x.count);
             Digits<Q_SIZE> d;
             plain_digits<Q_SIZE, true>(s, p.attended, flag, d);
-            MARK(T_PRO_O)
-            gemv<Q_SIZE, RS_Q, false>(ring, s, d, rows_x.count, T_FULL_O);
-            MARK(T_GEMV_O)
+            gemv<Q_SIZE, RS_Q, false>(ring, s, d, rows_x.count);
             add_residual(p.x_attention, layer, d.scale, weight_scale);
-            MARK(T_EPI_O)
         }
         {
             const Part part = part_of(INTER, layer);
@@ -540,9 +531,7 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             Digits<HIDDEN> d;
             receive_x(p.x_attention, layer);
             norm_digits(s, weight, p.eps, v, d);
-            MARK(T_PRO_GU)
-            gemv<HIDDEN, 2 * PAIRS, true>(ring, s, d, part.count, T_FULL_GU);
-            MARK(T_GEMV_GU)
+            gemv<HIDDEN, 2 * PAIRS, true>(ring, s, d, part.count);
             consumer_sync();
             if (tid < part.count)
 #pragma unroll
@@ -553,19 +542,15 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
                          gate / (1.0f + __expf(-gate)) * up, flag);
                 }
             hint(p.sync + SENT_HIDDEN);
-            MARK(T_EPI_GU)
         }
         {
             const float weight_scale = scale_of(DOWN_S, rows_x.start + tid, tid < rows_x.count);
             Digits<INTER> d;
             await_hint(p.sync + SENT_HIDDEN, GRID * (layer + 1));
             plain_digits<INTER, false>(s, p.hidden, flag, d);
-            MARK(T_PRO_DOWN)
-            gemv<INTER, RS_I, false>(ring, s, d, rows_x.count, T_FULL_DOWN);
-            MARK(T_GEMV_DOWN)
+            gemv<INTER, RS_I, false>(ring, s, d, rows_x.count);
             add_residual(p.x_mlp, layer, d.scale, weight_scale);
             load_weight(2 * layer + 2);
-            MARK(T_EPI_DOWN)
         }
     }
     receive_x(p.x_mlp, LAYERS - 1);
@@ -585,7 +570,7 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     for (int chunk = 0; chunk < part.count; chunk += LM_CHUNK) {
         const int rows = min(LM_CHUNK, part.count - chunk), n = part.start + chunk + tid;
         const float weight_scale = tid < rows ? __ldg(p.lm_scale + n) : 0.0f;
-        gemv<HIDDEN, RS_LM, false>(ring, s, d, rows, T_FULL_LM);
+        gemv<HIDDEN, RS_LM, false>(ring, s, d, rows);
         consumer_sync();
         if (tid < rows)
 #pragma unroll
@@ -605,7 +590,7 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     for (int chunk = 0; chunk < part.count; chunk += LM_CHUNK) {
         const int rows = min(LM_CHUNK, part.count - chunk);
         for (int first = 0; first < rows; first += RS_LM) {
-            TIMED(T_FULL_LM, tid == 0, ring.wait_full());
+            ring.wait_full();
             constexpr int WIDE = S::VEC >= 2 ? 4 : 2, LOADS = 2 * S::W / WIDE, RUN = 2 * S::VEC / WIDE;
             const u32 base = ring.stage() + (warp * (HIDDEN / WARPS) + lane * 4 * S::VEC) * 2;
             Words<WIDE> q[RS_LM][LOADS];
@@ -678,8 +663,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
     const int tid = threadIdx.x;
     for (int i = tid; i < LAYERS * TABLE; i += THREADS + 32) (&s.table[0][0])[i] = p.layers[i];
     for (int i = tid; i < ACC_ROWS * ROWS * 2; i += THREADS + 32) s.acc[i] = 0;
-    if (tid < T_COUNT) s.trace[tid] = 0;
-    if (tid == 0) s.mark = clock64(), s.epoch = p.sync[LAUNCHES] * LAYERS;
+    if (tid == 0) s.epoch = p.sync[LAUNCHES] * LAYERS;
     if (tid < ROWS) {
         const int slot = p.slot_ids[tid];
         s.slot[tid] = slot, s.position[tid] = p.position[slot], s.token[tid] = p.last_token[slot];
@@ -701,10 +685,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const __gri
             s.rope[0][i] = p.cosine[s.position[row] * (HEAD / 2) + i];
             s.rope[1][i] = p.sine[s.position[row] * (HEAD / 2) + i];
         }
-        TIMED(T_TOTAL, tid == 0, consume(p, s, ring));
+        consume(p, s, ring);
     }
-#ifdef TRACE
-    __syncthreads();
-    if (tid < T_COUNT) p.trace[blockIdx.x * T_COUNT + tid] = s.trace[tid];
-#endif
 }

@@ -33,16 +33,10 @@ HEADER = Path(__file__).with_name("persistent_stream.cu")  # included by SOURCE
 THREADS = 288
 SHARED_BYTES = 232448
 STAGE_BYTES = 16384
-TRACE_FIELDS = (
-    *("full_qkv", "full_kv", "full_o", "full_gate_up", "full_down", "full_lm_head"),
-    *("attention_wait", "attention_keys", "attention_merge", "digits_qkv", "digits_o", "digits_gate_up", "digits_down"),
-    *("epilogue_qkv", "epilogue_o", "epilogue_gate_up", "epilogue_down"),
-    *("gemv_qkv", "gemv_o", "gemv_gate_up", "gemv_down", "total"),
-)
 _POINTERS = (
     *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
     *("block_tables", "sampled", "logits", "x_attention", "x_mlp", "qkv", "attended", "hidden", "partial"),
-    *("sync", "trace"),
+    "sync",
 )
 
 
@@ -106,7 +100,6 @@ class PersistentDecode:
         weights: EngineWeights,
         kv: Sequence[torch.Tensor],
         max_rows: int = 2,
-        trace: bool = False,
     ) -> None:
         """``kv``: per layer fp16 ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``, contiguous.
 
@@ -138,7 +131,6 @@ class PersistentDecode:
             "norms": permute(torch.stack([t.float() for t in norms])),
             "cosine": cosine,
             "sine": sine,
-            "trace": torch.zeros((self.grid, len(TRACE_FIELDS)), dtype=torch.int64, device=self.device),
         }
         self._keep = (weights, tuple(kv))
         # Words that blocks exchange. They outlive a launch: flags count layers over all launches of one row count.
@@ -164,8 +156,6 @@ class PersistentDecode:
         if weights.lm_head.scale is not None:
             macros["LM_INT8"] = 1
             self._params.lm_scale = weights.lm_head.scale.data_ptr()
-        if trace:
-            macros["TRACE"] = 1
         arch = nvrtc.architecture(self.device)
         self._functions = {
             rows: nvrtc.Function(

@@ -55,18 +55,12 @@ struct Params {
     float* logits;  // [ROWS][VOCAB] or null
     u32 *x_attention, *x_mlp, *qkv, *attended, *hidden, *partial;  // exchanged words, see send()
     u32* sync;
-    u64* trace;
     int table_stride, num_blocks, dummy_slot;
     float eps;
 };
 enum { QKV_W, QKV_S, O_W, O_S, GU_W, GU_S, DOWN_W, DOWN_S, KV, TABLE };
 enum { LAUNCHES = 0, DONE = 32, BEST = 64, SENT_HIDDEN = 96, SENT_X = 128, SYNC_WORDS = 160 };  // words of Params::sync
 constexpr int UNIT_WORDS = OUTPUTS + 2 * GROUP;
-// words of Params::trace a block, in clocks: waiting for stages, attention, digits (with the wait for their words),
-// epilogues, matrices
-enum { T_FULL_QKV, T_FULL_KV, T_FULL_O, T_FULL_GU, T_FULL_DOWN, T_FULL_LM, T_ATT_LOAD, T_ATT_KEYS, T_ATT_MERGE,
-       T_PRO_QKV, T_PRO_O, T_PRO_GU, T_PRO_DOWN, T_EPI_QKV, T_EPI_O, T_EPI_GU, T_EPI_DOWN, T_GEMV_QKV, T_GEMV_O,
-       T_GEMV_GU, T_GEMV_DOWN, T_TOTAL, T_COUNT };
 
 struct Shared {
     u64 full[16], empty[16];
@@ -83,22 +77,9 @@ struct Shared {
     u64 best[WARPS];
     int slot[ROWS], position[ROWS], token[ROWS], last;
     u32 epoch;
-    u64 trace[T_COUNT];
-    long long mark;
 };
 constexpr int STAGES = (SMEM - (int)sizeof(Shared)) / STAGE < 16 ? (SMEM - (int)sizeof(Shared)) / STAGE : 16;
 static_assert(STAGES > IN_FLIGHT_L2, "the ring is longer than what is on its way");
-
-#ifdef TRACE
-#define TIMED(id, who, statement) \
-    { long long t0_ = clock64(); statement; if (who) s.trace[id] += clock64() - t0_; }
-// consumer thread 0: the time since the last mark goes to `id`
-#define MARK(id) \
-    if (threadIdx.x == 0) { const long long now_ = clock64(); s.trace[id] += now_ - s.mark, s.mark = now_; }
-#else
-#define TIMED(id, who, statement) { statement; }
-#define MARK(id)
-#endif
 
 // ---------------------------------------------------------------- small instructions
 __device__ __forceinline__ u32 smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
