@@ -129,42 +129,39 @@ def norm_quantize(
 
     ``digits`` int8 ``[2, capacity, K]`` receives hi and lo planes, ``scale`` float32 ``[capacity]`` the row scales.
     """
-    block = next_power_of_2(x.shape[-1])
-    _norm[(num_rows,)](
-        x,
-        norm,
-        rows,
-        digits,
-        scale,
-        x.shape[-1],
-        digits.stride(0),
-        eps,
-        NORM=norm is not None,
-        GATHER=rows is not None,
-        QUANTIZE=True,
-        BLOCK=block,
-        num_warps=_warps(block),
-        **launch_options(x.device),
-    )
+    _launch_norm(x, norm, rows, digits, scale, digits.stride(0), eps, num_rows)
 
 
 def rms_norm(
     x: torch.Tensor, norm: torch.Tensor, eps: float, out: torch.Tensor, num_rows: int, rows: torch.Tensor | None = None
 ) -> None:
     """RMSNorm of ``x`` (of ``x[rows]`` if given) into ``out`` ``[num_rows, K]``, in float32 inside."""
+    _launch_norm(x, norm, rows, out, None, 0, eps, num_rows)
+
+
+def _launch_norm(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    plane: int,
+    eps: float,
+    num_rows: int,
+) -> None:
     block = next_power_of_2(x.shape[-1])
     _norm[(num_rows,)](
         x,
         norm,
         rows,
         out,
-        None,
+        scale,
         x.shape[-1],
-        0,
+        plane,
         eps,
-        NORM=True,
+        NORM=norm is not None,
         GATHER=rows is not None,
-        QUANTIZE=False,
+        QUANTIZE=scale is not None,
         BLOCK=block,
         num_warps=_warps(block),
         **launch_options(x.device),
