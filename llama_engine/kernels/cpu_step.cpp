@@ -117,6 +117,12 @@ inline uint16_t float_to_half(float f) {
 inline float sum(v16f v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  union { v16f v; __m256 h[2]; } u{v};
+  __m256 eight = u.h[0] + u.h[1];
+  __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  four += _mm_movehl_ps(four, four);
+  return four[0] + four[1];
 #else
   float total = 0;
   for (int i = 0; i < 16; ++i) total += v[i];
@@ -130,6 +136,12 @@ inline float sum_exact(v16i v) {
   __m512i wide = _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256((__m512i)v)),
                                   _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64((__m512i)v, 1)));
   return (float)_mm512_reduce_add_epi64(wide);
+#elif defined(__AVX2__)
+  union { v16i v; __m128i q[4]; } u{v};
+  __m256i wide = _mm256_add_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(u.q[0]), _mm256_cvtepi32_epi64(u.q[1])),
+                                  _mm256_add_epi64(_mm256_cvtepi32_epi64(u.q[2]), _mm256_cvtepi32_epi64(u.q[3])));
+  __m128i two = _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  return (float)(_mm_extract_epi64(two, 0) + _mm_extract_epi64(two, 1));
 #else
   int64_t total = 0;
   for (int i = 0; i < 16; ++i) total += v[i];
@@ -160,6 +172,58 @@ inline v16f exp_nonpositive(v16f x) {
 }
 
 // out[m][j] = sum_k w[j][k] * x[m][k], exact per lane. R rows share each activation load, M tokens each weight load.
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+// Written out, because GCC keeps arrays of 64-byte vectors in memory where registers hold 32 bytes.
+inline __m256i widen16(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+
+template <int M, int R>
+inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int K, float (*out)[R]) {
+  __m256i acc[M][R][2];
+  for (auto& row : acc)
+    for (auto& pair : row) pair[0] = pair[1] = _mm256_setzero_si256();
+  for (int k = 0; k < K; k += 32) {
+    for (int half = 0; half < 2; ++half) {
+      __m256i a[M];
+      for (int m = 0; m < M; ++m) a[m] = _mm256_loadu_si256((const __m256i*)(x + m * ldx + k + 16 * half));
+      for (int j = 0; j < R; ++j) {
+        if (half == 0) __builtin_prefetch(w[j] + k + kPrefetch);
+        const __m256i b = widen16(w[j] + k + 16 * half);
+        for (int m = 0; m < M; ++m) acc[m][j][half] = _mm256_add_epi32(acc[m][j][half], _mm256_madd_epi16(a[m], b));
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < R; ++j) {
+      v16i lanes;
+      std::memcpy(&lanes, acc[m][j], 64);
+      out[m][j] = sum_exact(lanes);
+    }
+}
+
+template <int M, int R>
+inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int K, float (*out)[R]) {
+  __m256 acc[M][R][2];
+  for (auto& row : acc)
+    for (auto& pair : row) pair[0] = pair[1] = _mm256_setzero_ps();
+  for (int k = 0; k < K; k += 16) {
+    for (int half = 0; half < 2; ++half) {
+      __m256 a[M];
+      for (int m = 0; m < M; ++m) a[m] = _mm256_loadu_ps(x + m * ldx + k + 8 * half);
+      for (int j = 0; j < R; ++j) {
+        if (half == 0) __builtin_prefetch((const char*)(w[j] + k) + kPrefetch);
+        const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w[j] + k + 8 * half)));
+        for (int m = 0; m < M; ++m) acc[m][j][half] += a[m] * b;
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < R; ++j) {
+      v16f lanes;
+      std::memcpy(&lanes, acc[m][j], 64);
+      out[m][j] = sum(lanes);
+    }
+}
+#else
 template <int M, int R>
 inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int K, float (*out)[R]) {
   v16i acc[M][R] = {};
@@ -191,6 +255,7 @@ inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int 
   for (int m = 0; m < M; ++m)
     for (int j = 0; j < R; ++j) out[m][j] = sum(acc[m][j]);
 }
+#endif
 
 #if defined(USE_AMX)
 // Tile registers: 16 rows of weights (A, straight from the [N][K] matrix) times 16 tokens (B, packed by four k).
