@@ -226,11 +226,14 @@ def _peers(story: Story, peers: dict[str, Any]) -> Iterator[str]:
     loads = ("8", "32", "64")
     yield f"\n| {story.machine} | tok/s alone | TTFT p50, ms | {' | '.join(f'{n} at once' for n in loads)} |"
     yield "| --- |" + " ---: |" * 5
-    levels = {str(level["concurrency"]): (i, level) for i, level in story.levels("engine")}
-    ours = {"engine": f"**this engine**, INT8 weight-only, {story.get('engine', 'environment.time_utc')[:10]}"}
-    ours |= {"alone": story.get("engine", "summary.output_tokens_per_s.p50")}
-    ours |= {"ttft_ms": story.get("engine", "summary.ttft_ms.p50")}
-    ours |= {n: level["summary"]["output_tokens_per_s"]["p50"] for n, (_, level) in levels.items()}
+    date = str(story.get("engine", "environment.time_utc") or "")[:10]
+    ours = {
+        "engine": f"**this engine**, INT8 weight-only, {date}",
+        "alone": story.get("engine", "summary.output_tokens_per_s.p50"),
+        "ttft_ms": story.get("engine", "summary.ttft_ms.p50"),
+    }
+    for _, level in story.levels("engine"):
+        ours[str(level["concurrency"])] = level["summary"]["output_tokens_per_s"]["p50"]
     for row in (*peers["peers"], ours):
         alone = [f"{row[key]:,.1f}" if key in row else "" for key in ("alone", "ttft_ms")]
         yield f"| {' | '.join([row['engine'], *alone, *(f'{row[n]:,.0f}' if n in row else '' for n in loads)])} |"

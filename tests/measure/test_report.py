@@ -198,3 +198,31 @@ def test_compare_results(folder, run_script, edit_json, tmp_path):
     assert "DIFFERENT MACHINES" in forced.stdout
     edit_json(new / "baseline.json", {"validity": {"status": "INVALID", "reasons": ["x"]}})
     assert run_script(*compare, "--force").returncode == 4
+
+
+def test_a_bad_load_is_marked_and_leaves_the_speed_up_standing(folder, edit_json):
+    triton = json.loads((folder / "triton-native.json").read_text())
+    triton["levels"][1]["validity"] = {"status": "INVALID", "reasons": ["GPU clocks were throttled"]}
+    edit_json(folder / "triton-native.json", {"levels": triton["levels"]})
+    text = page(folder)
+    assert "through Triton, 2 at once (INVALID)" in text
+    assert "through Triton, 1 at once (INVALID)" not in text
+    assert "**INVALID** triton-native.json at 2: GPU clocks were throttled." in text
+    assert "**2.00x** [2.00, 2.00] faster" in text
+
+
+def test_noise_is_named_beside_the_ratio(folder, edit_json):
+    caution = {"status": "VALID", "reasons": [], "cautions": ["latency spread (p75 - p25) / p50 is 30%"]}
+    edit_json(folder / "baseline.json", {"validity": caution})
+    text = page(folder)
+    assert "**Noisy** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
+    assert "**2.00x** [2.00, 2.00] faster" in text
+
+
+def test_peers_stand_above_the_machine_they_were_measured_on(folder):
+    peers = {"machine": "box", "note": "Another run.", "peers": [{"engine": "other", "alone": 5.5, "8": 1234}]}
+    block = report.readme_block([Story.load(folder)], peers)
+    assert "| other | 5.5 |  | 1,234 |  |  |" in block
+    assert "| **this engine**, INT8 weight-only" in block
+    assert "| 16.0 | 30.0 |" in block  # 8 tokens in half a second
+    assert "other" not in report.readme_block([Story.load(folder)], peers | {"machine": "elsewhere"})
