@@ -93,9 +93,8 @@ class CudaExecutor:
         self.device = weights.embedding.device
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
-        self.model = model = GpuModel(
-            config, engine, weights, Tiles(tuning, gpu_name(self.device)), kernels != "triton"
-        )
+        tiles = Tiles(tuning, gpu_name(self.device))
+        self.model = model = GpuModel(config, engine, weights, tiles, stream=kernels != "triton")
         self.engine = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes

@@ -84,12 +84,14 @@ class StreamGemm:
                 warnings.warn(f"{error}; a matrix of {n}x{k} runs the Triton kernel instead", stacklevel=2)
         return self._functions[key]
 
-    def _compile(self, n: int, k: int, epilogue: int, bucket: int, shape: Shape) -> nvrtc.Function:
+    def _compile(self, n: int, k: int, epilogue: int, bucket: int, shape: Shape) -> nvrtc.Function | None:
         rows = 16 * shape.slabs
         stage = (rows + 2 * bucket) * STEP_BYTES
         groups = -(-rows // 64)
         behind = max(0, (64 * groups - rows - 2 * bucket) * STEP_BYTES)  # what the last warpgroup reads behind the ring
         stages = min(MAX_STAGES, (SHARED_BYTES - behind) // stage)
+        if stages < 3:  # blocks so tall (fewer processors) that the ring does not turn
+            return None
         macros = {"N": n, "K": k, "SILU": int(epilogue == SILU_MUL), "RESIDUAL": int(epilogue == RESIDUAL)}
         macros |= {"SLABS": shape.slabs, "SPLIT": shape.split, "MB": bucket, "KC": STEP_BYTES}
         macros |= {"STAGES": stages, "FLIGHT": FLIGHT_BYTES}
