@@ -15,7 +15,8 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
 from llama_engine.kernels.common import launch_options, next_power_of_2
 
-CHUNK, MAX_CHUNKS, DECODE_STAGES, MERGE_WARPS = 128, 128, 2, 16
+CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
+DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor
 QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
@@ -66,7 +67,7 @@ class PagedAttention:
         """
         c = self.config
         # Enough programs to fill the chip; beyond that each walks several chunks.
-        programs = min(self.max_chunks, -(-528 // (num_rows * c.num_kv_heads)))
+        programs = min(self.max_chunks, -(-DECODE_BLOCKS // (num_rows * c.num_kv_heads)))
         attention_decode.decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -88,8 +89,8 @@ class PagedAttention:
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            BT=KEYS,
-            num_warps=4,
+            BT=DECODE_KEYS,
+            num_warps=DECODE_WARPS,
             num_stages=DECODE_STAGES,
             **self.options,
         )

@@ -136,8 +136,13 @@ def _gemm(
     a_ptrs = a_ptr + offs_m[:, None] * K + offs_k[None, :]
     if PDL:
         gdc_launch_dependents()
+    # Scales are read long before their use: where memory is busy a small load takes microseconds.
+    if INT8:
+        w_scale = tl.load(w_scale_ptr + rows)
+    if PDL:
         gdc_wait()
     if INT8:
+        a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
         if SWAP:
             high = tl.zeros((BN, BM), tl.int32)
             low = tl.zeros((BN, BM), tl.int32)
@@ -174,8 +179,6 @@ def _gemm(
                         low += tl.load(base + other * (2 * size) + size, cache_modifier=".cg")
         if done:
             y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
-            a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-            w_scale = tl.load(w_scale_ptr + rows)
             if SWAP:
                 y = y * a_scale[None, :] * w_scale[:, None]
             else:
