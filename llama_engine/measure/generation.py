@@ -21,6 +21,8 @@ from llama_engine.hf import HFModel
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
 
+WAKE_TOKENS = 2  # of the uncounted request at the start of a turn
+
 now = time.perf_counter
 
 
@@ -205,7 +207,11 @@ def make_prompts(model_dir: Path | str, text: str, length: int, count: int = 1) 
 def run_interleaved(
     stacks: Sequence[Stack], prompt: list[int], new_tokens: int, *, warmup: int, runs: int, telemetry: Telemetry
 ) -> dict[str, list[GenerationRun]]:
-    """Warm every stack up, then time A B A B ...; telemetry sections are named after the stacks."""
+    """Warm every stack up, then time A B A B ...; telemetry sections are named after the stacks.
+
+    A timed run comes right behind a short one of its own stack: otherwise its first token would pay for caches and
+    clocks that went cold while the other stack had its turn.
+    """
     timed: dict[str, list[GenerationRun]] = {stack.name: [] for stack in stacks}
     with progress_bar() as bar:
         task = bar.add_task("", total=(warmup + runs) * len(stacks))
@@ -215,6 +221,7 @@ def run_interleaved(
                 if index < warmup:
                     stack.generate(prompt, new_tokens)
                 else:
+                    stack.generate(prompt, WAKE_TOKENS)
                     with telemetry.section(stack.name):
                         timed[stack.name].append(stack.generate(prompt, new_tokens))
                 bar.advance(task)

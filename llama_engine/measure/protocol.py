@@ -17,6 +17,7 @@ from llama_engine.errors import InputError
 from llama_engine.hf import model_identity
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
+    WAKE_TOKENS,
     Cost,
     EngineStack,
     GenerationRun,
@@ -130,6 +131,7 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> d
         "concurrency": 1,
         "warmup_runs": args.warmup,
         "timed_runs": args.runs,
+        "wake_tokens": WAKE_TOKENS,
         "prompt_ids": prompt,
         "interleaved_with": [stack.name for stack in stacks],
     }

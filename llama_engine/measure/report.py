@@ -64,7 +64,11 @@ class Page(string.Formatter):
                 "at": f"{file}.levels.{i}",
                 "name": f"{where}, {x['concurrency']} at once{'' if story.level_valid(file, x) else ' (INVALID)'}",
             }
-            for file, where in (("engine", "in process"), ("triton", "through Triton"))
+            for file, where in (
+                ("engine", "in process"),
+                ("triton", "through Triton"),
+                ("whole", "through Triton, whole answers"),
+            )
             for i, x in story.levels(file)
         ]
         measured = [{"at": x, "name": label} for x, label in labels.items() if story.aliases[x] in story.files]

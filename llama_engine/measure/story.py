@@ -56,6 +56,7 @@ class Story:
             "base": "baseline.json",
             "engine": f"optimized-{self.backend}.json",
             "triton": f"triton-{self.backend}.json",
+            "whole": f"triton-{self.backend}-whole.json",
         }
         accuracy = f"accuracy-{self.backend}.json"
         return names | {

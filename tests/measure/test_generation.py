@@ -71,7 +71,7 @@ class FakeStack:
         self.name, self.log, self.tokens = name, log, tokens
 
     def generate(self, prompt_ids, new_tokens):
-        self.log.append(self.name)
+        self.log.append((self.name, new_tokens))
         return GenerationRun(0.0, [1.0 + i for i in range(self.tokens)], list(range(self.tokens)))
 
 
@@ -79,8 +79,9 @@ def test_runs_are_interleaved_after_warmup():
     log = []
     stacks = [FakeStack("a", log), FakeStack("b", log)]
     with Telemetry() as telemetry:
-        timed = generation.run_interleaved(stacks, [1], 2, warmup=1, runs=2, telemetry=telemetry)
-    assert log == ["a", "b"] * 3
+        timed = generation.run_interleaved(stacks, [1], 9, warmup=1, runs=2, telemetry=telemetry)
+    wake = generation.WAKE_TOKENS
+    assert log == [("a", 9), ("b", 9)] + [("a", wake), ("a", 9), ("b", wake), ("b", 9)] * 2
     assert {name: len(runs) for name, runs in timed.items()} == {"a": 2, "b": 2}
     with Telemetry() as telemetry, pytest.raises(RunError, match="no tokens"):
         generation.run_interleaved([FakeStack("a", log, 0)], [1], 2, warmup=0, runs=1, telemetry=telemetry)
