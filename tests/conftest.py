@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import shutil
+import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is imported
 
 from llama_engine.build import build_native
 from llama_engine.config import EngineConfig
@@ -17,12 +23,33 @@ from llama_engine.convert import ConvertOptions, convert
 from llama_engine.prepare import prepare_default, prepare_synthetic
 
 ROOT = Path(__file__).parent.parent
+STOPS = (signal.SIGINT, signal.SIGTERM)
+# Called as cpu.py calls it: FLAGS -o TARGET SOURCE.
+CACHING_COMPILER = """#!/bin/sh
+flags=
+while [ "$1" != -o ]; do flags="$flags $1"; shift; done
+kept=$(dirname "$0")/$(echo "$flags" | cat - "$3" | sha256sum | cut -c1-16)
+[ -e "$kept" ] || { COMPILER $flags -o "$kept.$$" "$3" && mv "$kept.$$" "$kept"; } && cp "$kept" "$2"
+"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
         items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every engine directory gets its own compiled CPU kernel, which takes a compiler ten seconds: run it once."""
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None)
+    with pytest.MonkeyPatch.context() as patch:
+        if compiler:
+            wrapper = tmp_path_factory.mktemp("compiler") / "c++"
+            wrapper.write_text(CACHING_COMPILER.replace("COMPILER", compiler))
+            wrapper.chmod(0o755)
+            patch.setenv("CXX", str(wrapper))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +80,17 @@ def smollm2_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_engine(smollm2_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("smollm2")
-    convert(smollm2_model, root / "checkpoint", ConvertOptions(int8=True))
-    build_native(root / "checkpoint", root / "engine", EngineConfig())
-    return root / "engine"
+def smollm2_checkpoint(smollm2_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("checkpoints") / "smollm2"
+    convert(smollm2_model, target, ConvertOptions(int8=True))
+    return target
+
+
+@pytest.fixture(scope="session")
+def smollm2_engine(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("engines") / "smollm2"
+    build_native(smollm2_checkpoint, target, EngineConfig())
+    return target
 
 
 @pytest.fixture
@@ -72,11 +105,35 @@ def edit_json() -> Callable[[Path, dict], None]:
 
 
 @pytest.fixture
-def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a script of the repository as a user would, and return what it printed."""
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring this machine's bandwidth over four times its cache takes seconds that few tests need."""
+    monkeypatch.setattr("llama_engine.measure.environment._l3_bytes", lambda: None)
+
+
+@pytest.fixture
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Run a script of the repository as a user would, and return what it printed.
+
+    Python ones run as ``__main__`` of this process, which has imported PyTorch already; the README's tests start each
+    in a process of its own.
+    """
+    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in STOPS}
 
     def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, *map(str, args)] if script.endswith(".py") else [script, *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        command = [script, *map(str, args)]
+        if script.endswith(".sh"):
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr("sys.argv", command)
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(script, run_name="__main__")
+        return subprocess.CompletedProcess(command, stopped.value.code or 0, *capsys.readouterr())
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,7 +1,5 @@
 """The CUDA executor against the PyTorch reference: on a GPU, and in Triton's interpreter where there is none."""
 
-import os
-
 import pytest
 import torch
 
@@ -12,8 +10,6 @@ from llama_engine.model import TorchModel
 from llama_engine.sampling import SamplingParams
 from llama_engine.weights import Linear, random_weights
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,7 +160,7 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     def run(executor):
         engine = Engine(TINY, config, executor)
         prompts = [[1, 2, 3], list(range(30, 50)), [9] * 7]
-        ids = [engine.add_request(prompt, 24) for prompt in prompts]
+        ids = [engine.add_request(prompt, 14) for prompt in prompts]  # each crosses into a block that is not there
         found = {i: [] for i in ids}
         while engine.has_unfinished:
             for output in engine.step():
@@ -174,7 +170,7 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     fused, host = _pair(engine=config)
     (got, preemptions), (want, _) = run(fused), run(host)
     assert got == want
-    assert [len(tokens) for tokens in got] == [24, 24, 24]
+    assert [len(tokens) for tokens in got] == [14, 14, 14]
     assert preemptions > 0
 
 

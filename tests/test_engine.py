@@ -55,14 +55,11 @@ def test_greedy_tokens_equal_transformers_on_the_dequantized_weights(smollm2_mod
     engine = Engine.from_dir(smollm2_engine, device="cpu")
     for text in PROMPTS:
         prompt = chat_ids(smollm2_model, text)
-        expected = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        # transformers' min_new_tokens bans EOS: compare up to where the engine would have stopped.
-        actual = generate(engine, prompt, 64)
-        stop = next((i for i, token in enumerate(actual) if token in engine.model.eos_token_ids), 64)
-        assert actual[:stop] == expected[:stop]
-        assert stop > 2
+        stop = engine.model.eos_token_ids
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(stop)}
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=48, **options)[0, len(prompt) :].tolist()
+        assert generate(engine, prompt, 48, stop_token_ids=stop) == expected
+        assert len(expected) > 2
 
 
 def test_paris(smollm2_model, smollm2_engine):

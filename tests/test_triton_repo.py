@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,18 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tritonclient.http
 from transformers import AutoTokenizer
 
 from llama_engine import triton_repo, triton_server, trtllm
 from llama_engine.config import EngineConfig
-from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError
 from llama_engine.triton_server import ServeConfig
 from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
-NUMPY_1 = pytest.mark.skipif(np.__version__ >= "2", reason="this Triton's Python backend loses strings under NumPy 2")
 
 
 def load_model(name, monkeypatch):
@@ -83,23 +79,9 @@ def test_an_engine_without_a_tokenizer_cannot_serve_text(tiny_engine, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-@NUMPY_1
-def test_the_ensemble_answers_paris_in_front_of_the_native_engine(smollm2_engine):
-    config = ServeConfig(decoupled=False, text=True, device="cpu")
-    with triton_server.TritonServer(smollm2_engine, config) as server:
-        client = tritonclient.http.InferenceServerClient(server.http_url)
-        text = tritonclient.http.InferInput("text_input", [1, 1], "BYTES")
-        text.set_data_from_numpy(np.array([["What is the capital of France? Answer briefly."]], dtype=object))
-        tokens = tritonclient.http.InferInput("max_tokens", [1, 1], "INT32")
-        tokens.set_data_from_numpy(np.array([[32]], dtype=np.int32))
-        answer = client.infer("ensemble", [text, tokens]).as_numpy("text_output")
-        assert answer[0, 0] == b"The capital of France is Paris."
-
-
 @pytest.fixture
-def trt_engine(installed, smollm2_model, tmp_path):  # noqa: F811
-    convert(smollm2_model, tmp_path / "c", ConvertOptions(int8=True))
-    trtllm.build(tmp_path / "c", tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
+def trt_engine(installed, smollm2_checkpoint, tmp_path):  # noqa: F811
+    trtllm.build(smollm2_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
     return tmp_path / "e"
 
 
@@ -152,19 +134,9 @@ def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_pat
     assert all("tensorrt" in line for line in errors), errors
 
 
-def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tmp_path):
-    command = [
-        "scripts/serve_triton.sh",
-        "--engine-dir",
-        trt_engine,
-        "--run-dir",
-        tmp_path / "run",
-        "--text",
-        "--print",
-    ]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
-    )
+def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tmp_path, run_script):
+    where = ("--engine-dir", trt_engine, "--run-dir", tmp_path / "run")
+    done = run_script("scripts/serve_triton.py", *where, "--text", "--print")
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
     assert words[:2] == ["docker", "run"]

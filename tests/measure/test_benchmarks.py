@@ -1,41 +1,21 @@
 """The scripts from end to end on the tiny model, and what they refuse."""
 
 import json
-import runpy
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from llama_engine.measure.result import load_folder
 
-ROOT = Path(__file__).parents[2]
 SHORT = ("--device", "cpu", "--threads", 1, "--output-tokens", 6, "--input-tokens", 5, "--warmup", 1, "--runs", 5)
 
 
+pytestmark = pytest.mark.usefixtures("small_ceilings")
+
+
 @pytest.fixture
-def run_main(monkeypatch, capsys):
-    """A script's ``__main__`` in this process: its exit code and output, without importing PyTorch again."""
-
-    def run(script, *args):
-        path = str(ROOT / "benchmarks" / f"{script}.py")
-        monkeypatch.setattr("sys.argv", [path, *map(str, args)])
-        threads = torch.get_num_threads()
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(path, run_name="__main__")
-        torch.set_num_threads(threads)
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=stopped.value.code, stdout=captured.out, stderr=captured.err)
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def small_ceilings(monkeypatch):
-    """Measuring this machine's bandwidth over four times its cache takes seconds that no test here needs."""
-    monkeypatch.setattr("llama_engine.measure.environment._l3_bytes", lambda: None)
+def run_main(run_script):
+    return lambda script, *args: run_script(f"benchmarks/{script}.py", *args)
 
 
 def test_compare_writes_three_results(run_main, tiny_model, tiny_engine, tmp_path):
