@@ -1,6 +1,7 @@
 """Requests to the real Triton Inference Server, in order and under fire. Each test leaves no KV block behind."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -146,6 +147,29 @@ def test_clients_that_vanish_mid_stream_leave_nothing(server, tiny_engine, proto
     asyncio.run(vanish())
     assert_idle(server)
     assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+
+
+def test_a_grpc_call_is_cancelled_only_before_its_last_response(server):
+    # one cancelled after it stays in tritonserver's memory for ever
+    async def codes():
+        client = connect("grpc", server.grpc_url)
+        streams, stream_infer = [], client._client.stream_infer
+
+        def recorded(requests):
+            streams.append(stream_infer(requests))
+            return streams[-1]
+
+        client._client.stream_infer = recorded
+        for prompt, new_tokens in (([999], 4), ([1, 2, 3], 1), ([1, 2, 3], 200)):
+            answers = client.generate(prompt, new_tokens, streaming=True)
+            with contextlib.suppress(RequestFailed):
+                await anext(answers)
+            await answers.aclose()
+        codes = [(await stream._grpc_call.code()).name for stream in streams]
+        await client.close()
+        return codes
+
+    assert asyncio.run(codes()) == ["OK", "OK", "CANCELLED"]
 
 
 def test_stop_request_ends_the_request_of_its_id(server):
