@@ -160,7 +160,7 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     def run(executor):
         engine = Engine(TINY, config, executor)
         prompts = [[1, 2, 3], list(range(30, 50)), [9] * 7]
-        ids = [engine.add_request(prompt, 14) for prompt in prompts]  # each crosses into a block that is not there
+        ids = [engine.add_request(prompt, 16) for prompt in prompts]  # each crosses into a block that is not there
         found = {i: [] for i in ids}
         while engine.has_unfinished:
             for output in engine.step():
@@ -170,7 +170,7 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     fused, host = _pair(engine=config)
     (got, preemptions), (want, _) = run(fused), run(host)
     assert got == want
-    assert [len(tokens) for tokens in got] == [14, 14, 14]
+    assert [len(tokens) for tokens in got] == [16, 16, 16]
     assert preemptions > 0
 
 
