@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from llama_engine.measure.stats import PERCENTILES
 from llama_engine.measure.story import Story, roofline_points, waterfall_steps
@@ -49,7 +46,7 @@ def draw_all(story: Story, folder: Path) -> list[Path]:
     return written
 
 
-def _finish(figure: Figure, story: Story, title: str) -> Figure:
+def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
     workload = story.any["workload"]
     note = story.any["model"]["name"] + (" geometry, synthetic weights" if story.synthetic else "")
     note += f" on {story.machine}"
@@ -76,7 +73,7 @@ def _groups(story: Story, path: str) -> list[Group]:
     return [(story.get(file, path), label.replace("\n", " "), COLOURS[file]) for file, label in story.stacks()]
 
 
-def _bars(axes: Axes, rows: Sequence[Bar], form: str, unit: str, title: str) -> None:
+def _bars(axes: plt.Axes, rows: list[Bar], form: str, unit: str, title: str) -> None:
     """One labelled bar a row; says so where nothing was measured."""
     axes.set_title(title)
     if not rows:
@@ -87,18 +84,16 @@ def _bars(axes: Axes, rows: Sequence[Bar], form: str, unit: str, title: str) -> 
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that no line crosses a figure
     bars = axes.bar(labels, values, color=colours, width=0.55)
     axes.bar_label(bars, fmt=form, padding=3, fontweight="bold", bbox=behind, zorder=5)
-    axes.set_ylim(0, max(values) * 1.22 or 1)
-    axes.set_ylabel(unit)
+    axes.set(ylim=(0, max(values) * 1.22 or 1), ylabel=unit)
 
 
-def _grouped(axes: Axes, groups: list[Group], unit: str, title: str) -> None:
+def _grouped(axes: plt.Axes, groups: list[Group], unit: str, title: str) -> None:
     """Bars of p50 to p99 of each (statistics, label, colour) that was measured."""
     groups = [group for group in groups if group[0]]
     width = 0.8 / max(1, len(groups))
     for index, (values, label, colour) in enumerate(groups):
         places = [i - 0.4 + width * (index + 0.5) for i in range(len(PERCENTILES))]
-        heights = [values[f"p{q}"] for q in PERCENTILES]
-        bars = axes.bar(places, heights, width * 0.92, color=colour, label=label)
+        bars = axes.bar(places, [values[f"p{q}"] for q in PERCENTILES], width * 0.92, color=colour, label=label)
         axes.bar_label(bars, fmt=_short, fontsize=10 if len(groups) <= 3 else 8, padding=2)
     axes.set_xticks(range(len(PERCENTILES)), [f"p{q}" for q in PERCENTILES])
     axes.set(ylabel=unit, title=title)
@@ -132,7 +127,7 @@ def _headline(story: Story) -> str:
     return f"INT8 generates {ratio['ratio']:.2f}x faster than the 16-bit baseline (95 % CI {low:.2f} to {high:.2f})"
 
 
-def _speeds(axes: Axes, story: Story, title: str) -> None:
+def _speeds(axes: plt.Axes, story: Story, title: str) -> None:
     """Tokens a second of one request, under the engine's speed at MBU 1 as a line."""
     _bars(axes, _rows(story, "summary.output_tokens_per_s.p50"), "{:,.1f}", "tokens/s, one request", title)
     bandwidth = story.get("engine", "environment.read_bandwidth.bytes_per_s")
@@ -144,7 +139,7 @@ def _speeds(axes: Axes, story: Story, title: str) -> None:
         axes.text(0.02, wall * 1.015, f"read-bandwidth wall {wall:,.0f}", **style)
 
 
-def executive_summary(story: Story) -> Figure:
+def executive_summary(story: Story) -> plt.Figure:
     """Decode, first token, served throughput: three panels."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 6.2))
     _speeds(axes[0], story, _ratio(story, "tpot", "INT8 decode", "Decode: measured, no speed-up claimed"))
@@ -159,7 +154,7 @@ def executive_summary(story: Story) -> Figure:
     return _finish(figure, story, _headline(story))
 
 
-def performance_comparison(story: Story) -> Figure | None:
+def performance_comparison(story: Story) -> plt.Figure | None:
     """Six panels: speed, first token, inter-token percentiles, run by run, bandwidth use, work a token."""
     if not story.stacks():
         return None
@@ -192,7 +187,7 @@ def performance_comparison(story: Story) -> Figure | None:
     return _finish(figure, story, _headline(story))
 
 
-def ttft_percentiles(story: Story) -> Figure:
+def ttft_percentiles(story: Story) -> plt.Figure:
     """TTFT p50 to p99: both stacks in process and the served levels."""
     figure, axes = plt.subplots(figsize=(13, 7))
     groups = _groups(story, "summary.ttft_ms")
@@ -206,7 +201,7 @@ def ttft_percentiles(story: Story) -> Figure:
     return _finish(figure, story, _ratio(story, "ttft", "First token: INT8 engine", "Time to first token, every stack"))
 
 
-def triton_scaling(story: Story) -> Figure:
+def triton_scaling(story: Story) -> plt.Figure:
     """Throughput and latency against concurrency, with the straight line from one request."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.4))
     served, inside = ([x for _, x in story.levels(file)] for file in ("triton", "engine"))
@@ -236,8 +231,7 @@ def triton_scaling(story: Story) -> Figure:
     low, high = right.get_ylim()
     right.set_ylim(low / 1.3, high * 1.6)
     right.legend(loc="upper left", ncols=2)
-    wide = x[-1] > 8 * x[0]
-    if wide:
+    if wide := x[-1] > 8 * x[0]:
         left.set_yscale("log")
         left.set_ylim(min([*y, *batches.values()]) / 1.6, max([*y, *batches.values()]) * 3)
     for axes in (left, right):
@@ -249,7 +243,7 @@ def triton_scaling(story: Story) -> Figure:
     return _finish(figure, story, f"Triton serves {y[-1]:,.0f} tokens/s at {x[-1]} concurrent requests")
 
 
-def waterfall(story: Story) -> Figure | None:
+def waterfall(story: Story) -> plt.Figure | None:
     """ms an output token: baseline, what the engine saves, what serving costs, all at one request."""
     steps = waterfall_steps(story)
     if len(steps) < 2:
@@ -260,28 +254,27 @@ def waterfall(story: Story) -> Figure | None:
         if before:
             change = ms - before[1]
             label = f"{'serving' if 'Triton' in name else 'engine'} {'saves' if change < 0 else 'costs'}"
-            bars.append(
-                (label, min(ms, before[1]), abs(change), (IDEAL if change < 0 else TRITON, 0.55), f"{change:+.2f} ms")
-            )
+            colour = (IDEAL if change < 0 else TRITON, 0.55)
+            bars.append((label, min(ms, before[1]), abs(change), colour, f"{change:+.2f} ms"))
         bars.append((name, 0, ms, COLOURS[file], f"{ms:.2f} ms"))
     for place, (_, bottom, height, colour, text) in enumerate(bars):
         axes.bar(place, height, bottom=bottom, color=colour, width=0.6)
         axes.text(place, bottom + height, text, ha="center", va="bottom", fontweight="bold")
-    axes.set_xticks(range(len(bars)), [bar[0] for bar in bars])
+    axes.set_xticks(range(len(bars)), next(zip(*bars)))
     axes.set(ylabel="latency / output tokens, ms (p50)", title="One request at a time, same prompt and length")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-    title = f"From {steps[0][1]:.1f} to {steps[-1][1]:.1f} ms a token"
-    return _finish(figure, story, "Where the time of a token goes" if story.withheld() else title)
+    gain = f"From {steps[0][1]:.1f} to {steps[-1][1]:.1f} ms a token"
+    return _finish(figure, story, "Where the time of a token goes" if story.withheld() else gain)
 
 
-def roofline(story: Story) -> Figure | None:
+def roofline(story: Story) -> plt.Figure | None:
     """FLOP/s against FLOP a byte: decode at each batch, prefill, under this machine's measured walls."""
     points = roofline_points(story)
     if not points:
         return None
     file = points[-1][3]
-    peak = story.get(file, "environment.matmul.flop_per_s")
-    bandwidth = story.get(file, "environment.read_bandwidth.bytes_per_s")
+    walls = ("matmul.flop_per_s", "read_bandwidth.bytes_per_s")
+    peak, bandwidth = (story.get(file, f"environment.{wall}") for wall in walls)
     figure, axes = plt.subplots(figsize=(12, 7))
     ridge = peak / bandwidth
     low, high = min(point[1] for point in points) / 3, max(ridge, *(point[1] for point in points)) * 3
@@ -296,9 +289,8 @@ def roofline(story: Story) -> Figure | None:
     axes.set_title("Each point against the walls measured in the same run")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.25, which="both")
-    return _finish(
-        figure, story, f"Decode of one request runs at {story.get(file, 'summary.mbu'):.0%} of the memory wall"
-    )
+    used = story.get(file, "summary.mbu")
+    return _finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory wall")
 
 
 PICTURES = {
