@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llama_engine.build import EngineInfo, engine_backend, load_engine_json
+from llama_engine.build import EngineInfo, load_engine_json
 from llama_engine.engine import pick_device
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure.environment import ceilings, fingerprint
@@ -60,8 +60,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="default: results/local/triton-<backend>.json")
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
-    backend = engine_backend(args.engine_dir)
-    info = load_engine_json(args.engine_dir, backend=backend)
+    info = load_engine_json(args.engine_dir, backend="auto")
     loads = [*args.concurrency, *args.rate]
     if min([*loads, args.timeout]) <= 0 or min(args.requests, args.duration) < 0:
         raise InputError("--concurrency, --rate and --timeout must be positive, --requests and --duration not negative")
@@ -71,7 +70,7 @@ def main() -> int:
     if longest > limit:
         raise InputError(f"{longest} input and output tokens exceed this engine's max_seq_len {limit}")
     args.slo = parse_slo(args.slo)
-    output = check_output(args.output or Path(f"results/local/triton-{backend}.json"), args.force)
+    output = check_output(args.output or Path(f"results/local/triton-{info.backend}.json"), args.force)
     device = pick_device(args.device).type
     with console.status("measuring this machine's ceilings"):
         environment = fingerprint(device) | ceilings(device)
@@ -84,14 +83,14 @@ def main() -> int:
                 triton = stack.enter_context(TritonServer(args.engine_dir, config))
             args.url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
             args.metrics_url = f"{triton.host}:{triton.metrics_port}"
-        result = asyncio.run(measure(args, info, backend, environment))
+        result = asyncio.run(measure(args, info, environment))
     write_result(output, result, force=args.force)
     show([result])
     print(f"wrote {output}")
     return 0 if result["validity"]["status"] == "VALID" else 1
 
 
-async def measure(args: argparse.Namespace, info: EngineInfo, backend: str, environment: dict[str, Any]) -> Result:
+async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[str, Any]) -> Result:
     """Null model first, then every level."""
     client = connect(args.protocol, args.url)
     rng, vocab = random.Random(args.seed), info.model.vocab_size
@@ -148,12 +147,12 @@ async def measure(args: argparse.Namespace, info: EngineInfo, backend: str, envi
         workload |= {name: length.low} if length.low == length.high else {f"{name}_range": [length.low, length.high]}
     return new_result(
         "triton",
-        backend,
+        info.backend,
         model=info.identity,
         workload=workload,
         environment=environment,
         summary=scaling(levels),
-        engine=describe(info, backend, kernels),
+        engine=describe(info, kernels),
         null_model={"responses_per_s": null_rate, "concurrency": users, "failures": dict(null.failures)},
         levels=levels,
     )

@@ -10,7 +10,7 @@ Output: baseline.json, optimized-<backend>.json and comparison.json in the folde
 
 from __future__ import annotations
 
-from llama_engine.build import engine_backend
+from llama_engine.build import load_engine_json
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
 from llama_engine.measure.generation import TransformersStack
@@ -23,7 +23,7 @@ def main() -> None:
     protocol.add_engine_arguments(parser)
     args = parser.parse_args()
     device = protocol.prepare(args)
-    backend = engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
+    backend = load_engine_json(args.engine_dir, backend=args.backend).backend
     names = ("baseline.json", f"optimized-{backend}.json", "comparison.json")
     paths = [result.check_output(args.output / name, args.force) for name in names]
     engine = protocol.open_engine(args, device)

@@ -49,6 +49,7 @@ LAYER_SOURCES = {
 class EngineInfo:
     """What ``engine.json`` says. ``identity`` is the model's name, source and sha256."""
 
+    backend: str
     model: ModelConfig
     engine: EngineConfig
     checkpoint_sha256: str
@@ -126,17 +127,6 @@ def finish(out: Path, backend: str, source: Checkpoint, engine_config: EngineCon
     )
 
 
-def engine_backend(engine_dir: Path | str) -> str:
-    """ "native" or "tensorrt_llm": what the engine directory was built for."""
-    path = Path(engine_dir) / ENGINE_JSON
-    if not path.is_file():
-        raise InputError(f"{engine_dir} is not an engine ({ENGINE_JSON} is missing): run scripts/build_engine.sh")
-    backend = read_json(path).get("backend")
-    if backend not in WEIGHTS:
-        raise InputError(f"{path}: unknown backend {backend!r}: build the engine again")
-    return backend
-
-
 def prepare_machine(engine_dir: Path) -> list[str]:
     """Compile and tune the engine's kernels for this machine, as far as it can; one line a thing done or left out.
 
@@ -157,12 +147,19 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
 
 def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
-    """Read and check ``engine.json``. Raises :class:`InputError` for another backend and a damaged directory."""
+    """Read and check ``engine.json``; ``backend`` auto takes either.
+
+    Raises :class:`InputError` for another backend and a damaged directory.
+    """
     path = Path(engine_dir) / ENGINE_JSON
-    found = engine_backend(engine_dir)
-    if found != backend:
-        raise InputError(f"{engine_dir} is an engine of backend {found}, not {backend}: give --backend {found}")
+    if not path.is_file():
+        raise InputError(f"{engine_dir} is not an engine ({ENGINE_JSON} is missing): run scripts/build_engine.sh")
     data = read_json(path)
+    found = data.get("backend")
+    if found not in WEIGHTS:
+        raise InputError(f"{path}: unknown backend {found!r}: build the engine again")
+    if backend not in ("auto", found):
+        raise InputError(f"{engine_dir} is an engine of backend {found}, not {backend}: give --backend {found}")
     if data.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
@@ -170,10 +167,11 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
     keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
     if set(data) != keys:
         raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
-    weights = Path(engine_dir) / WEIGHTS[backend]
+    weights = Path(engine_dir) / WEIGHTS[found]
     if not weights.is_file() or weights.stat().st_size != data["weights"]["bytes"]:
         raise InputError(f"{weights} is missing or does not belong to {path}: build the engine again")
     return EngineInfo(
+        backend=found,
         model=ModelConfig.from_dict(data["model"]),
         engine=EngineConfig.from_dict(data["engine"]),
         checkpoint_sha256=data["checkpoint_sha256"],

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama_engine.build import engine_backend, load_engine_json
+from llama_engine.build import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.triton_client import GrpcClient
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
@@ -44,7 +44,7 @@ class Gateway:
     """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
 
     def __init__(self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str) -> None:
-        self.info = load_engine_json(engine_dir, backend=engine_backend(engine_dir))
+        self.info = load_engine_json(engine_dir, backend="auto")
         self.tokenizer = ChatTokenizer(engine_dir)
         self.triton_url = triton_url
         self.baseline = Baseline(model_dir, device) if model_dir else None

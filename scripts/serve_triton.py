@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llama_engine.build import engine_backend
+from llama_engine.build import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import atomic_dir
 from llama_engine.triton_repo import ServeConfig, render, serve_command
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     config = ServeConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ServeConfig)})
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
-    if args.backend == "tensorrt_llm" or (args.backend == "auto" and engine_backend(args.engine_dir) == "tensorrt_llm"):
+    if load_engine_json(args.engine_dir, backend=args.backend).backend == "tensorrt_llm":
         serve_tensorrtllm(args, config, listening(args.host, **ports))
     elif args.print:
         raise InputError("--print shows what --backend tensorrt_llm would run; the native backend just starts")

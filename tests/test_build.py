@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_engine.build import build_native, engine_backend, load_engine_json
+from llama_engine.build import build_native, load_engine_json
 from llama_engine.checkpoint import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.convert import ConvertOptions, convert
@@ -115,7 +115,7 @@ def test_the_engine_records_where_it_came_from(tiny_model, tiny_checkpoint, engi
     assert info.identity == model_identity(tiny_model)
     assert info.model == HFModel(tiny_model).config
     assert info.engine.to_dict() == json.loads((engine / "engine.json").read_text())["engine"]
-    assert engine_backend(engine) == "native"
+    assert load_engine_json(engine, backend="auto").backend == info.backend == "native"
 
 
 def test_the_engine_directory_can_serve_text(smollm2_engine):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_engine import build
+from llama_engine.build import EngineInfo, load_engine_json
 from llama_engine.engine import Engine, pick_device
 from llama_engine.errors import InputError
 from llama_engine.hf import model_identity
@@ -23,6 +23,7 @@ from llama_engine.measure.generation import (
     GenerationRun,
     RunnerStack,
     Stack,
+    TransformersStack,
     add_device,
     make_prompts,
     mfu,
@@ -31,7 +32,8 @@ from llama_engine.measure.generation import (
     samples_of,
     summarize,
 )
-from llama_engine.measure.result import Result, new_result
+from llama_engine.measure.result import Result, check_output, new_result, write_result
+from llama_engine.measure.show import show
 from llama_engine.measure.stats import bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 
@@ -84,10 +86,25 @@ def prepare(args: argparse.Namespace) -> str:
     return pick_device(args.device).type
 
 
-def describe(info: build.EngineInfo, backend: str, kernels: str) -> dict[str, Any]:
+def main(doc: str | None, *, engine: bool) -> None:
+    """The two scripts that measure one stack: the baseline, or an engine."""
+    parser = parser_for(doc, f"results/local/{'optimized-native' if engine else 'baseline'}.json")
+    add_arguments(parser)
+    if engine:
+        add_engine_arguments(parser)
+    args = parser.parse_args()
+    check_output(args.output, args.force)
+    device = prepare(args)
+    stack = open_engine(args, device) if engine else TransformersStack(args.model_dir, device)
+    measured = measure([stack], args, device)
+    write_result(args.output, measured[stack.name], force=args.force)
+    show(measured.values())
+
+
+def describe(info: EngineInfo, kernels: str) -> dict[str, Any]:
     """What a result says of its engine."""
     return {
-        "backend": backend,
+        "backend": info.backend,
         "checkpoint_sha256": info.checkpoint_sha256,
         "weights_sha256": info.weights_sha256,
         "config": info.engine.to_dict(),
@@ -101,24 +118,23 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
 
     Raises :class:`InputError` when it was built from another model than ``--model-dir`` or for a smaller ``--batch``.
     """
-    backend = build.engine_backend(args.engine_dir) if args.backend == "auto" else args.backend
-    info = build.load_engine_json(args.engine_dir, backend=backend)
+    info = load_engine_json(args.engine_dir, backend=args.backend)
     if info.identity["sha256"] != model_identity(args.model_dir)["sha256"]:
         name = info.identity["name"]
         raise InputError(f"the engine was built from {name}, not from {args.model_dir}: give its --model-dir")
     limit = info.engine.max_batch_size
     if bad := [level for level in getattr(args, "batch", None) or () if not 1 <= level <= limit]:
         raise InputError(f"--batch {bad[0]}: this engine was built for 1 to {limit} (max_batch_size)")
-    if backend == "native":
+    if info.backend == "native":
         engine = Engine.from_dir(args.engine_dir, device=device, threads=args.threads)
-        return EngineStack(engine, describe(info, backend, engine.executor.kernels))
+        return EngineStack(engine, describe(info, engine.executor.kernels))
     from llama_engine.runner import ModelRunner
 
     model = info.model
     layer = model.hidden_size * (model.qkv_size + model.q_size + 3 * model.intermediate_size)
     nbytes = model.num_layers * layer + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, 4 * model.num_layers * model.kv_size)
-    return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, backend, "tensorrt_llm"))
+    return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, "tensorrt_llm"))
 
 
 def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> dict[str, Result]:
@@ -147,7 +163,7 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> d
     for stack in stacks:
         runs, cost = timed[stack.name], stack.cost
         samples = samples_of(runs)
-        summed = summarize(samples, [run_rate(run) for run in runs])
+        summed = summarize(samples, [len(run.token_ids) / run.latency_s for run in runs])  # N / (tN - t0)
         summed["step_nbytes"] = cost.decode_nbytes(args.input_tokens, args.output_tokens)
         summed["mfu"] = mfu(cost, args.input_tokens, summed["ttft_ms"]["p50"] / 1e3, environment)
         if prefill:
@@ -170,11 +186,6 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> d
             **part,
         )
     return results
-
-
-def run_rate(run: GenerationRun) -> float:
-    """Output tokens a second of one request: N / (tN - t0)."""
-    return len(run.token_ids) / run.latency_s
 
 
 def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
