@@ -142,10 +142,10 @@ def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: 
 
 
 class Checkpoint:
-    """Read a unified checkpoint; INT8 matrices come back as plain ``[out, in]``, whatever their layout on disk.
+    """Read a checkpoint that ``convert`` wrote; INT8 matrices come back as plain ``[out, in]``, whatever their layout.
 
-    Raises :class:`InputError` for a missing rank, a missing or misshapen tensor, an unsupported feature, or INT8
-    weights whose layout is not recorded.
+    Raises :class:`InputError` for a missing rank, a missing or misshapen tensor, a config.json that does not belong to
+    the weights, or one from elsewhere, which lacks the record of its byte layout.
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
@@ -155,46 +155,40 @@ class Checkpoint:
         path = self.dir / "config.json"
         data = read_json(path)
         with checked(path):
-            _check_supported(data, path)
-            _model_config(data, {})
-            self.dtype_name: str = data["dtype"]
-            self.tp_size = int((data.get("mapping") or {}).get("tp_size", 1))
-            self.quant_algo: str | None = (data.get("quantization") or {}).get("quant_algo")
+            self.dtype_name, self.tp_size = data["dtype"], int(data["mapping"]["tp_size"])
+            self.quant_algo: str | None = data["quantization"]["quant_algo"]
         self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
         if missing := [file.name for file in self.files if not file.is_file()]:
             raise InputError(f"{self.dir} is incomplete: {', '.join(missing)} missing; convert again")
         with open_tensors(self.files[0]) as file:
             self.record: dict[str, Any] = json.loads((file.metadata() or {}).get("llama_engine", "{}"))
-        self.config = _model_config(data, self.record.get("model", {}))
-        self.quantized = self._check_headers()
-        name = self.record.get("layout")
-        if self.quantized and name not in LAYOUTS:
+        if not self.record:
             raise InputError(
-                f"{self.dir}: INT8 weights whose byte layout is not recorded (found {name!r}); TensorRT-LLM's format "
-                "does not say which GPU they were packed for. Convert again with scripts/convert_checkpoint.sh"
+                f"{self.dir}: the byte layout is not recorded; TensorRT-LLM's format does not say which GPU INT8 "
+                "weights were packed for. Convert again with scripts/convert_checkpoint.sh"
             )
-        self.layout: Layout | None = LAYOUTS[name] if self.quantized else None
+        with checked(self.files[0]):
+            self.config = ModelConfig.from_dict(self.record["model"])
+            self.layout: Layout | None = LAYOUTS[self.record["layout"]] if self.record["layout"] else None
+        quant_algo = "W8A16" if self.layout else self.quant_algo
+        wanted = config_json(self.config, dtype=self.dtype_name, quant_algo=quant_algo, tp=self.tp_size)
+        if changed := [key for key, value in wanted.items() if data.get(key) != value]:
+            raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
+        self._check_headers()
 
-    def _check_headers(self) -> bool:
-        """Whether the linear layers are INT8."""
-        dtypes: set[str] = set()
+    def _check_headers(self) -> None:
         for rank, path in enumerate(self.files):
             with open_tensors(path) as file:
                 present = set(file.keys())
                 for target in targets(self.config, rank, self.tp_size):
-                    if target.name not in present:
-                        raise InputError(f"{path}: tensor {target.name} is missing; convert again")
+                    packed = target.linear and self.layout
+                    if missing := {target.name, *([scale_name(target.name)] if packed else [])} - present:
+                        raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
                     entry = file.get_slice(target.name)
-                    kind, shape = entry.get_dtype(), tuple(entry.get_shape())
-                    if shape != (target.shape if kind != "I8" else target.shape[::-1]):
-                        raise InputError(f"{path}: {target.name} has shape {list(shape)}, expected {target.shape}")
-                    if kind == "I8" and scale_name(target.name) not in present:
-                        raise InputError(f"{path}: tensor {scale_name(target.name)} is missing; convert again")
-                    if target.linear:
-                        dtypes.add(kind)
-        if len(dtypes) > 1 or (dtypes == {"I8"} and self.quant_algo != "W8A16"):
-            raise InputError(f"{self.dir}: weights are {sorted(dtypes)} but quant_algo is {self.quant_algo!r}")
-        return dtypes == {"I8"}
+                    kind = "I8" if packed else {"float16": "F16", "bfloat16": "BF16"}.get(self.dtype_name)
+                    form = (kind, list(target.shape[::-1] if packed else target.shape))
+                    if (found := (entry.get_dtype(), entry.get_shape())) != form:
+                        raise InputError(f"{path}: {target.name} is {found}, expected {form}; convert again")
 
     @property
     def identity(self) -> dict[str, str]:
@@ -210,7 +204,7 @@ class Checkpoint:
         start, stop = rows
         with open_tensors(self.files[rank]) as file:
             entry = file.get_slice(name)
-            if entry.get_dtype() != "I8" or self.layout is None:
+            if entry.get_dtype() != "I8":
                 return entry[start:stop].clone()
             k, n = entry.get_shape()
             # The reported shape is (k, n); the bytes lie n-major.
@@ -226,38 +220,3 @@ class Checkpoint:
 
 def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "per_channel_scale"
-
-
-def _check_supported(data: dict[str, Any], path: Path) -> None:
-    """Raise :class:`InputError` for a feature of the format that is not read here."""
-    quantization, mapping = data.get("quantization") or {}, data.get("mapping") or {}
-    biases = ("attn_bias", "mlp_bias", "qk_layernorm", "residual_mlp", "use_parallel_embedding")
-    for key, value, *allowed in (
-        ("architecture", data.get("architecture"), "LlamaForCausalLM"),
-        ("dtype", data.get("dtype"), *DTYPES),
-        ("hidden_act", data.get("hidden_act", "silu"), "silu"),
-        ("position_embedding_type", data.get("position_embedding_type"), "rope_gpt_neox"),
-        ("quantization.quant_algo", quantization.get("quant_algo"), None, "W8A16"),
-        ("quantization.kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), None),
-        ("mapping.pp_size", mapping.get("pp_size", 1), 1),
-        ("mapping.cp_size", mapping.get("cp_size", 1), 1),
-        *((key, bool(data.get(key)), False) for key in biases),
-    ):
-        if value not in allowed:
-            raise InputError(f"{path}: {key} is {value!r}; only {' or '.join(map(repr, allowed))} is supported")
-
-
-def _model_config(data: dict[str, Any], model: dict[str, Any]) -> ModelConfig:
-    """The geometry in config.json, which names most of it as Hugging Face does, and what only ``model`` records."""
-    hf = data | {
-        "architectures": [data["architecture"]],
-        "intermediate_size": data.get("intermediate_size") or 4 * data.get("hidden_size", 0),
-        "head_dim": data.get("head_size"),
-        "max_position_embeddings": data.get("max_position_embeddings") or 2048,
-        "rms_norm_eps": data.get("norm_epsilon", 1e-5),
-        "rope_theta": data.get("rotary_base"),
-        "rope_scaling": data.get("rotary_scaling"),
-        "tie_word_embeddings": model.get("tie_word_embeddings"),
-        "eos_token_id": model.get("eos_token_ids"),
-    }
-    return ModelConfig.from_hf(hf, name=model.get("name", "llama"), source=model.get("source", "pretrained"))

@@ -104,8 +104,8 @@ def checked(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path} holds a value of the wrong kind: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path} lacks a value or holds one of the wrong kind: {error}") from None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

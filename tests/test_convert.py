@@ -1,6 +1,7 @@
 """The converter and the checkpoint reader, against the original weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,8 +9,9 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from llama_engine.checkpoint import Checkpoint, scale_name, targets
+from llama_engine.checkpoint import Checkpoint, targets
 from llama_engine.config import ModelConfig
 from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError
@@ -130,7 +132,7 @@ def test_sixteen_bit_checkpoints_keep_the_weights(tiny_model, tmp_path, dtype, a
     convert(tiny_model, tmp_path / "c", ConvertOptions(dtype, at_build, quantize_at_build=at_build))
     checkpoint = Checkpoint(tmp_path / "c")
     assert checkpoint.quant_algo == ("W8A16" if at_build else None)
-    assert not checkpoint.quantized
+    assert checkpoint.layout is None
     name = "transformer.layers.0.mlp.proj.weight"
     stored = checkpoint.read(name, (0, 128))
     kind = getattr(torch, dtype)
@@ -280,24 +282,21 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
     assert "--force" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert run_script("scripts/convert_checkpoint.py", *args[:4], "--force").returncode == 0
-    assert not Checkpoint(tmp_path / "c").quantized
+    assert Checkpoint(tmp_path / "c").layout is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "GPTForCausalLM"}, "architecture is 'GPTForCausalLM'"),
-        ({"qk_layernorm": True}, "qk_layernorm is True"),
-        ({"quantization": {"quant_algo": "W4A16"}}, "quant_algo is 'W4A16'"),
-        ({"quantization": {"quant_algo": None}}, r"weights are \['I8'\] but quant_algo is None"),
-        ({"mapping": {"pp_size": 2}}, "mapping.pp_size is 2"),
+        ({"architecture": "GPTForCausalLM"}, "architecture changed"),
+        ({"qk_layernorm": True}, "qk_layernorm changed"),
+        ({"quantization": {"quant_algo": "W4A16"}}, "quantization changed"),
         ({"mapping": {"tp_size": 2}}, "rank1.safetensors missing"),
-        ({"num_hidden_layers": 3}, r"transformer.layers.2.* is missing"),
-        ({"intermediate_size": 512}, "has shape"),
-        ({"num_attention_heads": 0, "head_size": None}, "value of the wrong kind"),
-        ({"mapping": [1]}, "value of the wrong kind"),
-        ({"vocab_size": None}, r"missing keys \['vocab_size'\]"),
-        ({"rotary_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type 'yarn' is not supported"),
+        ({"num_hidden_layers": 3, "intermediate_size": 512}, "intermediate_size, num_hidden_layers changed"),
+        ({"dtype": "bfloat16"}, r"is \('F16', .*expected \('BF16'"),
+        ({"mapping": [1]}, "lacks a value or holds one of the wrong kind"),
+        ({"dtype": None}, "lacks a value or holds one of the wrong kind: 'dtype'"),
+        ({"vocab_size": None}, "vocab_size changed"),
     ],
 )
 def test_bad_checkpoints_are_one_clear_error(tiny_model, tmp_path, edit_json, changes, message):
@@ -307,15 +306,22 @@ def test_bad_checkpoints_are_one_clear_error(tiny_model, tmp_path, edit_json, ch
         Checkpoint(tmp_path / "c")
 
 
-def test_int8_without_a_recorded_layout_is_refused(tiny_checkpoint, tmp_path):
-    tensors = read_rank(tiny_checkpoint / "rank0.safetensors")
-    foreign = tmp_path / "c"
-    foreign.mkdir()
-    (foreign / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
-    specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    writer = TensorFileWriter(foreign / "rank0.safetensors", specs)
-    for name, value in tensors.items():
-        writer.write(name, 0, value)
-    with pytest.raises(InputError, match="byte layout is not recorded"):
-        Checkpoint(foreign)
-    assert scale_name("lm_head.weight") == "lm_head.per_channel_scale"
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("transformer.layers.1.mlp.fc.weight", None, "mlp.fc.weight is missing"),
+        ("transformer.layers.1.mlp.fc.per_channel_scale", None, "mlp.fc.per_channel_scale is missing"),
+        ("transformer.ln_f.weight", torch.ones(127).half(), r"ln_f.weight is .*127.*, expected .*128"),
+        ("transformer.ln_f.weight", torch.ones(128), "'F32', .* expected .*'F16'"),
+        (None, None, "byte layout is not recorded"),
+    ],
+)
+def test_weights_that_are_not_whole_or_from_elsewhere_are_refused(tiny_checkpoint, tmp_path, name, value, message):
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+    path = tiny_checkpoint / "rank0.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() if name else None
+    tensors = {key: old for key, old in (read_rank(path) | {name: value}).items() if old is not None}
+    save_file(tensors, tmp_path / path.name, metadata)
+    with pytest.raises(InputError, match=message):
+        Checkpoint(tmp_path)

@@ -135,7 +135,7 @@ def bad_index(model, edit_json):
 
 def bad_kind(model, edit_json):
     edit_json(model / "config.json", {"num_attention_heads": 0, "head_dim": None})
-    return "config.json holds a value of the wrong kind"
+    return "config.json lacks a value or holds one of the wrong kind"
 
 
 def bad_rope_kind(model, edit_json):
@@ -145,7 +145,7 @@ def bad_rope_kind(model, edit_json):
 
 def bad_head_type(model, edit_json):
     edit_json(model / "config.json", {"num_attention_heads": "32", "head_dim": None})
-    return "config.json holds a value of the wrong kind"
+    return "config.json lacks a value or holds one of the wrong kind"
 
 
 def bad_truncated(model, edit_json):
