@@ -89,23 +89,6 @@ class _Cancelled(Exception):
     pass
 
 
-class _Streamer:
-    """A transformers streamer that writes ids as JSON lines and leaves ``generate`` when standard input has news."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.prompt_seen = number, False
-
-    def put(self, value: Any) -> None:
-        if self.prompt_seen:
-            _say({"id": self.number, "ids": value.reshape(-1).tolist()})
-        self.prompt_seen = True
-        if select.select([sys.stdin], [], [], 0)[0]:
-            raise _Cancelled
-
-    def end(self) -> None:
-        """Called after the last token."""
-
-
 def _say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
@@ -130,17 +113,16 @@ def work(model_dir: str, device: str) -> None:
         if request["temperature"] > 0:
             sampling = {"do_sample": True, "top_k": 0, "top_p": request["top_p"], "temperature": request["temperature"]}
             torch.manual_seed(request["seed"])
-        ids = torch.tensor([request["prompt"]], device=device)
+
+        def on_ids(ids: list[int], number: int = request["id"]) -> None:
+            """Write ids as a JSON line; leave ``generate`` when standard input has news."""
+            _say({"id": number, "ids": ids})
+            if select.select([sys.stdin], [], [], 0)[0]:
+                raise _Cancelled
+
         try:
-            with torch.inference_mode():
-                stack.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=request["max_tokens"],
-                    eos_token_id=request["eos"] or None,
-                    streamer=_Streamer(request["id"]),
-                    **sampling,
-                )
+            options = {"eos_token_id": request["eos"] or None, **sampling}
+            stack.stream(request["prompt"], request["max_tokens"], on_ids, **options)
             _say({"id": request["id"], "done": True})
         except _Cancelled:
             continue

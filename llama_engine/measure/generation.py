@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,24 +115,31 @@ class TransformersStack:
             weights -= self.model.get_input_embeddings().weight.nbytes  # a gather of one row, not a read of all
         self.cost = Cost.of(config, weights, 2 * config.num_layers * config.kv_size * self.dtype.itemsize)
 
-    @torch.inference_mode()
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())
-        ids = torch.tensor([prompt_ids], device=self.device)
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=_Clock(run))
+        self.stream(prompt_ids, new_tokens, lambda ids: run.add(ids, now()))
         return run
 
+    @torch.inference_mode()
+    def stream(
+        self, prompt_ids: list[int], new_tokens: int, on_ids: Callable[[list[int]], None], **options: Any
+    ) -> None:
+        """transformers' ``generate`` with ``options``; ``on_ids`` gets each token as it is made."""
+        ids = torch.tensor([prompt_ids], device=self.device)
+        options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
+        self.model.generate(ids, streamer=_Streamer(on_ids), **options)
 
-class _Clock:
+
+class _Streamer:
     """A transformers streamer. ``generate`` hands it host tensors, so a CUDA token has been waited for."""
 
-    def __init__(self, run: GenerationRun) -> None:
-        self.run, self.prompt_seen = run, False
+    def __init__(self, on_ids: Callable[[list[int]], None]) -> None:
+        self.on_ids, self.prompt_seen = on_ids, False
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt first, then with each new token."""
         if self.prompt_seen:
-            self.run.add(value.reshape(-1).tolist(), now())
+            self.on_ids(value.reshape(-1).tolist())
         self.prompt_seen = True
 
     def end(self) -> None:
