@@ -11,7 +11,7 @@ import torch
 from llama_engine.build import load_engine_json
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError
-from llama_engine.sampling import SamplingParams, require_int_ids
+from llama_engine.sampling import SamplingParams
 
 
 class ModelRunner:
@@ -52,7 +52,9 @@ class ModelRunner:
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
         pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`.
         """
-        require_int_ids(end_id=end_id, pad_id=pad_id)
+        for name, value in (("end_id", end_id), ("pad_id", pad_id)):
+            if type(value) is not int:
+                raise InputError(f"{name} must be an int, got {value!r}")
         prompts = [_as_list(ids) for ids in batch_input_ids]
         if not prompts:
             raise InputError("batch_input_ids is empty")

@@ -40,13 +40,6 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
-def require_int_ids(**ids: object) -> None:
-    """Raise :class:`InputError`, by name, for a token id that is not an int (None and bool are not)."""
-    for name, value in ids.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{name} must be an int, got {value!r}")
-
-
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) from ``(seed, position)``: the SplitMix64 finalizer (Steele, Lea, Flood 2014)."""
     x = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK

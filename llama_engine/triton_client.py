@@ -18,7 +18,7 @@ import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import RunError
 
 # inputs that are neither BOOL nor INT32
 DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
@@ -152,6 +152,4 @@ Client = GrpcClient | HttpClient
 
 def connect(protocol: str, url: str) -> Client:
     """A client for ``grpc`` or ``http``. Create it inside a running event loop."""
-    if protocol not in ("grpc", "http"):
-        raise InputError(f"protocol must be grpc or http, got {protocol!r}")
     return GrpcClient(url) if protocol == "grpc" else HttpClient(url)
