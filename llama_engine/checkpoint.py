@@ -7,7 +7,7 @@ safetensors metadata, which its loader ignores. Layout names and shapes: docs/TE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import checked, combined_sha256, open_tensors, read_json, sha256_files
-from llama_engine.quantization import LAYOUTS, Layout, unpack
+from llama_engine.files import SAFE_DTYPES, Specs, checked, combined_sha256, open_tensors, read_json, sha256_files
+from llama_engine.quantization import LAYOUTS, Layout, check_packable, unpack
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
@@ -92,6 +92,22 @@ def targets(config: ModelConfig, rank: int = 0, tp: int = 1) -> Iterator[Target]
     yield Target(LM_HEAD, (rows, hidden), (Piece(0, source, (rank * rows, min((rank + 1) * rows, vocab))),))
 
 
+def tensor_specs(rank: Iterable[Target], dtype: torch.dtype, layout: Layout | None) -> Specs:
+    """Dtype and shape in the file of a rank's tensors, scales included; ``layout`` None keeps all in ``dtype``.
+
+    Raises :class:`InputError` for a shape that cannot be packed.
+    """
+    specs: Specs = {}
+    for target in rank:
+        specs[target.name] = (dtype, target.shape)
+        if target.linear and layout:
+            n, k = target.shape
+            check_packable(n, k, layout, target.name)
+            specs[target.name] = (torch.int8, (k, n))
+            specs[scale_name(target.name)] = (dtype, (n,))
+    return specs
+
+
 def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int) -> dict[str, Any]:
     """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases."""
     return {
@@ -157,38 +173,34 @@ class Checkpoint:
         with checked(path):
             self.dtype_name, self.tp_size = data["dtype"], int(data["mapping"]["tp_size"])
             self.quant_algo: str | None = data["quantization"]["quant_algo"]
-        self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
+            self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
+            dtype, first = DTYPES[self.dtype_name], self.files[0]
         if missing := [file.name for file in self.files if not file.is_file()]:
             raise InputError(f"{self.dir} is incomplete: {', '.join(missing)} missing; convert again")
-        with open_tensors(self.files[0]) as file:
+        with open_tensors(first) as file:
             self.record: dict[str, Any] = json.loads((file.metadata() or {}).get("llama_engine", "{}"))
         if not self.record:
             raise InputError(
                 f"{self.dir}: the byte layout is not recorded; TensorRT-LLM's format does not say which GPU INT8 "
                 "weights were packed for. Convert again with scripts/convert_checkpoint.sh"
             )
-        with checked(self.files[0]):
+        with checked(first):
             self.config = ModelConfig.from_dict(self.record["model"])
             self.layout: Layout | None = LAYOUTS[self.record["layout"]] if self.record["layout"] else None
         quant_algo = "W8A16" if self.layout else self.quant_algo
         wanted = config_json(self.config, dtype=self.dtype_name, quant_algo=quant_algo, tp=self.tp_size)
         if changed := [key for key, value in wanted.items() if data.get(key) != value]:
             raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
-        self._check_headers()
-
-    def _check_headers(self) -> None:
         for rank, path in enumerate(self.files):
+            specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout)
             with open_tensors(path) as file:
-                present = set(file.keys())
-                for target in targets(self.config, rank, self.tp_size):
-                    packed = target.linear and self.layout
-                    if missing := {target.name, *([scale_name(target.name)] if packed else [])} - present:
-                        raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
-                    entry = file.get_slice(target.name)
-                    kind = "I8" if packed else {"float16": "F16", "bfloat16": "BF16"}.get(self.dtype_name)
-                    form = (kind, list(target.shape[::-1] if packed else target.shape))
-                    if (found := (entry.get_dtype(), entry.get_shape())) != form:
-                        raise InputError(f"{path}: {target.name} is {found}, expected {form}; convert again")
+                if missing := specs.keys() - file.keys():
+                    raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
+                for name, (kind, shape) in specs.items():
+                    entry = file.get_slice(name)
+                    found, form = (entry.get_dtype(), entry.get_shape()), (SAFE_DTYPES[kind], list(shape))
+                    if found != form:
+                        raise InputError(f"{path}: {name} is {found}, expected {form}; convert again")
 
     @property
     def identity(self) -> dict[str, str]:

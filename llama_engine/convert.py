@@ -10,13 +10,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from llama_engine.checkpoint import DTYPES, Piece, Target, check_tp, config_json, scale_name, targets
+from llama_engine.checkpoint import DTYPES, Piece, Target, check_tp, config_json, scale_name, targets, tensor_specs
 from llama_engine.errors import InputError
-from llama_engine.files import Specs, TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
+from llama_engine.files import TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
 from llama_engine.hf import HFModel, model_identity
-from llama_engine.quantization import Layout, check_packable, layout_for, pack, quantize
+from llama_engine.quantization import Layout, layout_for, pack, quantize
 
 Job = tuple[TensorFileWriter, Target, Piece, tuple[int, int]]  # some of a piece's rows, to write into a rank's file
 
@@ -52,7 +50,7 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
     config, dtype, layout = model.config, DTYPES[options.dtype], options.layout
     check_tp(config, options.tp_size)
     ranks = [list(targets(config, rank, options.tp_size)) for rank in range(options.tp_size)]
-    specs = [_specs(rank, dtype, layout) for rank in ranks]
+    specs = [tensor_specs(rank, dtype, layout) for rank in ranks]
     record = {
         "layout": layout.name if layout else None,
         "target_arch": options.target_arch if layout else None,
@@ -89,15 +87,3 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
         settings = config_json(config, dtype=options.dtype, quant_algo=quant_algo, tp=options.tp_size)
         write_json(out / "config.json", settings)
         copy_tokenizer(model.dir, out)
-
-
-def _specs(rank: list[Target], dtype: torch.dtype, layout: Layout | None) -> Specs:
-    specs: Specs = {}
-    for target in rank:
-        specs[target.name] = (dtype, target.shape)
-        if target.linear and layout:
-            n, k = target.shape
-            check_packable(n, k, layout, target.name)
-            specs[target.name] = (torch.int8, (k, n))
-            specs[scale_name(target.name)] = (dtype, (n,))
-    return specs

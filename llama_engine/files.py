@@ -27,7 +27,7 @@ Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a fi
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+SAFE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ class TensorFileWriter:
         end = 0
         for name, (dtype, shape) in specs.items():
             start, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": SAFE_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)

@@ -296,6 +296,8 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
         ({"dtype": "bfloat16"}, r"is \('F16', .*expected \('BF16'"),
         ({"mapping": [1]}, "lacks a value or holds one of the wrong kind"),
         ({"dtype": None}, "lacks a value or holds one of the wrong kind: 'dtype'"),
+        ({"dtype": "float32"}, "lacks a value or holds one of the wrong kind: 'float32'"),
+        ({"mapping": {"tp_size": 0}}, "lacks a value or holds one of the wrong kind"),
         ({"vocab_size": None}, "vocab_size changed"),
     ],
 )
