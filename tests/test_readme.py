@@ -13,10 +13,12 @@ from llama_engine.triton_server import free_port
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNS = "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0"
+BATCH = "--batch 2 --batch-output-tokens 8 --batch-runs 1"
 SHORT = {
-    "baseline.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0",
-    "benchmark_optimized.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0 --batch 2 --batch-runs 1",
-    "compare.py": "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0 --batch 2 --batch-runs 1",
+    "baseline.py": RUNS,
+    "benchmark_optimized.py": f"{RUNS} {BATCH}",
+    "compare.py": f"{RUNS} {BATCH}",
     "accuracy.py": "--quick --window 128 --greedy-prompts 1 --greedy-tokens 8 --text short.txt",
     "benchmark_triton.py": "--concurrency 1 2 --output-tokens 8",
     "profile_nsight.sh": "--output-tokens 8",
