@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc as grpc_client
 
 from llama_engine.measure.load import Generator, Length
-from llama_engine.triton_client import connect
+from llama_engine.triton_client import RequestFailed, connect
 from llama_engine.triton_server import ServeConfig, TritonServer
 from tests.serving import alone, ask, assert_idle, post, some_prompts, tensors, url
 
