@@ -55,7 +55,8 @@ def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
     figure.suptitle(title, x=0.02, ha="left", fontsize=17, fontweight="bold")
     figure.text(0.02, 0.032, note, fontsize=10, color="#444444")
     if invalid := story.invalid:
-        figure.text(0.02, 0.008, f"INVALID: {', '.join(invalid)}", fontsize=10, color="#b00000", weight="bold")
+        names = f"INVALID (*), reasons in the report: {', '.join(invalid)}"
+        figure.text(0.02, 0.008, names, fontsize=10, color="#b00000", weight="bold")
     if story.synthetic:
         badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}
         figure.text(0.985, 0.985, "SYNTHETIC WEIGHTS", fontsize=12, ha="right", va="top", weight="bold", bbox=badge)
@@ -146,8 +147,12 @@ def executive_summary(story: Story) -> plt.Figure:
     title = _ratio(story, "ttft", "First token", "Time to first token")
     _bars(axes[1], _rows(story, "summary.ttft_ms.p50"), "{:,.1f}", "TTFT p50, ms (lower is better)", title)
     levels = [x for _, x in story.levels("triton")]
-    rows = [(str(x["concurrency"]), x["summary"]["output_tokens_per_s"]["p50"], TRITON) for x in levels]
-    title = f"Served: {rows[-1][1]:,.0f} tok/s at {rows[-1][0]}" if rows else "Served through Triton"
+    marks = [story.mark("triton", x) for x in levels]
+    rows = [
+        (f"{x['concurrency']}{m}", x["summary"]["output_tokens_per_s"]["p50"], TRITON) for x, m in zip(levels, marks)
+    ]
+    best = [row for row, mark in zip(rows, marks) if not mark] or rows
+    title = f"Served: {best[-1][1]:,.0f} tok/s at {best[-1][0]}" if rows else "Served through Triton"
     _bars(axes[2], rows, "{:,.0f}", "tokens/s through Triton", title)
     each = story.get("triton", "workload.output_tokens")
     axes[2].set_xlabel("concurrent requests" + (f", {each} new tokens each" if each else ""))
@@ -216,9 +221,12 @@ def triton_scaling(story: Story) -> plt.Figure:
     batches = {level["concurrency"]: level["summary"]["output_tokens_per_s"]["p50"] for level in inside}
     if batches:
         left.plot(*zip(*batches.items()), "s", color=ENGINE, label="in process")
-    for n, rate in zip(x, y):
-        left.annotate(f"{rate:,.0f}", (n, rate), textcoords="offset points", xytext=(8, -14), fontweight="bold")
-    scaling = f"{y[-1] / y[0]:.1f}x the throughput at {x[-1] / x[0]:g}x the load"
+    marks = [story.mark("triton", level) for level in served]
+    for n, rate, mark in zip(x, y, marks):
+        text = f"{rate:,.0f}{mark}"
+        left.annotate(text, (n, rate), textcoords="offset points", xytext=(8, -14), fontweight="bold")
+    users, rate = ([(n, rate) for n, rate, mark in zip(x, y, marks) if not mark] or [(x[-1], y[-1])])[-1]
+    scaling = f"{rate / y[0]:.1f}x the throughput at {users / x[0]:g}x the load"
     left.set_title(scaling if story.valid("triton") else "Throughput (INVALID run)")
     left.set(xlabel="concurrent requests", ylabel="output tokens/s, all requests", ylim=(0, None))
     left.legend(loc="upper left")
@@ -240,7 +248,7 @@ def triton_scaling(story: Story) -> plt.Figure:
         axes.set_xticks(x, [str(n) for n in x])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-    return _finish(figure, story, f"Triton serves {y[-1]:,.0f} tokens/s at {x[-1]} concurrent requests")
+    return _finish(figure, story, f"Triton serves {rate:,.0f} tokens/s at {users} concurrent requests")
 
 
 def waterfall(story: Story) -> plt.Figure | None:

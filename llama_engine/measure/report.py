@@ -31,7 +31,7 @@ MACHINES = (
     "| Triton tok/s |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 MACHINE = (
-    "| [{machine}]({link}), {model} | {base.summary.output_tokens_per_s.p50:,.1f} "
+    "| [{machine}]({link}), {model}, {date} | {base.summary.output_tokens_per_s.p50:,.1f} "
     "| {engine.summary.output_tokens_per_s.p50:,.1f} | {engine.summary.mbu} | {speedup.latency} "
     "| {base.summary.ttft_ms.p50:,.1f} → {engine.summary.ttft_ms.p50:,.1f} | {served} |"
 )
@@ -91,6 +91,7 @@ class Page(string.Formatter):
         }
         self.values = {
             "machine": story.machine,
+            "date": str(story.get("any", "environment.time_utc"))[:10],
             "model": story.any["model"]["name"] + (", **synthetic weights**" if story.synthetic else ""),
             "base_label": labels["base"],
             "engine_label": labels["engine"],
@@ -170,8 +171,8 @@ class Page(string.Formatter):
     def served(self) -> str | None:
         """Served output tokens/s by concurrent requests."""
         rate = "{.summary.output_tokens_per_s.p50:,.0f} at {.concurrency}"
-        places = [level["at"] for level in self.lists["levels"] if level["at"].startswith("triton")]
-        return ", ".join(self.fill(rate, at) for at in places) or None
+        places = [(f"triton.levels.{i}", self.story.mark("triton", level)) for i, level in self.story.levels("triton")]
+        return ", ".join(self.fill(rate, at) + mark for at, mark in places) or None
 
     def scaling(self) -> str:
         served = self.story.levels("triton")
@@ -237,13 +238,18 @@ def _peers(story: Story, peers: dict[str, Any]) -> Iterator[str]:
         "ttft_ms": story.get("engine", "summary.ttft_ms.p50"),
     }
     for _, level in story.levels("engine"):
-        ours[str(level["concurrency"])] = level["summary"]["output_tokens_per_s"]["p50"]
+        rate = level["summary"]["output_tokens_per_s"]["p50"]
+        ours[str(level["concurrency"])] = f"{rate:,.0f}{story.mark('engine', level)}"
     for row in (*peers["peers"], ours):
         alone = [f"{row[key]:,.1f}" if key in row else "" for key in ("alone", "ttft_ms")]
-        yield f"| {' | '.join([row['engine'], *alone, *(f'{row[n]:,.0f}' if n in row else '' for n in loads)])} |"
+        batches = [row.get(n, "") for n in loads]
+        yield f"| {' | '.join([row['engine'], *alone, *(x if isinstance(x, str) else f'{x:,}' for x in batches)])} |"
     yield f"\n{peers['note']}"
-    if wrong := [why for name, part in story.invalid.items() for why in part if name.startswith("optimized")]:
-        yield f"In this engine's run: {'; '.join(wrong)}."
+    wrong = [
+        f"{name.split()[-1]} at once, {'; '.join(why)}" for name, why in story.invalid.items() if "optimized" in name
+    ]
+    if wrong:
+        yield f"\\* INVALID in this engine's run: {'; '.join(wrong)}."
 
 
 def replace_block(text: str, block: str) -> str | None:

@@ -80,6 +80,10 @@ class Story:
     def level_valid(self, file: str, level: dict[str, Any]) -> bool:
         return level["validity"]["status"] == "VALID" if "validity" in level else self.valid(file)
 
+    def mark(self, file: str, level: dict[str, Any]) -> str:
+        """What stands behind the figures of an INVALID load."""
+        return "" if self.level_valid(file, level) else "*"
+
     @property
     def invalid(self) -> dict[str, list[str]]:
         """The reasons of each file, or load of one, that is INVALID."""
