@@ -46,13 +46,17 @@ class _Pass:
 
 
 class CudaHandle:
-    """A step on its way. Reading waits for the device."""
+    """A step on its way. Reading waits for the device; in Triton's interpreter there is no event to wait for."""
 
-    def __init__(self, passes: list[_Pass], event: torch.cuda.Event) -> None:
+    def __init__(self, passes: list[_Pass], event: torch.cuda.Event | None) -> None:
         self._passes, self._event = passes, event
 
+    def _wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
     def tokens(self) -> list[int]:
-        self._event.synchronize()
+        self._wait()
         found = sorted(
             (chunk, token)
             for part in self._passes
@@ -62,7 +66,7 @@ class CudaHandle:
         return [token for _, token in found]
 
     def logits(self) -> torch.Tensor:
-        self._event.synchronize()
+        self._wait()
         pieces = dict(pair for part in self._passes for pair in zip(part.chunks, part.logits))
         if not pieces:
             raise ValueError("the step was submitted with logits='none'")
@@ -104,7 +108,7 @@ class CudaExecutor:
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
-        self._persistent = None
+        self._persistent: persistent.PersistentDecode | None = None
         if kernels == "auto" and self._cuda and persistent.supported(config, engine, weights) is None:
             try:
                 self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
@@ -143,8 +147,9 @@ class CudaExecutor:
                 passes.append(self._decode(step, decodes))
             if prefills:
                 passes.append(self._prefill(step, prefills))
-            event = _ReadyEvent() if self._stream is None else torch.cuda.Event()
-            event.record()
+            event = torch.cuda.Event() if self._cuda else None
+            if event is not None:
+                event.record()
         return CudaHandle(passes, event)
 
     # -- decode -----------------------------------------------------------------------------------------------------
@@ -277,8 +282,6 @@ class CudaExecutor:
             run()
         return graph
 
-    # -- small things -----------------------------------------------------------------------------------------------
-
     def _upload(self, target: torch.Tensor, values: np.ndarray) -> None:
         """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
         host = torch.from_numpy(values)
@@ -298,13 +301,3 @@ class CudaExecutor:
             index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
             sampled[index] = ids.int()
             self.model.last_token[slots[index].long()] = ids.int()
-
-
-class _ReadyEvent:
-    """An event of Triton's interpreter, where nothing is asynchronous."""
-
-    def record(self) -> None:
-        return
-
-    def synchronize(self) -> None:
-        return

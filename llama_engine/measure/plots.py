@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
-from llama_engine.measure.story import Story, roofline_points, waterfall_steps
+from llama_engine.measure.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
 COLOURS = {"base": BASE, "engine": ENGINE, "triton": TRITON}
@@ -146,13 +146,9 @@ def executive_summary(story: Story) -> plt.Figure:
     _speeds(axes[0], story, _ratio(story, "tpot", "INT8 decode", "Decode: measured, no speed-up claimed"))
     title = _ratio(story, "ttft", "First token", "Time to first token")
     _bars(axes[1], _rows(story, "summary.ttft_ms.p50"), "{:,.1f}", "TTFT p50, ms (lower is better)", title)
-    levels = [x for _, x in story.levels("triton")]
-    marks = [story.mark("triton", x) for x in levels]
-    rows = [
-        (f"{x['concurrency']}{m}", x["summary"]["output_tokens_per_s"]["p50"], TRITON) for x, m in zip(levels, marks)
-    ]
-    best = [row for row, mark in zip(rows, marks) if not mark] or rows
-    title = f"Served: {best[-1][1]:,.0f} tok/s at {best[-1][0]}" if rows else "Served through Triton"
+    served = story.throughput("triton")
+    rows = [(f"{users}{mark}", rate, TRITON) for users, rate, mark in served]
+    title = "Served: {1:,.0f} tok/s at {0}".format(*best_load(served)) if rows else "Served through Triton"
     _bars(axes[2], rows, "{:,.0f}", "tokens/s through Triton", title)
     each = story.get("triton", "workload.output_tokens")
     axes[2].set_xlabel("concurrent requests" + (f", {each} new tokens each" if each else ""))
@@ -209,23 +205,21 @@ def ttft_percentiles(story: Story) -> plt.Figure:
 def triton_scaling(story: Story) -> plt.Figure:
     """Throughput and latency against concurrency, with the straight line from one request."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6.4))
-    served, inside = ([x for _, x in story.levels(file)] for file in ("triton", "engine"))
+    served = [level for _, level in story.levels("triton")]
     if not served:
         for axes, title in ((left, "Throughput"), (right, "Latency")):
             _bars(axes, [], "", "", title)
         return _finish(figure, story, "Serving through Triton: not measured")
-    x = [level["concurrency"] for level in served]
-    y = [level["summary"]["output_tokens_per_s"]["p50"] for level in served]
+    x, y, marks = zip(*story.throughput("triton"))
     left.plot(x, [y[0] * n / x[0] for n in x], "--", color=IDEAL, label=f"linear from {x[0]}")
     left.plot(x, y, "o-", color=TRITON, label="through Triton", linewidth=2.5)
-    batches = {level["concurrency"]: level["summary"]["output_tokens_per_s"]["p50"] for level in inside}
+    batches = {users: rate for users, rate, _ in story.throughput("engine")}
     if batches:
         left.plot(*zip(*batches.items()), "s", color=ENGINE, label="in process")
-    marks = [story.mark("triton", level) for level in served]
     for n, rate, mark in zip(x, y, marks):
         text = f"{rate:,.0f}{mark}"
         left.annotate(text, (n, rate), textcoords="offset points", xytext=(8, -14), fontweight="bold")
-    users, rate = ([(n, rate) for n, rate, mark in zip(x, y, marks) if not mark] or [(x[-1], y[-1])])[-1]
+    users, rate, _ = best_load(list(zip(x, y, marks)))
     scaling = f"{rate / y[0]:.1f}x the throughput at {users / x[0]:g}x the load"
     left.set_title(scaling if story.valid("triton") else "Throughput (INVALID run)")
     left.set(xlabel="concurrent requests", ylabel="output tokens/s, all requests", ylim=(0, None))

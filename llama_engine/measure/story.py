@@ -114,6 +114,11 @@ class Story:
         closed = [(i, level) for i, level in levels if "concurrency" in level and level["summary"].get("latency_s")]
         return sorted(closed, key=lambda item: item[1]["concurrency"])
 
+    def throughput(self, file: str) -> list[tuple[int, float, str]]:
+        """(requests at once, tokens/s of all, the mark of an INVALID load) by load."""
+        levels = (level for _, level in self.levels(file))
+        return [(x["concurrency"], x["summary"]["output_tokens_per_s"]["p50"], self.mark(file, x)) for x in levels]
+
     def stacks(self) -> list[tuple[str, str]]:
         """(file alias, label in two lines) of the in-process stacks that were measured."""
         engine = STACK_NAMES[self.backend].replace(" INT8 ", "\nINT8 ")
@@ -140,6 +145,11 @@ class Story:
     def speedup(self, metric: str) -> dict[str, Any] | None:
         """``{"ratio", "ci95", "verdict"}``, or None while :meth:`withheld`."""
         return None if self.withheld() else self.get("comparison", f"speedup.{metric}")
+
+
+def best_load(loads: list[tuple[int, float, str]]) -> tuple[int, float, str]:
+    """The largest load of :meth:`Story.throughput` that is valid, if any is."""
+    return ([load for load in loads if not load[2]] or loads)[-1]
 
 
 def waterfall_steps(story: Story) -> list[tuple[str, float, str, str]]:

@@ -1,6 +1,7 @@
 """Report and pictures from result files: nothing is shown that should not be, nothing is missing, staleness is seen."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from llama_engine.errors import InputError
 from llama_engine.measure import plots, report
 from llama_engine.measure.result import new_result, write_result
 from llama_engine.measure.stats import bootstrap_ratio, summary
-from llama_engine.measure.story import Story
+from llama_engine.measure.story import Story, best_load
 
 ENVIRONMENT = {
     "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20}, "gpu": None,
@@ -209,6 +210,11 @@ def test_a_bad_load_is_marked_and_leaves_the_speed_up_standing(folder, edit_json
     assert "through Triton, 1 at once (INVALID)" not in text
     assert "**INVALID** triton-native.json at 2: GPU clocks were throttled." in text
     assert "**2.00x** [2.00, 2.00] faster" in text
+    assert re.search(r"\d at 1, [\d,]+ at 2\*\.", text)
+    loads = Story.load(folder).throughput("triton")
+    assert [mark for *_, mark in loads] == ["", "*"]
+    assert best_load(loads) == loads[0]
+    assert best_load(loads[1:]) == loads[1]
 
 
 def test_noise_is_named_beside_the_ratio(folder, edit_json):
