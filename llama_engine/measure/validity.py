@@ -27,7 +27,7 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
     """``{"status": "VALID"|"INVALID", "reasons": [...], "cautions": [...]}`` for a result.
 
     Each of its levels gets a verdict of its own under ``validity``. A bad level leaves the rest of the result standing;
-    a result of nothing but bad levels is INVALID.
+    a result that holds nothing but bad levels is INVALID.
     """
     workload = result.get("workload", {})
     reasons = list(_reasons(result, workload, needs_runs="latency_s" in result.get("samples", {})))
@@ -35,7 +35,7 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
     for level in levels:
         load = workload | level.get("workload", {}) | {k: level[k] for k in ("concurrency",) if k in level}
         level["validity"] = _verdict(list(_reasons(level, load, needs_runs=False)))
-    if levels and all(level["validity"]["reasons"] for level in levels):
+    if levels and not result.get("samples") and all(level["validity"]["reasons"] for level in levels):
         names = [f"concurrency {x['concurrency']}" if "concurrency" in x else f"rate {x.get('rate')}" for x in levels]
         reasons += [f"{name}: {why}" for name, x in zip(names, levels) for why in x["validity"]["reasons"]]
     latencies = result.get("samples", {}).get("latency_s", [])

@@ -52,7 +52,9 @@ def test_rules_reach_every_level_and_leave_the_others_standing(key, value, messa
     assert bad["validity"]["status"] == "INVALID"
     assert any(message in reason for reason in bad["validity"]["reasons"])
     assert good["validity"] == {"status": "VALID", "reasons": []}
-    verdict = validity.judge(sound() | {"levels": [bad]})
+    assert validity.judge(sound() | {"levels": [bad]})["status"] == "VALID"  # its own samples are sound
+    verdict = validity.judge(sound() | {"samples": {}, "levels": [bad]})
+    assert verdict["status"] == "INVALID"
     assert any(reason.startswith("concurrency 2: ") and message in reason for reason in verdict["reasons"])
 
 
