@@ -16,6 +16,8 @@ Text = Annotated[str, Field(max_length=1 << 20)]
 # accepted at these values only: the engine does not do them, and nothing asked for is silently ignored
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
     "logit_bias": (None, {}),
@@ -25,6 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "response_format": (None, {"type": "text"}),
+    "suffix": (None,),
 }
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # not about the text
 
@@ -64,27 +67,11 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class Part(BaseModel):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[Part]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatRequest(BaseModel):
-    """What a completion takes. ``temperature`` 0 is greedy; without a seed every call draws anew."""
+class Sampling(BaseModel):
+    """What both kinds of completion take. ``temperature`` 0 is greedy; without a seed every call draws anew."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float = Field(1.0, ge=0, le=2)
@@ -110,19 +97,46 @@ class ChatRequest(BaseModel):
         return data
 
 
-class Shape:
-    """The objects of one answer, whole or in chunks."""
+class Part(BaseModel):
+    type: Literal["text"]
+    text: Text
 
-    def __init__(self, model: str) -> None:
-        self._base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "user", "assistant"]
+    content: Text | list[Part]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+
+
+class CompletionRequest(Sampling):
+    """One prompt: text, or its token ids."""
+
+    prompt: Text | list[int]
+
+
+class Shape:
+    """The objects of one answer, ``chat.completion`` or ``text_completion``, whole or in chunks."""
+
+    def __init__(self, model: str, chat: bool) -> None:
+        self.chat, self._model, self._created = chat, model, int(time.time())
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
 
     def whole(self, text: str, reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        return self._answer("chat.completion", {"message": {"role": "assistant", "content": text}}, reason, usage)
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return self._answer("chat.completion", content, reason, usage)
 
     def chunk(self, text: str | None, reason: str | None = None, usage: dict[str, int] | None = None) -> dict[str, Any]:
         """``text`` None: a chunk that only tells the usage."""
-        content = None if text is None else {"delta": {"content": text} if text else {}}
-        return self._answer("chat.completion.chunk", content, reason, usage)
+        content = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        return self._answer("chat.completion.chunk", None if text is None else content, reason, usage)
 
     def opening(self) -> dict[str, Any]:
         return self._answer("chat.completion.chunk", {"delta": {"role": "assistant", "content": ""}}, None, None)
@@ -131,7 +145,8 @@ class Shape:
         self, kind: str, content: dict[str, Any] | None, reason: str | None, usage: dict[str, int] | None
     ) -> dict[str, Any]:
         choices = [{"index": 0, **content, "logprobs": None, "finish_reason": reason}] if content else []
-        return self._base | {"object": kind, "choices": choices, "usage": usage}
+        base = {"id": self._id, "created": self._created, "model": self._model, "choices": choices, "usage": usage}
+        return base | {"object": kind if self.chat else "text_completion"}
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

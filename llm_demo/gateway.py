@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_engine.build import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.triton_client import GrpcClient
-from llm_demo.api import DOWN, ApiError, ChatRequest, Shape, usage_of
+from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
 from llm_demo.text import ChatTokenizer, TextStream
 
@@ -66,23 +66,32 @@ class Gateway:
             message = f"The model {name!r} does not exist; there is {' and '.join(self.models)}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def encode(self, request: ChatRequest) -> list[int]:
+    async def encode(self, request: Sampling) -> list[int]:
         """Ids of a request's prompt, off the event loop: a long text takes a while."""
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        if isinstance(request, ChatRequest):
+            messages = [{"role": message.role, "content": message.text} for message in request.messages]
+            return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
+        if isinstance(request, CompletionRequest) and isinstance(request.prompt, str):
+            return await asyncio.to_thread(self.tokenizer.encode, request.prompt)
+        return request.prompt
 
-    def room(self, prompt: list[int], request: ChatRequest) -> int:
+    def room(self, prompt: list[int], request: Sampling) -> int:
         """How many tokens may be made. Raises :class:`ApiError` where prompt and answer do not fit."""
+        where = "messages" if isinstance(request, ChatRequest) else "prompt"
         limit = self.info.engine.max_seq_len
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", param=where)
+        if bad := [token for token in prompt if not 0 <= token < self.info.model.vocab_size]:
+            raise ApiError(400, f"token id {bad[0]} is outside the vocabulary", param=where)
         if len(prompt) + (request.max_tokens or 1) > limit:
             asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
             message = (
                 f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them."
             )
-            raise ApiError(400, message, code="context_length_exceeded", param="messages")
+            raise ApiError(400, message, code="context_length_exceeded", param=where)
         return request.max_tokens or limit - len(prompt)
 
-    async def ids(self, prompt: list[int], max_tokens: int, request: ChatRequest) -> AsyncIterator[list[int]]:
+    async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:
         """New ids from the model the request names, cut before an end-of-sequence id. Leaving early cancels."""
         eos = {*self.info.model.eos_token_ids, *filter(None, [self.tokenizer.eos_token_id])}
         seed = request.seed % (1 << 64)
@@ -100,7 +109,7 @@ class Gateway:
                 if not eos.isdisjoint(new):
                     return
 
-    async def answer(self, request: ChatRequest) -> AsyncIterator[Piece]:
+    async def answer(self, request: Sampling) -> AsyncIterator[Piece]:
         """The last piece alone has a finish reason. Raises :class:`ApiError`."""
         self.check_model(request.model)
         start, first = time.perf_counter(), 0.0
@@ -202,6 +211,10 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
     async def chat(request: Request, body: ChatRequest) -> Response:
         return await _complete(gateway, request, body)
 
+    @app.post("/v1/completions", dependencies=[Depends(known)])
+    async def completion(request: Request, body: CompletionRequest) -> Response:
+        return await _complete(gateway, request, body)
+
     @app.post("/baseline", dependencies=[Depends(known)])
     async def baseline() -> dict[str, bool]:
         """Load the race's baseline now, so that loading is not part of the race."""
@@ -230,9 +243,9 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
     return app
 
 
-async def _complete(gateway: Gateway, request: Request, body: ChatRequest) -> Response:
+async def _complete(gateway: Gateway, request: Request, body: Sampling) -> Response:
     """An error before the first token is a status code; after it, an ``error`` event that ends the stream."""
-    shape = Shape(body.model)
+    shape = Shape(body.model, isinstance(body, ChatRequest))
     pieces = gateway.answer(body)
     if body.stream:
         opening = await _unless_gone(request, anext(pieces))
@@ -245,11 +258,12 @@ async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:
     return [piece async for piece in pieces]
 
 
-async def _events(shape: Shape, body: ChatRequest, piece: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+async def _events(shape: Shape, body: Sampling, piece: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
     every = body.stream_options.continuous_usage_stats
     async with contextlib.aclosing(pieces):
         try:
-            yield _event(shape.opening())
+            if shape.chat:
+                yield _event(shape.opening())
             reason = None
             while reason is None:
                 text, reason, usage = piece

@@ -22,10 +22,13 @@ class ChatTokenizer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(engine_dir, local_files_only=True)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
 
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text)["input_ids"]
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Raises :class:`InputError` when the model has no template or its template refuses these messages."""
         if not self._tokenizer.chat_template:
-            raise InputError("this model has no chat template: give an engine of a chat model")
+            raise InputError("this model has no chat template: use /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template refuses by raising what it likes

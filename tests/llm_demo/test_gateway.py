@@ -15,6 +15,7 @@ import pytest
 
 from llama_engine.triton_server import free_port
 from llm_demo.gateway import Gateway, create_app
+from llm_demo.text import ChatTokenizer
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 
@@ -69,15 +70,17 @@ def test_length_seed_and_history(client):
     assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=4).usage.prompt_tokens > 10
 
 
-def test_stop_strings_end_the_answer_before_them(client):
-    asked = {"model": NAME, "messages": STORY, "temperature": 0, "max_tokens": 24}
-    free = client.chat.completions.create(**asked).choices[0].message.content
-    stop = free[20:28]  # tokens begin and end elsewhere
-    assert len(stop) == 8
-    stopped = client.chat.completions.create(**asked, stop=[stop, "never"]).choices[0]
-    assert stopped.message.content == free[: free.index(stop)]
-    assert stopped.finish_reason == "stop"
-    assert text_of(client.chat.completions.create(**asked, stop=stop, stream=True)) == stopped.message.content
+def test_stop_and_bare_completions(client, smollm2_model):
+    asked = {"model": NAME, "prompt": "1, 2, 3, 4, 5, 6,", "temperature": 0, "max_tokens": 24}
+    free = client.completions.create(**asked).choices[0].text
+    assert " 9," in free
+    stopped = client.completions.create(**asked, stop=[" 9,", "never"])
+    assert stopped.choices[0].text == free[: free.index(" 9,")]
+    assert stopped.choices[0].finish_reason == "stop"
+    streamed = client.completions.create(**asked, stop=" 9,", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == stopped.choices[0].text
+    ids = ChatTokenizer(smollm2_model).encode(asked["prompt"])
+    assert client.completions.create(**asked | {"prompt": ids}).choices[0].text == free
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_refusals_are_openai_errors(client, change, status, param, said, stream)
 def test_other_paths_and_bodies_are_openai_errors_too(gateway):
     assert httpx.get(f"{gateway}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{gateway}/v1/chat/completions").status_code == 405
-    bad = httpx.post(f"{gateway}/v1/chat/completions", content="{", headers={"Content-Type": "application/json"})
+    bad = httpx.post(f"{gateway}/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert bad.status_code == 400
     assert "error" in bad.json()
     assert httpx.get(f"{gateway}/health", headers={"Host": "evil.example"}).status_code == 400

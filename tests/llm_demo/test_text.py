@@ -9,16 +9,12 @@ def tokenizer(smollm2_model):
     return ChatTokenizer(smollm2_model)
 
 
-def ids_of(tokenizer, text):
-    return tokenizer._tokenizer(text)["input_ids"]
-
-
 @pytest.mark.parametrize(
     "text", ["plain words, and more", "naïve café – 東京 👩\u200d👧 🦊🦊", " leading\n\n  space\t", "a"]
 )
 def test_text_comes_in_whole_characters_and_adds_up(tokenizer, text):
     stream, pieces = TextStream(tokenizer, []), []
-    for token in ids_of(tokenizer, text):
+    for token in tokenizer.encode(text):
         pieces.append(stream.push([token]))
     pieces.append(stream.push([], last=True))
     assert "".join(pieces) == text
@@ -26,7 +22,7 @@ def test_text_comes_in_whole_characters_and_adds_up(tokenizer, text):
 
 
 def test_bytes_that_are_no_character_do_not_hold_the_text_back(tokenizer):
-    first = ids_of(tokenizer, "👩")[:1]
+    first = tokenizer.encode("👩")[:1]
     assert "\ufffd" in TextStream(tokenizer, []).push(first * 12)
 
 
@@ -34,7 +30,7 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_back(tokenizer):
 @pytest.mark.parametrize(("stop", "expected"), [(["lazy"], "The quick fox; the "), (["zzz", "; the"], "The quick fox")])
 def test_nothing_of_a_stop_string_is_shown(tokenizer, size, stop, expected):
     stream, shown = TextStream(tokenizer, stop), ""
-    ids = ids_of(tokenizer, "The quick fox; the lazy dog")
+    ids = tokenizer.encode("The quick fox; the lazy dog")
     for at in range(0, len(ids), size):
         shown += stream.push(ids[at : at + size])
         assert expected.startswith(shown)
@@ -46,7 +42,7 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer, size, stop, expected):
 
 def test_a_beginning_of_a_stop_string_is_shown_when_the_text_ends(tokenizer):
     stream = TextStream(tokenizer, ["fox jumps"])
-    shown = stream.push(ids_of(tokenizer, "a quick fox"))
+    shown = stream.push(tokenizer.encode("a quick fox"))
     assert shown == "a quick "
     assert stream.push([], last=True) == "fox"
 
