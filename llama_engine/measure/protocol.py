@@ -216,11 +216,12 @@ def measure_batches(
             prompts = make_prompts(args.model_dir, args.prompt, args.input_tokens, level)
             stack.generate_batch(prompts, new_tokens)
             bar.advance(task)
-            runs, walls, rates = [], [], []
+            runs, walls, rates, outputs = [], [], [], set()
             for _ in range(args.batch_runs):
                 with telemetry.section(str(level)):
                     batch = stack.generate_batch(prompts, new_tokens)
                 runs += batch
+                outputs.add(tuple(tuple(run.token_ids) for run in batch))
                 walls.append(max(run.token_times[-1] for run in batch) - batch[0].t0)
                 rates.append(sum(len(run.token_ids) for run in batch) / walls[-1])
                 bar.advance(task)
@@ -234,6 +235,7 @@ def measure_batches(
                 "summary": summarize(samples, rates),
                 "checks": {
                     "failed_requests": 0,
+                    "distinct_outputs": len(outputs),
                     "clock_backwards": sum(run.clock_backwards for run in runs),
                     "requests_per_s": len(runs) / sum(walls),
                     "mean_latency_s": sum(samples["latency_s"]) / len(runs),

@@ -2,7 +2,8 @@
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level.
 ``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hits``,
-``client_lag_p99_ms``, and for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
+``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, and for closed-loop load ``requests_per_s`` with
+``mean_latency_s``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MAX_CLIENT_LAG_MS = 5.0  # a client that wakes later than this after its due tim
 MAX_LITTLE_GAP = 0.10  # L = X * R holds for any stable system; ramps of a finite run explain up to a tenth
 MAX_FAILED_REQUESTS = 0  # failed requests are often the slow ones: leaving them out flatters
 MAX_PREFIX_CACHE_HITS = 0  # a cached prompt is no prefill: TTFT would measure a lookup
+MAX_DISTINCT_OUTPUTS = 1  # an engine whose sums do not depend on their order repeats itself, or something is wrong
 MIN_NULL_HEADROOM = 1.25  # a client that takes hardly more from a null model than from the engine measures itself
 THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
 
@@ -30,11 +32,12 @@ def judge(result: dict[str, Any]) -> dict[str, Any]:
     a result that holds nothing but bad levels is INVALID.
     """
     workload = result.get("workload", {})
-    reasons = list(_reasons(result, workload, needs_runs="latency_s" in result.get("samples", {})))
+    repeats = result.get("backend") == "native"  # cuBLAS, under the baseline, does not promise to
+    reasons = list(_reasons(result, workload, needs_runs="latency_s" in result.get("samples", {}), repeats=repeats))
     levels = result.get("levels", [])
     for level in levels:
         load = workload | level.get("workload", {}) | {k: level[k] for k in ("concurrency",) if k in level}
-        level["validity"] = _verdict(list(_reasons(level, load, needs_runs=False)))
+        level["validity"] = _verdict(list(_reasons(level, load, needs_runs=False, repeats=repeats)))
     if levels and not result.get("samples") and all(level["validity"]["reasons"] for level in levels):
         names = [f"concurrency {x['concurrency']}" if "concurrency" in x else f"rate {x.get('rate')}" for x in levels]
         reasons += [f"{name}: {why}" for name, x in zip(names, levels) for why in x["validity"]["reasons"]]
@@ -48,7 +51,7 @@ def _verdict(reasons: list[str]) -> dict[str, Any]:
     return {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
 
 
-def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool) -> Iterator[str]:
+def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool, repeats: bool) -> Iterator[str]:
     samples, checks, telemetry = (part.get(key) or {} for key in ("samples", "checks", "telemetry"))
     latencies = samples.get("latency_s", [])
     if needs_runs and len(latencies) < MIN_TIMED_RUNS:
@@ -61,6 +64,8 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         yield f"{failed} requests failed"
     if (hits := checks.get("prefix_cache_hits", 0)) > MAX_PREFIX_CACHE_HITS:
         yield f"{hits} prompts were answered from a prefix cache"
+    if repeats and (outputs := checks.get("distinct_outputs", 1)) > MAX_DISTINCT_OUTPUTS:
+        yield f"greedy runs of the same prompts gave {outputs} different outputs"
     if checks.get("clock_backwards", 0):
         yield f"the clock went backwards {checks['clock_backwards']} times"
     if (lag := checks.get("client_lag_p99_ms")) is not None and lag > MAX_CLIENT_LAG_MS:

@@ -7,6 +7,7 @@ from llama_engine.measure import validity
 
 def sound():
     return {
+        "backend": "native",
         "workload": {"output_tokens": 4, "concurrency": 2},
         "samples": {"latency_s": [1.0, 1.01, 1.02, 0.99, 1.0], "output_tokens": [4] * 5},
         "checks": {"failed_requests": 0, "clock_backwards": 0, "requests_per_s": 2.0, "mean_latency_s": 1.0},
@@ -30,6 +31,7 @@ BROKEN = {
     "length": ("samples", {"latency_s": [1.0] * 5, "output_tokens": [4, 4, 4, 4, 3]}, "1 outputs are not 4"),
     "failed": ("checks", {"failed_requests": 1}, "1 requests failed"),
     "prefix cache": ("checks", {"prefix_cache_hits": 2}, "prefix cache"),
+    "repeats itself": ("checks", {"distinct_outputs": 2}, "gave 2 different outputs"),
     "clock": ("checks", {"clock_backwards": 1}, "clock went backwards"),
     "lag": ("checks", {"client_lag_p99_ms": 6.0}, "client lagged 6.0 ms"),
     "Little": ("checks", {"requests_per_s": 1.0, "mean_latency_s": 1.0}, "Little's law is off by 50%"),
@@ -42,6 +44,12 @@ def test_each_rule_can_fail(key, value, message):
     verdict = validity.judge(sound() | {key: value})
     assert verdict["status"] == "INVALID"
     assert [reason for reason in verdict["reasons"] if message in reason], verdict
+
+
+def test_the_baseline_need_not_repeat_itself():
+    result = sound() | {"checks": {"distinct_outputs": 3}}
+    assert validity.judge(result)["status"] == "INVALID"
+    assert validity.judge(result | {"backend": "transformers"})["status"] == "VALID"
 
 
 @pytest.mark.parametrize(("key", "value", "message"), list(BROKEN.values())[1:], ids=list(BROKEN)[1:])
