@@ -152,6 +152,31 @@ def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels)
     assert (got - want).abs().max() <= want.abs().max() / 128 * 1.5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("kernels", ["auto", "stream", "triton"])
+def test_a_deep_model_serves_the_reference_and_repeats_itself(kernels, graphs):
+    from llama_engine.cuda_executor import CudaExecutor
+    from llama_engine.engine import Engine
+    from llama_engine.measure.accuracy import engine_logits, served_error
+
+    config = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 2048, rope_theta=500000.0)
+    settings = EngineConfig(max_batch_size=8, max_seq_len=512, max_num_tokens=512, num_kv_blocks=8 * 8 + 1)
+    weights = random_weights(config, DEVICE)
+    for layer in weights.layers:  # as trained models have it, lest what a layer adds outgrow all before
+        layer.o.scale.mul_(0.125)
+        layer.down.scale.mul_(0.125)
+    engine = Engine(config, settings, CudaExecutor(config, settings, weights, kernels=kernels, graphs=graphs))
+    model = TorchModel(config, weights, num_blocks=65, tokens_per_block=64, max_seq_len=512)
+    model.dtype = torch.float32
+    reference = Engine(config, settings, HostExecutor(model, config, settings, 65, 0))
+    prompt = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(1)).tolist()
+    errors = {served_error(lambda ids: engine_logits(reference, ids), engine, prompt, 16) for _ in range(10)}
+    assert len(errors) == 1
+    assert max(errors) < 0.01
+
+
 def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     from llama_engine.engine import Engine
 

@@ -32,7 +32,7 @@ MACHINES = (
 )
 MACHINE = (
     "| [{machine}]({link}), {model}, {date} | {base.summary.output_tokens_per_s.p50:,.1f} "
-    "| {engine.summary.output_tokens_per_s.p50:,.1f} | {engine.summary.mbu} | {speedup.latency} "
+    "| {engine.summary.output_tokens_per_s.p50:,.1f}{invalid} | {engine.summary.mbu} | {speedup.latency} "
     "| {base.summary.ttft_ms.p50:,.1f} → {engine.summary.ttft_ms.p50:,.1f} | {served} |"
 )
 SYNTHETIC = (
@@ -91,6 +91,7 @@ class Page(string.Formatter):
         }
         self.values = {
             "machine": story.machine,
+            "invalid": "" if story.valid("engine") else " **INVALID**",
             "date": str(story.get("any", "environment.time_utc"))[:10],
             "model": story.any["model"]["name"] + (", **synthetic weights**" if story.synthetic else ""),
             "base_label": labels["base"],
@@ -233,7 +234,7 @@ def _peers(story: Story, peers: dict[str, Any]) -> Iterator[str]:
     yield "| --- |" + " ---: |" * 5
     date = str(story.get("engine", "environment.time_utc") or "")[:10]
     ours = {
-        "engine": f"**this engine**, INT8 weight-only, {date}",
+        "engine": f"**this engine**, INT8 weight-only, {date}" + ("" if story.valid("engine") else ", **INVALID**\\*"),
         "alone": story.get("engine", "summary.output_tokens_per_s.p50"),
         "ttft_ms": story.get("engine", "summary.ttft_ms.p50"),
     }
@@ -245,10 +246,8 @@ def _peers(story: Story, peers: dict[str, Any]) -> Iterator[str]:
         batches = [row.get(n, "") for n in loads]
         yield f"| {' | '.join([row['engine'], *alone, *(x if isinstance(x, str) else f'{x:,}' for x in batches)])} |"
     yield f"\n{peers['note']}"
-    wrong = [
-        f"{name.split()[-1]} at once, {'; '.join(why)}" for name, why in story.invalid.items() if "optimized" in name
-    ]
-    if wrong:
+    found = {name.partition(" at ")[2]: "; ".join(why) for name, why in story.invalid.items() if "optimized" in name}
+    if wrong := [f"{load} at once, {why}" if load else why for load, why in found.items()]:
         yield f"\\* INVALID in this engine's run: {'; '.join(wrong)}."
 
 

@@ -51,8 +51,11 @@ def test_each_limit_can_fail(change, reason):
 
 def test_quick_and_synthetic_gates():
     assert accuracy.gate(GOOD | {"tokens": 10}, full=False)["status"] == "PASSED"
-    assert accuracy.gate({"tokens": 5, "logit_error_rms": 0.001})["status"] == "PASSED"
-    assert accuracy.gate({"tokens": 5, "logit_error_rms": 0.02})["status"] == "FAILED"
+    sound = {"tokens": 5, "logit_error_rms": 0.001, "served_error_rms": 0.001}
+    assert accuracy.gate(sound)["status"] == "PASSED"
+    for key in ("logit_error_rms", "served_error_rms"):
+        for value in (0.02, math.nan):
+            assert accuracy.gate(sound | {key: value})["status"] == "FAILED"
     assert accuracy.gate({"tokens": 30_000, "perplexity_ratio": 1.0})["status"] == "FAILED"  # KL is missing
 
 
@@ -77,3 +80,33 @@ def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
     logits = accuracy.engine_logits(engine, [3, 1, 4, 1, 5, *tokens])
     assert logits.shape == (25, engine.model.vocab_size)
     assert logits[4:-1].argmax(-1).tolist() == tokens
+
+
+def test_the_error_of_served_logits(tiny_engine):
+    from llama_engine.engine import Engine
+
+    engine = Engine.from_dir(tiny_engine, device="cpu")
+    reference = Engine.from_dir(tiny_engine, device="cpu", kernels="torch")
+
+    def logits(ids):
+        return accuracy.engine_logits(reference, ids)
+
+    prompt = [3, 1, 4, 1, 5]
+    assert accuracy.served_error(logits, engine, prompt, 6) < accuracy.MAX_LOGIT_ERROR_RMS
+
+    def wrong_at_the_end(ids):
+        found = logits(ids)
+        found[-1] *= 1.1
+        return found
+
+    assert accuracy.served_error(wrong_at_the_end, engine, prompt, 6) == pytest.approx(0.1 / 1.1, rel=0.05)
+    submit = engine.executor.submit
+
+    def another_token(step):
+        handle = submit(step)
+        tokens = [token + 1 for token in handle.tokens()]
+        handle.tokens = lambda: tokens
+        return handle
+
+    engine.executor.submit = another_token
+    assert math.isnan(accuracy.served_error(logits, engine, prompt, 6))
