@@ -111,15 +111,24 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def kept_handlers() -> Iterator[None]:
+    """For tests in whose process a script catches Ctrl-C and TERM."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def run_script(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kept_handlers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run a script of the repository as a user would, and return what it printed.
 
     Python ones run as ``__main__`` of this process, which has imported PyTorch already; the README's tests start each
     in a process of its own.
     """
-    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in STOPS}
+    threads = torch.get_num_threads()
 
     def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
         command = [script, *map(str, args)]
@@ -135,5 +144,3 @@ def run_script(
 
     yield run
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

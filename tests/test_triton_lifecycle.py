@@ -176,11 +176,8 @@ class FakeServer:
 
 
 @pytest.fixture
-def serve_native():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield runpy.run_path(str(ROOT / "scripts/serve_triton.py"))["serve_native"]
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def serve_native(kept_handlers):
+    return runpy.run_path(str(ROOT / "scripts/serve_triton.py"))["serve_native"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

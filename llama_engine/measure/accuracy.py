@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_engine.engine import Engine
-from llama_engine.executor import Chunk, Step
+from llama_engine.executor import Chunk, Executor, Step
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.stats import summary
 from llama_engine.sampling import SamplingParams
@@ -25,12 +25,17 @@ CHUNK_TOKENS = 256  # bounds the float32 logits in memory: 256 x 128,256 x 4 B =
 Logits = Callable[[list[int]], torch.Tensor]  # ids -> float32 [len(ids), vocab]
 
 
+def _slot_zero(engine: Engine, tokens: int) -> Executor:
+    """The executor of an idle engine, its slot 0 greedy and with the first blocks for so many tokens."""
+    engine.executor.bind(0, SamplingParams())
+    engine.executor.set_block_table(0, range(1, 1 + -(-tokens // engine.config.tokens_per_block)))
+    return engine.executor
+
+
 def engine_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
     """float32 ``[len(ids), vocab]`` from the engine's executor: chunked prefill into slot 0 of an idle engine."""
-    executor, config = engine.executor, engine.config
-    executor.bind(0, SamplingParams())
-    executor.set_block_table(0, range(1, 1 + -(-len(ids) // config.tokens_per_block)))
-    size = min(CHUNK_TOKENS, config.max_num_tokens)
+    executor = _slot_zero(engine, len(ids))
+    size = min(CHUNK_TOKENS, engine.config.max_num_tokens)
     parts = [
         executor.submit(Step((Chunk(0, start, ids[start : start + size]),), logits="all")).logits().float().clone()
         for start in range(0, len(ids), size)
@@ -44,10 +49,7 @@ def served_error(reference: Logits, engine: Engine, prompt: list[int], new_token
 
     NaN when a token is not the one its logits name.
     """
-    executor = engine.executor
-    executor.bind(0, SamplingParams())
-    blocks = -(-(len(prompt) + new_tokens) // engine.config.tokens_per_block)
-    executor.set_block_table(0, range(1, 1 + blocks))
+    executor = _slot_zero(engine, len(prompt) + new_tokens)
     chunks = [Chunk(0, 0, prompt), *(Chunk(0, len(prompt) + i) for i in range(new_tokens - 1))]
     handles = [executor.submit(Step((chunk,), logits="last")) for chunk in chunks]
     tokens = [handle.tokens()[0] for handle in handles]

@@ -14,7 +14,7 @@ import pytest
 
 from llama_engine.triton_client import RequestFailed, connect
 from llama_engine.triton_server import ServeConfig, TritonServer
-from tests.test_triton_server import alone
+from tests.serving import alone, assert_idle
 
 SOAK_S = float(os.environ.get("SOAK_S", 60))
 MAX_GROWTH = 100e6
@@ -83,10 +83,8 @@ def test_soak(tiny_engine):
         before = resident(server.process.pid)
         asyncio.run(load(server, SOAK_S))
         growth = {name: after - before.get(name, 0) for name, after in resident(server.process.pid).items()}
-        deadline = time.monotonic() + 10
-        while (metrics := server.metrics())["kv_blocks_used"] or metrics["requests"]:
-            assert time.monotonic() < deadline, f"blocks leaked: {metrics}"
-            time.sleep(0.1)
+        assert_idle(server)
+        metrics = server.metrics()
     grown = ", ".join(f"{name} {nbytes / 1e6:+.1f} MB" for (_, name), nbytes in growth.items())
     print(f"soak {SOAK_S:.0f} s: {counts}, {grown}, preemptions {metrics['preemptions']:.0f}")
     assert sum(growth.values()) < MAX_GROWTH
