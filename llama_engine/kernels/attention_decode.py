@@ -16,8 +16,8 @@ def _rotated(x_ptr, offs, cos_ptr, sin_ptr, pos, e, mask, HALF: tl.constexpr):
     partner = tl.where(e < HALF, HALF, -HALF)
     cos = tl.load(cos_ptr + pos * HALF + e % HALF)
     sin = tl.load(sin_ptr + pos * HALF + e % HALF)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-    y = tl.load(x_ptr + offs + partner, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + offs + partner, mask=mask, other=0.0).to(tl.float32)
     return (x * cos + y * tl.where(e < HALF, -sin, sin)).to(tl.float16)
 
 
@@ -76,8 +76,7 @@ def decode(
             if chunk == chunks - 1:
                 # The newest position: rotated and cached here, and attended to from registers.
                 k_new = _rotated(qkv, (HEADS + kvh) * HEAD + e, cos_ptr, sin_ptr, pos, e, e_in, HALF)
-                v_at = qkv + (HEADS + KVH + kvh) * HEAD + e
-                v_new = tl.load(v_at, mask=e_in, other=0.0, cache_modifier=".cg")
+                v_new = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
                 new = kv_ptr + ((newest * KVH + kvh) * TPB + pos % TPB) * HEAD + e
                 tl.store(new, k_new, mask=e_in)
                 tl.store(new + v_offset, v_new, mask=e_in)
@@ -142,8 +141,7 @@ def merge(
     for first in range(0, chunks, 8):
         chunk = first + tl.arange(0, 8)
         there = (chunk < chunks)[:, None] & (h < HEADS)[None, :]
-        at = stat[None, :] + chunk[:, None] * (HEADS * 2)
-        m_c = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        m_c = tl.load(stat[None, :] + chunk[:, None] * (HEADS * 2), mask=there, other=float("-inf"))
         m = tl.maximum(m, tl.max(m_c, axis=0))
     m = tl.where(h < HEADS, m, 0.0)
     total = tl.zeros((HEADS_P,), tl.float32)
@@ -152,11 +150,9 @@ def merge(
         for i in tl.static_range(2):  # two at a time, so that their loads overlap
             chunk = first + i
             there = (h < HEADS) & (chunk < chunks)
-            at = stat + chunk * (HEADS * 2)
-            weight = tl.exp2(tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg") - m)
-            total += weight * tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
-            inside = mask & (chunk < chunks)
-            acc_c = tl.load(part + chunk * (HEADS * HEAD), mask=inside, other=0.0, cache_modifier=".cg")
+            weight = tl.exp2(tl.load(stat + chunk * (HEADS * 2), mask=there, other=float("-inf")) - m)
+            total += weight * tl.load(stat + chunk * (HEADS * 2) + 1, mask=there, other=0.0)
+            acc_c = tl.load(part + chunk * (HEADS * HEAD), mask=mask & (chunk < chunks), other=0.0)
             acc += weight[:, None] * acc_c
     out = tl.where(mask, acc / tl.where(h < HEADS, total, 1.0)[:, None], 0.0)
     store_digits(out, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)

@@ -43,8 +43,8 @@ def rope_cache(
     qkv = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KVH) * HEAD)
     at = qkv + h[:, None] * HEAD + d[None, :]
     rotated = (h < HEADS + KVH)[:, None] & (d < HALF)[None, :]
-    x1 = tl.load(at, mask=rotated, other=0.0, cache_modifier=".cg").to(tl.float32)
-    x2 = tl.load(at + HALF, mask=rotated, other=0.0, cache_modifier=".cg").to(tl.float32)
+    x1 = tl.load(at, mask=rotated, other=0.0).to(tl.float32)
+    x2 = tl.load(at + HALF, mask=rotated, other=0.0).to(tl.float32)
     y1 = (x1 * cos - x2 * sin).to(tl.float16)
     y2 = (x2 * cos + x1 * sin).to(tl.float16)
     query = rotated & (h < HEADS)[:, None]
@@ -56,8 +56,8 @@ def rope_cache(
     tl.store(new, y1, mask=key)
     tl.store(new + HALF, y2, mask=key)
     v_at = at + KVH * HEAD
-    tl.store(new + v_offset, tl.load(v_at, mask=key, cache_modifier=".cg"), mask=key)
-    tl.store(new + v_offset + HALF, tl.load(v_at + HALF, mask=key, cache_modifier=".cg"), mask=key)
+    tl.store(new + v_offset, tl.load(v_at, mask=key), mask=key)
+    tl.store(new + v_offset + HALF, tl.load(v_at + HALF, mask=key), mask=key)
 
 
 @triton.jit
@@ -100,8 +100,7 @@ def prefill(
         column = (kvh * G + g)[:, None] * HEAD + e[None, :]
         mask = r_in[:, None] & (e < HEAD)[None, :]
         row = (first + token).to(tl.int64)[:, None]
-        at_q = qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD) + column
-        q = tl.load(at_q, mask=mask, other=0.0, cache_modifier=".cg")
+        q = tl.load(qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD) + column, mask=mask, other=0.0)
         m = tl.full((BQ * GP,), float("-inf"), tl.float32)
         total = tl.zeros((BQ * GP,), tl.float32)
         acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
@@ -116,8 +115,8 @@ def prefill(
                 blocks = tl.load(tables_ptr + slot * max_blocks + key // TPB, mask=key_in, other=0).to(tl.int64)
                 where = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
             kv_in = key_in[:, None] & (e < HEAD)[None, :]
-            k = tl.load(where[:, None] + e[None, :], mask=kv_in, other=0.0, cache_modifier=".cg")
-            v = tl.load(where[:, None] + v_offset + e[None, :], mask=kv_in, other=0.0, cache_modifier=".cg")
+            k = tl.load(where[:, None] + e[None, :], mask=kv_in, other=0.0)
+            v = tl.load(where[:, None] + v_offset + e[None, :], mask=kv_in, other=0.0)
             s = tl.dot(q, tl.trans(k)) * scale
             s = tl.where(key[None, :] <= (start + token)[:, None], s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1))

@@ -13,8 +13,7 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of every kernel launch on ``device``: programmatic dependent launch from sm_90 on.
 
     With it a kernel's blocks become resident, and may touch weights, while its predecessor still runs; each kernel
-    waits for its predecessor before it touches anything else, and reads what earlier kernels of the chain made past
-    the first-level cache (".cg"): that is cleared when a kernel starts, here long before its predecessors end.
+    waits for its predecessor before it touches anything else.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}

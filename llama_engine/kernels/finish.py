@@ -32,9 +32,9 @@ def _finish(
         gdc_wait()
     offs = tl.arange(0, BLOCK)
     mask = offs < tiles
-    best = tl.load(best_ptr + row * tiles + offs, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    best = tl.load(best_ptr + row * tiles + offs, mask=mask, other=float("-inf"))
     tile = tl.argmax(best, axis=0)
-    token = tl.load(index_ptr + row * tiles + tile, cache_modifier=".cg")
+    token = tl.load(index_ptr + row * tiles + tile)
     slot = tl.load(slots_ptr + row)
     tl.store(sampled_ptr + row, token)
     if slot != dummy:

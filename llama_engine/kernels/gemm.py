@@ -80,7 +80,7 @@ def _epilogue(
             at = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
             mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if EPILOGUE == _RESIDUAL:
-            y += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+            y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
         if EPILOGUE == _LOGITS:
             axis: tl.constexpr = 0 if SWAP else 1
@@ -142,7 +142,7 @@ def _gemm(
     if PDL:
         gdc_wait()
     if INT8:
-        a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0, cache_modifier=".cg")
+        a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
         if SWAP:
             high = tl.zeros((BN, BM), tl.int32)
             low = tl.zeros((BN, BM), tl.int32)

@@ -59,7 +59,7 @@ def _norm(
     source = row
     if GATHER:
         source = tl.load(rows_ptr + row)
-    x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * norm
     if QUANTIZE:
@@ -90,7 +90,7 @@ def _embed(
     token = tl.load(ids_ptr + at).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < K
-    value = tl.load(table_ptr + token * K + offs, mask=mask, cache_modifier=".cg")
+    value = tl.load(table_ptr + token * K + offs, mask=mask)
     tl.store(x_ptr + row * K + offs, value.to(x_ptr.dtype.element_ty), mask=mask)
 
 

@@ -184,9 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
             for (int e = 0; e < 2; ++e) {
                 const int m = t * 8 + lane % 4 * 2 + e, high = t * 4 + e, low = high + MT * 4;
                 if (m >= p.rows) continue;
-                const float scale = __ldcg(p.scale + m);  // not from L1, which outlives its writer (see common.py)
-                const float gate = __fmul_rn(scaled(acc[high], acc[low], scale), gate_scale);
-                const float up = __fmul_rn(scaled(acc[high + 2], acc[low + 2], scale), up_scale);
+                const float gate = __fmul_rn(scaled(acc[high], acc[low], p.scale[m]), gate_scale);
+                const float up = __fmul_rn(scaled(acc[high + 2], acc[low + 2], p.scale[m]), up_scale);
                 p.out[(u64)m * (N / 2) + column] = to_half(silu_mul(gate, up));
             }
         return;
@@ -200,15 +199,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
             part[(i / 4 / MT * MB + m) * PART + n] = acc[i];
         }
     __syncthreads();
-    // The sums lie in shared memory by now, so the cluster needs no fence over all of memory.
-    if (SPLIT > 1) asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+    // The block's own barrier does not wait for its last stores to land: its own loads queue behind them, a peer's do
+    // not. This fence does, and unlike the barrier's own (arrive.release) leaves global memory alone.
+    if (SPLIT > 1)
+        asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
+                     "barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
     for (int i = tid; i < p.rows * QUADS; i += THREADS) {
         const int m = i / QUADS, local = split * (ROWS / SPLIT) + i % QUADS * 4, column = group * ROWS + local;
         if (column >= N) continue;
         const float4 ws = __ldg((const float4*)(p.weight_scale + column));
-        const float scale = __ldcg(p.scale + m);
+        const float scale = p.scale[m];
         ushort4* at = (ushort4*)(p.out + (u64)m * N + column);
-        const ushort4 before = RESIDUAL ? __ldcg(at) : make_ushort4(0, 0, 0, 0);
+        const ushort4 before = RESIDUAL ? *at : make_ushort4(0, 0, 0, 0);
         int4 sum[2] = {};
 #pragma unroll
         for (int digit = 0; digit < 2; ++digit)

@@ -176,7 +176,7 @@ class Page(string.Formatter):
         return ", ".join(self.fill(rate, at) + mark for at, mark in places) or None
 
     def scaling(self) -> str:
-        served = self.story.levels("triton")
+        served = [(i, level) for i, level in self.story.levels("triton") if self.story.level_valid("triton", level)]
         if len(served) < 2 or not self.story.valid("triton"):
             return ""
         (first, low), (last, high) = ((i, level["concurrency"]) for i, level in (served[0], served[-1]))

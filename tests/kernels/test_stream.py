@@ -79,6 +79,47 @@ def test_equals_triton_to_the_bit_and_the_reference(geometry, rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_a_chain_of_overlapping_kernels_equals_triton_to_the_bit(rows):
+    """Alone a kernel forgives a missing fence; beside the next one's loads its last stores land late."""
+    from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
+    from llama_engine.kernels.stream import StreamGemm, supported
+
+    device = torch.device("cuda")
+    if not supported(device):
+        pytest.skip("needs compute capability 9.0")
+    torch.manual_seed(rows)
+    matrices = []
+    for n, k, epilogue in (GEOMETRIES[f"8b {name}"] for name in ("o", "gate_up", "down")):
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
+        digits = torch.randint(-128, 128, (2, 128, k), dtype=torch.int8, device=device)
+        matrices.append((digits, Linear(weight, torch.rand(n, device=device) * 1e-6), epilogue))
+    scale, workspace, stream = torch.rand(128, device=device), Workspace(device), StreamGemm(device)
+    x, hidden = (torch.zeros(rows, width, dtype=torch.float16, device=device) for width in (4096, 14336))
+
+    def chain(fused: bool) -> torch.Tensor:
+        x.zero_()
+        for _ in range(32):
+            for digits, linear, epilogue in matrices:
+                out = hidden if epilogue == 2 else x
+                if fused:
+                    stream.launch(digits, scale, linear, out, rows, epilogue)
+                else:
+                    gemm(digits, scale, linear, out, rows, epilogue, fit(Tile(16, 64, 128), linear, rows), workspace)
+        return x.clone()
+
+    want = chain(fused=False)
+    assert want.isfinite().all()
+    chain(fused=True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(fused=True)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(x, want)
+
+
+@pytest.mark.gpu
 def test_shapes_are_checked():
     from llama_engine.kernels.stream import StreamGemm
 

@@ -114,6 +114,14 @@ def test_invalid_runs_give_no_ratio(folder, edit_json):
     assert "> **INVALID** triton-native.json: the clock went backwards" in text
 
 
+def test_scaling_ends_at_the_largest_load_that_counts(folder, edit_json):
+    assert "Scaling from 1 to 2 requests" in page(folder)
+    levels = json.loads((folder / "triton-native.json").read_text())["levels"]
+    bad = levels[1] | {"concurrency": 4, "validity": {"status": "INVALID", "reasons": ["GPU clocks were throttled"]}}
+    edit_json(folder / "triton-native.json", {"levels": [*levels, bad]})
+    assert "Scaling from 1 to 2 requests" in page(folder)
+
+
 def test_missing_parts_are_said_to_be_missing(folder):
     for name in ("triton-native", "accuracy", "comparison", "optimized-native"):
         (folder / f"{name}.json").unlink()
