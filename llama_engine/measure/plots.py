@@ -54,7 +54,9 @@ def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
         note += f", {workload['input_tokens']}-token prompt, {workload['output_tokens']} new tokens, greedy"
     figure.suptitle(title, x=0.02, ha="left", fontsize=17, fontweight="bold")
     figure.text(0.02, 0.032, note, fontsize=10, color="#444444")
-    if invalid := story.invalid:
+    figure.draw_without_rendering()  # makes the labels of the ticks
+    starred = any("*" in text.get_text() for text in figure.findobj(plt.Text))
+    if invalid := [name for name in story.invalid if starred or name in story.files]:
         names = f"INVALID (*), reasons in the report: {', '.join(invalid)}"
         figure.text(0.02, 0.008, names, fontsize=10, color="#b00000", weight="bold")
     if story.synthetic:
@@ -213,9 +215,10 @@ def triton_scaling(story: Story) -> plt.Figure:
     x, y, marks = zip(*story.throughput("triton"))
     left.plot(x, [y[0] * n / x[0] for n in x], "--", color=IDEAL, label=f"linear from {x[0]}")
     left.plot(x, y, "o-", color=TRITON, label="through Triton", linewidth=2.5)
-    batches = {users: rate for users, rate, _ in story.throughput("engine")}
-    if batches:
-        left.plot(*zip(*batches.items()), "s", color=ENGINE, label="in process")
+    if batches := story.throughput("engine"):
+        left.plot(*list(zip(*batches))[:2], "s", color=ENGINE, label="in process")
+    for n, rate, mark in batches:
+        left.annotate(mark, (n, rate), textcoords="offset points", xytext=(0, 4), ha="center", fontweight="bold")
     for n, rate, mark in zip(x, y, marks):
         text = f"{rate:,.0f}{mark}"
         left.annotate(text, (n, rate), textcoords="offset points", xytext=(8, -14), fontweight="bold")
@@ -235,7 +238,8 @@ def triton_scaling(story: Story) -> plt.Figure:
     right.legend(loc="upper left", ncols=2)
     if wide := x[-1] > 8 * x[0]:
         left.set_yscale("log")
-        left.set_ylim(min([*y, *batches.values()]) / 1.6, max([*y, *batches.values()]) * 3)
+        rates = [*y, *(rate for _, rate, _ in batches)]
+        left.set_ylim(min(rates) / 1.6, max(rates) * 3)
     for axes in (left, right):
         if wide:
             axes.set_xscale("log", base=2)

@@ -73,7 +73,8 @@ class Page(string.Formatter):
         ]
         measured = [{"at": x, "name": label} for x, label in labels.items() if story.aliases[x] in story.files]
         l3, nbytes = story.get("engine", "environment.cpu.l3_bytes"), story.get("engine", "summary.step_nbytes")
-        commands = dict.fromkeys(result["environment"].get("command", "") for result in story.files.values())
+        commands = [result["environment"].get("command", "") for result in story.files.values()]
+        commands = dict.fromkeys(re.sub(r" --output /\S+", "", command) for command in commands)  # a temporary file
         cited = {x: [f"{story.aliases[x]}:{key}" for key in ("cost", "summary.tpot_ms.p50")] for x in labels}
         self.lists: dict[str, list[dict[str, Any]]] = {
             "measured": measured,

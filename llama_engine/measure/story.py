@@ -176,7 +176,7 @@ def roofline_points(story: Story) -> list[tuple[str, float, float, str]]:
         for load in (alone, *(level for _, level in story.levels(file))):
             n, shape, step_ms = load["concurrency"], load["workload"], load["summary"]["tpot_ms"]["p50"]
             nbytes = cost.decode_nbytes(shape["input_tokens"], shape["output_tokens"], n)
-            what = "decode" if load is alone else f"decode, {n} at once"
+            what = "decode" if load is alone else f"decode, {n} at once{story.mark(file, load)}"
             points.append((f"{name}: {what}", n * flop / nbytes, n * flop / step_ms * 1e3, file))
         if long := result["summary"].get("prefill_ttft_ms"):
             work, nbytes = flop * long["input_tokens"], cost.decode_nbytes(0, 2 * long["input_tokens"])
