@@ -50,16 +50,19 @@ def finish(engine, check=False):
     return tokens
 
 
-def test_greedy_tokens_equal_transformers_on_the_dequantized_weights(smollm2_model, smollm2_engine):
+def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smollm2_model, smollm2_engine):
+    """Up to near ties: 15-bit activations move a logit by about 0.02 here, rounding decides the rest."""
     reference = dequantized_transformers(smollm2_model, smollm2_engine)
     engine = Engine.from_dir(smollm2_engine, device="cpu")
     for text in PROMPTS:
-        prompt = chat_ids(smollm2_model, text)
-        stop = engine.model.eos_token_ids
-        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(stop)}
-        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=48, **options)[0, len(prompt) :].tolist()
-        assert generate(engine, prompt, 48, stop_token_ids=stop) == expected
-        assert len(expected) > 2
+        prompt, stop = chat_ids(smollm2_model, text), engine.model.eos_token_ids
+        tokens = generate(engine, prompt, 48, stop_token_ids=stop)
+        assert len(tokens) > 2
+        assert len(tokens) == 48 or tokens[-1] in stop
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        behind = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        assert behind.max() < 0.05
 
 
 def test_paris(smollm2_model, smollm2_engine):

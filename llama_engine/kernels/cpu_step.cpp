@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,12 +23,23 @@
 
 namespace {
 
+typedef float v8f __attribute__((vector_size(32)));
 typedef float v16f __attribute__((vector_size(64)));
+typedef int32_t v8i __attribute__((vector_size(32)));
 typedef int32_t v16i __attribute__((vector_size(64)));
 typedef int16_t v16s __attribute__((vector_size(32)));
 typedef int16_t v32s __attribute__((vector_size(64)));
 typedef int8_t v16c __attribute__((vector_size(16)));
 typedef int8_t v32c __attribute__((vector_size(32)));
+// What attention computes with: as wide as a register, of which it needs many.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+typedef v8f vf;
+typedef v8i vi;
+#else
+typedef v16f vf;
+typedef v16i vi;
+#endif
+constexpr int kLanes = sizeof(vf) / sizeof(float);
 
 constexpr int kActMax = 16383;
 constexpr int kAttentionChunk = 256;  // keys between two merges: fixed, so that splitting never changes a sum
@@ -35,7 +47,11 @@ constexpr int kRowBlock = 64;         // tokens whose activations stay in L2 whi
 constexpr int kMaxGroup = 8;
 constexpr int kAmxMinTokens = 9;      // fewer tokens than that waste most of a tile
 constexpr int kMaxQueryTokens = 4;    // prefill tokens that share loads of K and V
+#if defined(__AVX512F__)
 constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
+#else
+constexpr int kPrefetch = 1536;
+#endif
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -82,17 +98,17 @@ inline float half_to_float(uint16_t h) {
   return f;
 }
 
-inline v16f load_half(const uint16_t* p) {
+template <class V = v16f>
+inline V load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
-  return (v16f)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
-  union { v16f v; __m256 h[2]; } u;
-  u.h[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  u.h[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
+  union { V v; __m256 h[sizeof(V) / 32]; } u;
+  for (int i = 0; i < (int)sizeof(V) / 32; ++i) u.h[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
   return u.v;
 #else
-  v16f v;
-  for (int i = 0; i < 16; ++i) v[i] = half_to_float(p[i]);
+  V v;
+  for (int i = 0; i < (int)sizeof(V) / 4; ++i) v[i] = half_to_float(p[i]);
   return v;
 #endif
 }
@@ -114,15 +130,20 @@ inline uint16_t float_to_half(float f) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline float sum(v8f v) {
+  __m128 four = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
+  four += _mm_movehl_ps(four, four);
+  return four[0] + four[1];
+}
+#endif
+
 inline float sum(v16f v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX2__)
-  union { v16f v; __m256 h[2]; } u{v};
-  __m256 eight = u.h[0] + u.h[1];
-  __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
-  four += _mm_movehl_ps(four, four);
-  return four[0] + four[1];
+  union { v16f v; v8f h[2]; } u{v};
+  return sum(u.h[0] + u.h[1]);
 #else
   float total = 0;
   for (int i = 0; i < 16; ++i) total += v[i];
@@ -149,79 +170,75 @@ inline float sum_exact(v16i v) {
 #endif
 }
 
-inline float max_of(v16f v) {
+template <class V>
+inline float max_of(V v) {
   float m = v[0];
-  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  for (int i = 1; i < (int)sizeof(V) / 4; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
 // e^x for x <= 0 by 2^n * p(r): Cody-Waite reduction and a degree-6 Taylor polynomial, relative error below 4e-7.
-inline v16f exp_nonpositive(v16f x) {
-  x = x < -87.f ? (v16f{} - 87.f) : x;
-  v16f shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low mantissa bits hold round(x / ln 2)
-  v16f n = shifted - 12582912.f;
-  v16f r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  v16f p = r * (1.f / 720) + (1.f / 120);
+template <class V, class I = std::conditional_t<sizeof(V) == 64, v16i, v8i>>
+inline V exp_nonpositive(V x) {
+  x = x < -87.f ? (V{} - 87.f) : x;
+  V shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low mantissa bits hold round(x / ln 2)
+  V n = shifted - 12582912.f;
+  V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V p = r * (1.f / 720) + (1.f / 120);
   p = p * r + (1.f / 24);
   p = p * r + (1.f / 6);
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  v16i bits = __builtin_convertvector(n, v16i);
-  return (v16f)((v16i)p + (bits << 23));
+  I bits = __builtin_convertvector(n, I);
+  return (V)((I)p + (bits << 23));
 }
 
-// out[m][j] = sum_k w[j][k] * x[m][k], exact per lane. R rows share each activation load, M tokens each weight load.
+// out[m][j] = sum_k w[j][k] * x[m][k], exact per lane. M tokens share each weight load.
 #if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
-// Written out, because GCC keeps arrays of 64-byte vectors in memory where registers hold 32 bytes.
-inline __m256i widen16(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-
+// Written out, because GCC keeps arrays of 64-byte vectors in memory where registers hold 32 bytes. One row after the
+// other: there are registers for no more, and memory is read in one piece.
 template <int M, int R>
 inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int K, float (*out)[R]) {
-  __m256i acc[M][R][2];
-  for (auto& row : acc)
-    for (auto& pair : row) pair[0] = pair[1] = _mm256_setzero_si256();
-  for (int k = 0; k < K; k += 32) {
-    for (int half = 0; half < 2; ++half) {
-      __m256i a[M];
-      for (int m = 0; m < M; ++m) a[m] = _mm256_loadu_si256((const __m256i*)(x + m * ldx + k + 16 * half));
-      for (int j = 0; j < R; ++j) {
-        if (half == 0) __builtin_prefetch(w[j] + k + kPrefetch);
-        const __m256i b = widen16(w[j] + k + 16 * half);
-        for (int m = 0; m < M; ++m) acc[m][j][half] = _mm256_add_epi32(acc[m][j][half], _mm256_madd_epi16(a[m], b));
+  for (int j = 0; j < R; ++j) {
+    __m256i acc[M][2];
+    for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_si256();
+    for (int k = 0; k < K; k += 32) {
+      __builtin_prefetch(w[j] + k + kPrefetch);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w[j] + k + 16 * half)));
+        for (int m = 0; m < M; ++m) {
+          const __m256i a = _mm256_loadu_si256((const __m256i*)(x + m * ldx + k + 16 * half));
+          acc[m][half] = _mm256_add_epi32(acc[m][half], _mm256_madd_epi16(a, b));
+        }
       }
     }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < R; ++j) {
+    for (int m = 0; m < M; ++m) {
       v16i lanes;
-      std::memcpy(&lanes, acc[m][j], 64);
+      std::memcpy(&lanes, acc[m], 64);
       out[m][j] = sum_exact(lanes);
     }
+  }
 }
 
 template <int M, int R>
 inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int K, float (*out)[R]) {
-  __m256 acc[M][R][2];
-  for (auto& row : acc)
-    for (auto& pair : row) pair[0] = pair[1] = _mm256_setzero_ps();
-  for (int k = 0; k < K; k += 16) {
-    for (int half = 0; half < 2; ++half) {
-      __m256 a[M];
-      for (int m = 0; m < M; ++m) a[m] = _mm256_loadu_ps(x + m * ldx + k + 8 * half);
-      for (int j = 0; j < R; ++j) {
-        if (half == 0) __builtin_prefetch((const char*)(w[j] + k) + kPrefetch);
+  for (int j = 0; j < R; ++j) {
+    __m256 acc[M][2];
+    for (auto& pair : acc) pair[0] = pair[1] = _mm256_setzero_ps();
+    for (int k = 0; k < K; k += 16) {
+      __builtin_prefetch((const char*)(w[j] + k) + kPrefetch);
+      for (int half = 0; half < 2; ++half) {
         const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w[j] + k + 8 * half)));
-        for (int m = 0; m < M; ++m) acc[m][j][half] += a[m] * b;
+        for (int m = 0; m < M; ++m) acc[m][half] += _mm256_loadu_ps(x + m * ldx + k + 8 * half) * b;
       }
     }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < R; ++j) {
+    for (int m = 0; m < M; ++m) {
       v16f lanes;
-      std::memcpy(&lanes, acc[m][j], 64);
+      std::memcpy(&lanes, acc[m], 64);
       out[m][j] = sum(lanes);
     }
+  }
 }
 #else
 template <int M, int R>
@@ -635,7 +652,8 @@ struct Engine {
   // that `token` belongs to. Rows share each load of K and V but no arithmetic, so R does not change a result.
   template <int R>
   void attend_rows(const LayerView& l, int token, int kv_head, int first, const QueryRow* rows) const {
-    const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
     int tpb = m.tokens_per_block, hd = m.head_size, last = first;
     int ends[R];
     for (int r = 0; r < R; ++r) {
@@ -644,48 +662,48 @@ struct Engine {
     }
     float inv = 1.f / std::sqrt((float)hd);
     alignas(64) float scores[R][kAttentionChunk];
-    for (int base = first; base < last; base += 16) {
+    for (int base = first; base < last; base += kLanes) {
       const uint16_t* k =
           l.k_cache + (block_of(token, base) * m.kv_heads + kv_head) * (int64_t)hd * tpb + base % tpb;
-      v16f acc[R] = {};
+      vf acc[R] = {};
       for (int d = 0; d < hd; ++d) {
-        v16f keys = load_half(k + (int64_t)d * tpb);
+        vf keys = load_half<vf>(k + (int64_t)d * tpb);
         for (int r = 0; r < R; ++r) acc[r] += keys * rows[r].q[d];
       }
       for (int r = 0; r < R; ++r) {
-        v16f s = lane < ends[r] - base ? acc[r] * inv : v16f{} - 1e30f;
-        std::memcpy(scores[r] + base - first, &s, 64);
+        vf s = lane < ends[r] - base ? acc[r] * inv : vf{} - 1e30f;
+        std::memcpy(scores[r] + base - first, &s, sizeof s);
       }
     }
-    int padded = (last - first + 15) / 16 * 16;
+    int padded = (last - first + kLanes - 1) / kLanes * kLanes;
     for (int r = 0; r < R; ++r) {
-      v16f top = load<v16f>(scores[r]), total{};
-      for (int j = 16; j < padded; j += 16) {
-        v16f s = load<v16f>(scores[r] + j);
+      vf top = load<vf>(scores[r]), total{};
+      for (int j = kLanes; j < padded; j += kLanes) {
+        vf s = load<vf>(scores[r] + j);
         top = s > top ? s : top;
       }
       float max = max_of(top);
-      for (int j = 0; j < padded; j += 16) {
-        v16f p = exp_nonpositive(load<v16f>(scores[r] + j) - max);
-        p = lane < ends[r] - first - j ? p : v16f{};
-        std::memcpy(scores[r] + j, &p, 64);
+      for (int j = 0; j < padded; j += kLanes) {
+        vf p = exp_nonpositive(load<vf>(scores[r] + j) - max);
+        p = lane < ends[r] - first - j ? p : vf{};
+        std::memcpy(scores[r] + j, &p, sizeof p);
         total += p;
       }
       rows[r].out[hd] = max;
       rows[r].out[hd + 1] = sum(total);
     }
-    for (int d = 0; d < hd; d += 16) {
-      v16f acc[R] = {};
+    for (int d = 0; d < hd; d += kLanes) {
+      vf acc[R] = {};
       for (int base = first; base < last;) {
         int stop_at = std::min(last, (base / tpb + 1) * tpb);
         const uint16_t* v = l.v_cache + (block_of(token, base) * m.kv_heads + kv_head) * (int64_t)hd * tpb +
                             (int64_t)(base % tpb) * hd + d;
         for (; base < stop_at; ++base, v += hd) {
-          v16f value = load_half(v);
+          vf value = load_half<vf>(v);
           for (int r = 0; r < R; ++r) acc[r] += value * scores[r][base - first];
         }
       }
-      for (int r = 0; r < R; ++r) std::memcpy(rows[r].out + d, &acc[r], 64);
+      for (int r = 0; r < R; ++r) std::memcpy(rows[r].out + d, &acc[r], sizeof acc[r]);
     }
   }
 
