@@ -281,5 +281,5 @@ def mbu(nbytes: float, seconds: float, ceilings: dict[str, Any]) -> float | None
 
 
 def mfu(cost: Cost, input_tokens: int, ttft_s: float, ceilings: dict[str, Any]) -> float | None:
-    """FLOP of the prompt's linear layers / TTFT / peak 16-bit matmul rate measured in this run."""
+    """FLOP of the prompt's linear layers / TTFT / peak matmul rate measured in this run."""
     return cost.flop_per_token * input_tokens / ttft_s / ceilings["matmul"]["flop_per_s"] if ttft_s > 0 else None

@@ -285,7 +285,7 @@ def roofline(story: Story) -> plt.Figure | None:
     ridge = peak / bandwidth
     low, high = min(point[1] for point in points) / 3, max(ridge, *(point[1] for point in points)) * 3
     axes.plot([low, ridge, high], [bandwidth * low, peak, peak], color="black", linewidth=2)
-    axes.text(high, peak * 1.1, f"16-bit matmul {peak / 1e12:.3g} TFLOP/s", ha="right", fontsize=10)
+    axes.text(high, peak * 1.1, f"matmul {peak / 1e12:.3g} TFLOP/s", ha="right", fontsize=10)
     place = (low * ridge) ** 0.5
     axes.text(place, bandwidth * place * 1.5, f"read {bandwidth / 1e9:,.0f} GB/s", ha="right", fontsize=10)
     for number, (label, intensity, rate, of) in enumerate(points, 1):
