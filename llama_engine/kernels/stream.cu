@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         }
     __syncthreads();
     // The block's own barrier does not wait for its last stores to land: its own loads queue behind them, a peer's do
-    // not. This fence does, and unlike the barrier's own (arrive.release) leaves global memory alone.
+    // not. This fence (CUDA 12.8 and later) does, and unlike the barrier's own (arrive.release) leaves global memory alone.
     if (SPLIT > 1)
         asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
                      "barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
