@@ -20,6 +20,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#define USE_AVX2 1
+#endif
 
 namespace {
 
@@ -32,7 +35,7 @@ typedef int16_t v32s __attribute__((vector_size(64)));
 typedef int8_t v16c __attribute__((vector_size(16)));
 typedef int8_t v32c __attribute__((vector_size(32)));
 // What attention computes with: as wide as a register, of which it needs many.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(USE_AVX2)
 typedef v8f vf;
 typedef v8i vi;
 #else
@@ -47,10 +50,10 @@ constexpr int kRowBlock = 64;         // tokens whose activations stay in L2 whi
 constexpr int kMaxGroup = 8;
 constexpr int kAmxMinTokens = 9;      // fewer tokens than that waste most of a tile
 constexpr int kMaxQueryTokens = 4;    // prefill tokens that share loads of K and V
-#if defined(__AVX512F__)
-constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
-#else
+#if defined(USE_AVX2)
 constexpr int kPrefetch = 1536;
+#else
+constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
 #endif
 
 template <class V, class T>
@@ -130,7 +133,7 @@ inline uint16_t float_to_half(float f) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(USE_AVX2)
 inline float sum(v8f v) {
   __m128 four = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
   four += _mm_movehl_ps(four, four);
@@ -141,7 +144,7 @@ inline float sum(v8f v) {
 inline float sum(v16f v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX2__)
+#elif defined(USE_AVX2)
   union { v16f v; v8f h[2]; } u{v};
   return sum(u.h[0] + u.h[1]);
 #else
@@ -195,7 +198,7 @@ inline V exp_nonpositive(V x) {
 }
 
 // out[m][j] = sum_k w[j][k] * x[m][k], exact per lane. M tokens share each weight load.
-#if defined(__AVX2__) && defined(__F16C__) && !defined(__AVX512F__)
+#if defined(USE_AVX2)
 // Written out, because GCC keeps arrays of 64-byte vectors in memory where registers hold 32 bytes. One row after the
 // other: there are registers for no more, and memory is read in one piece.
 template <int M, int R>

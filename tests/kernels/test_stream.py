@@ -40,17 +40,25 @@ def test_what_it_cannot_cut_is_left_to_the_other_kernel(n, k):
     assert shape_of(n, k, 0, 132) is None
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 4, 8, 13, 16, 31, 32])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_equals_triton_to_the_bit_and_the_reference(geometry, rows):
-    from llama_engine.kernels.gemm import SILU_MUL, Tile, Workspace, fit, gemm, gemm_reference
-    from llama_engine.kernels.quant import quantize_reference
-    from llama_engine.kernels.stream import StreamGemm, supported
+@pytest.fixture
+def hopper():
+    from llama_engine.kernels.stream import supported
 
     device = torch.device("cuda")
     if not supported(device):
         pytest.skip("needs compute capability 9.0")
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 8, 13, 16, 31, 32])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equals_triton_to_the_bit_and_the_reference(hopper, geometry, rows):
+    from llama_engine.kernels.gemm import SILU_MUL, Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.quant import quantize_reference
+    from llama_engine.kernels.stream import StreamGemm
+
+    device = hopper
     torch.manual_seed(rows)
     n, k, epilogue = GEOMETRIES[geometry]
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
@@ -80,14 +88,12 @@ def test_equals_triton_to_the_bit_and_the_reference(geometry, rows):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [8, 16, 32])
-def test_a_chain_of_overlapping_kernels_equals_triton_to_the_bit(rows):
+def test_a_chain_of_overlapping_kernels_equals_triton_to_the_bit(hopper, rows):
     """Alone a kernel forgives a missing fence; beside the next one's loads its last stores land late."""
     from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
-    from llama_engine.kernels.stream import StreamGemm, supported
+    from llama_engine.kernels.stream import StreamGemm
 
-    device = torch.device("cuda")
-    if not supported(device):
-        pytest.skip("needs compute capability 9.0")
+    device = hopper
     torch.manual_seed(rows)
     matrices = []
     for n, k, epilogue in (GEOMETRIES[f"8b {name}"] for name in ("o", "gate_up", "down")):
@@ -120,10 +126,10 @@ def test_a_chain_of_overlapping_kernels_equals_triton_to_the_bit(rows):
 
 
 @pytest.mark.gpu
-def test_shapes_are_checked():
+def test_shapes_are_checked(hopper):
     from llama_engine.kernels.stream import StreamGemm
 
-    device = torch.device("cuda")
+    device = hopper
     linear = Linear(torch.zeros(4096, 4096, dtype=torch.int8, device=device), torch.ones(4096, device=device))
     digits, scale = torch.zeros(2, 128, 4096, dtype=torch.int8, device=device), torch.ones(128, device=device)
     out = torch.zeros(128, 4096, dtype=torch.float16, device=device)
