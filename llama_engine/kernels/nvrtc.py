@@ -42,25 +42,25 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def compile_cubin(source: Path, macros: dict[str, int], arch: str, header: Path | None = None) -> bytes:
-    """``source`` (which may include ``header``) with ``macros``; cached under ``$XDG_CACHE_HOME/llama_engine``.
+def compile_cubin(source: Path, macros: dict[str, int], arch: str, headers: Sequence[Path] = ()) -> bytes:
+    """``source`` (which may include ``headers``) with ``macros``; cached under ``$XDG_CACHE_HOME/llama_engine``.
 
     Raises :class:`RunError` with the compiler's log.
     """
-    text, included = source.read_bytes(), header.read_bytes() if header else b""
+    text, included = source.read_bytes(), [header.read_bytes() for header in headers]
     options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
     nvrtc = _nvrtc()
     version = (ctypes.c_int * 2)()
     nvrtc.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
-    key = hashlib.sha256(text + included + repr((options, tuple(version))).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((text, included, options, tuple(version))).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_engine"
     cached = folder / f"{source.stem}-{key}.cubin"
     if cached.is_file():
         return cached.read_bytes()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    headers, names = (ctypes.c_char_p * 1)(included), (ctypes.c_char_p * 1)(header.name.encode() if header else b"")
-    count = 1 if header else 0
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), count, headers, names)
+    texts = (ctypes.c_char_p * len(headers))(*included)
+    names = (ctypes.c_char_p * len(headers))(*(header.name.encode() for header in headers))
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), len(headers), texts, names)
     _check(created, "nvrtcCreateProgram")
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     if nvrtc.nvrtcCompileProgram(program, len(options), array):

@@ -29,7 +29,7 @@ from llama_engine.model import rope_tables
 from llama_engine.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
-HEADER = Path(__file__).with_name("persistent_stream.cu")  # included by SOURCE
+HEADERS = sorted(SOURCE.parent.glob("persistent_*.cuh"))
 THREADS = 288
 SHARED_BYTES = 232448
 STAGE_BYTES = 16384
@@ -84,7 +84,7 @@ def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights)
 
 
 def permute(x: torch.Tensor) -> torch.Tensor:
-    """The order in which the kernel keeps activations ``[..., K]``: ``Split<K>::permuted`` in persistent.cu."""
+    """The order in which the kernel keeps activations ``[..., K]``: ``Split<K>::permuted`` in persistent_matrix.cuh."""
     words = x.shape[-1] // 1024
     vector = 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1
     return x.unflatten(-1, (-1, 32, vector, 4)).transpose(-2, -3).flatten(-4).contiguous()
@@ -159,7 +159,7 @@ class PersistentDecode:
         arch = nvrtc.architecture(self.device)
         self._functions = {
             rows: nvrtc.Function(
-                nvrtc.compile_cubin(SOURCE, macros | {"ROWS": rows}, arch, HEADER),
+                nvrtc.compile_cubin(SOURCE, macros | {"ROWS": rows}, arch, HEADERS),
                 "decode",
                 self.device,
                 grid=self.grid,

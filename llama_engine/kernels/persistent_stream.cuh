@@ -1,4 +1,4 @@
-// The streaming half of persistent.cu: geometry, shared memory, small instructions, the ring of stages, who owns which
+// What persistent.cu streams and how: geometry, shared memory, small instructions, the ring of stages, who owns which
 // rows, and the producer.
 
 typedef unsigned char u8;
