@@ -23,6 +23,7 @@ from llama_engine.model import rope_tables
 from llama_engine.weights import EngineWeights, Linear
 
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-w", "-shared", "-fPIC", "-pthread")
 MAX_K = 16384  # 512 pairs of 15-bit by 8-bit products fill an int32 lane
 
@@ -67,7 +68,7 @@ class _StepView(ctypes.Structure):
 
 def fingerprint() -> str:
     """Identifies source, flags and this processor's instruction set: a library is loaded only where it matches."""
-    text = SOURCE.read_text() + " ".join(FLAGS) + platform.machine()
+    text = "".join(path.read_text() for path in (SOURCE, *HEADERS)) + " ".join(FLAGS) + platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         text += next((line for line in lines if line.startswith(("flags", "Features"))), "")
