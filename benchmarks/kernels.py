@@ -4,15 +4,14 @@ Method: each kernel runs once a layer over that layer's own weights and KV cache
 served from L2 that a real step would read from memory; the fastest of 3 replays, divided by the layers. Bytes are what
 the kernel must read and write once; the percentage is of the read bandwidth measured in the same run. Weights are
 random with the geometry asked for. --tune times the tiles of every matrix first.
-Output: a table, and with --output the same as JSON.
+Output: a table.
 
-    python benchmarks/kernels.py --rows 1 8 32 64 --context 512 --output results/local/kernels.json
+    python benchmarks/kernels.py --rows 1 8 32 64 --context 512
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
-from llama_engine.measure import environment, result
+from llama_engine.measure import environment
 from llama_engine.prepare import GEOMETRIES
 from llama_engine.weights import LINEARS, random_weights
 
@@ -37,7 +36,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
 
     def norm(i: int) -> None:
         hidden = model.digits[c.hidden_size]
-        quant.norm_quantize(model.x, layers[i].input_norm, eps, hidden, model.a_scale, rows)
+        quant.norm(model.x, layers[i].input_norm, eps, hidden, model.a_scale, rows)
 
     def attend(i: int) -> None:
         model.attention.decode(model.qkv, model.kv[i], slots, model.position, query, model.a_scale, rows)
@@ -46,7 +45,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
         "norm + quantize": (norm, rows * c.hidden_size * 4),
         "attention": (attend, rows * (2 * c.kv_size * 2 * context + c.qkv_size * 2 + c.q_size * 2)),
         "quantize": (
-            lambda _: quant.norm_quantize(model.hidden, None, eps, inner, model.a_scale, rows),
+            lambda _: quant.norm(model.hidden, None, eps, inner, model.a_scale, rows),
             rows * c.intermediate_size * 4,
         ),
     }
@@ -65,15 +64,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
     parser.add_argument("--tune", action="store_true", help="time the tiles of every matrix first")
-    parser.add_argument("--output", help="write JSON here")
-    parser.add_argument("--force", action="store_true", help="replace an existing --output")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
     if min(args.rows) < 1 or max(args.rows) > 64 or args.context < 1:
         raise InputError("--rows must be 1 to 64 and --context at least 1")
-    if args.output:
-        result.check_output(args.output, args.force)
     from llama_engine.gpu_model import GpuModel
     from llama_engine.kernels import tuning
 
@@ -84,17 +79,16 @@ def main() -> None:
     length = max(args.context + 1, *args.prefill, 64)
     engine = EngineConfig(64, length, max(64, *args.prefill), 64, num_kv_blocks=64 * -(-length // 64) + 1)
     model = GpuModel(config, engine, random_weights(config, device), tuning.Tiles(None, ""))
-    tuned = tuning.tune(model, console.print) if args.tune else None
+    if args.tune:
+        tuning.tune(model, console.print)
     blocks = engine.max_blocks_per_sequence
     model.block_tables[:64] = torch.arange(1, 64 * blocks + 1, dtype=torch.int32, device=device).view(64, blocks)
     model.position.fill_(args.context)
     table = Table("kernel", "rows", "us", "MB", "GB/s", f"% of {bandwidth / 1e12:.2f} TB/s", title=args.geometry)
-    rows_out: list[dict[str, Any]] = []
     layers = config.num_layers
 
     def report(name: str, rows: int, ms: float, nbytes: float) -> None:
         rate = nbytes / ms * 1e3
-        rows_out.append({"kernel": name, "rows": rows, "us": 1e3 * ms, "bytes": nbytes, "bytes_per_s": rate})
         cells = (f"{1e3 * ms:.1f}", f"{nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{100 * rate / bandwidth:.0f}")
         table.add_row(name, str(rows), *cells)
 
@@ -112,17 +106,6 @@ def main() -> None:
         step = tuning.time_graph(model.sample_step(tokens, prefill=True), repeats=5)
         report("whole prefill", tokens, step, model.weights.step_nbytes + tokens * kv_bytes)
     console.print(table)
-    if args.output:
-        data = {
-            "geometry": args.geometry,
-            "weights": "synthetic",
-            "context": args.context,
-            "read_bandwidth_bytes_per_s": bandwidth,
-            "environment": environment.fingerprint("cuda"),
-            "tuning": tuned,
-            "kernels": rows_out,
-        }
-        result.write_text(result.check_output(args.output, args.force), json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,11 @@ class EngineConfig(_Config):
     def max_blocks_per_sequence(self) -> int:
         return -(-self.max_seq_len // self.tokens_per_block)
 
+    @property
+    def useful_kv_blocks(self) -> int:
+        """What all sequences at full length take, and the scratch block."""
+        return self.max_batch_size * self.max_blocks_per_sequence + 1
+
 
 def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
     """Raise :class:`InputError`, with the numbers, unless a request fits the engine's limits."""

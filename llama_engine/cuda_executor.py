@@ -38,11 +38,11 @@ def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
 
 @dataclass
 class _Pass:
-    """What one pass over the model sends to the host."""
+    """What one pass over the model sends to the host. Chunks are named by their index in the step."""
 
-    chunks: list[int]  # indices into the step's chunks
-    ids: torch.Tensor  # pinned int32, one for each of them, -1 where the chunk samples nothing
-    logits: list[torch.Tensor]  # one [n, vocab] for each chunk, if asked for
+    sampling: list[int]  # the chunks that end in a token
+    ids: torch.Tensor  # their tokens, pinned int32
+    logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
 
 
 class CudaHandle:
@@ -57,17 +57,12 @@ class CudaHandle:
 
     def tokens(self) -> list[int]:
         self._wait()
-        found = sorted(
-            (chunk, token)
-            for part in self._passes
-            for chunk, token in zip(part.chunks, part.ids.tolist())
-            if token >= 0
-        )
+        found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
         return [token for _, token in found]
 
     def logits(self) -> torch.Tensor:
         self._wait()
-        pieces = dict(pair for part in self._passes for pair in zip(part.chunks, part.logits))
+        pieces = {chunk: logits for part in self._passes for chunk, logits in part.logits.items()}
         if not pieces:
             raise ValueError("the step was submitted with logits='none'")
         return torch.cat([pieces[i] for i in sorted(pieces)])
@@ -109,9 +104,9 @@ class CudaExecutor:
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
         self._persistent: persistent.PersistentDecode | None = None
-        if kernels == "auto" and self._cuda and persistent.supported(config, engine, weights) is None:
+        if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
             try:
-                self._persistent = persistent.PersistentDecode(config, engine, weights, model.kv)
+                self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
             except RunError as error:
                 warnings.warn(f"{error}; decoding with the Triton kernels alone", stacklevel=2)
         used = [name for name, there in (("persistent", self._persistent), ("stream", model.stream)) if there]
@@ -168,9 +163,8 @@ class CudaExecutor:
             self._decode_graphs[bucket].replay()
         else:
             self._decode_kernels(bucket)
-        self._draw(chunks, range(len(chunks)), self._slots, self._sampled)
-        logits = [row.clone()[None] for row in self.model.logits[: len(slots)]] if step.logits != "none" else []
-        return _Pass(indices, self._to_host(self._sampled[: len(slots)]), logits)
+        self._draw(chunks, self._slots)
+        return self._pass(indices, self._rows(indices) if step.logits != "none" else {})
 
     def _decode_kernels(self, bucket: int) -> None:
         slots, sampled = self._slots[:bucket], self._sampled[:bucket]
@@ -189,7 +183,6 @@ class CudaExecutor:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
         graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
-        sampling = [chunk for chunk in chunks if chunk.samples]
         if graphs is not None:
             inputs = self._pack(chunks, *key)
             for graph in graphs:
@@ -197,21 +190,14 @@ class CudaExecutor:
         else:
             inputs = self._pack(chunks, total, None)
             self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
-        self._draw(sampling, range(len(sampling)), inputs[-1][1], self._sampled)
-        logits: list[torch.Tensor] = []
-        which = [i for i, chunk in zip(indices, chunks) if chunk.samples]
-        ids = self._to_host(self._sampled[: len(sampling)])
+        self._draw([chunk for chunk in chunks if chunk.samples], inputs[-1][1])
+        sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
+        logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
-            logits = [row.clone()[None] for row in self.model.logits[: len(sampling)]]
+            logits = self._rows(sampling)
         elif step.logits == "all":
-            # Every chunk has logits, only some have a token: -1 stands for none.
-            everything = self.model.all_logits(total).split([chunk.length for chunk in chunks])
-            if len(which) != len(indices):
-                found = iter(self._sampled[: len(sampling)].tolist())
-                ids = torch.tensor([next(found) if chunk.samples else -1 for chunk in chunks], dtype=torch.int32)
-                which = indices
-            logits = list(everything)
-        return _Pass(which, ids, logits)
+            logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+        return self._pass(sampling, logits)
 
     def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
         """ids, slots, positions, tiles and ends over the one input buffer."""
@@ -287,17 +273,23 @@ class CudaExecutor:
         host = torch.from_numpy(values)
         target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
 
-    def _to_host(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda).copy_(ids, non_blocking=True)
+    def _rows(self, chunks: list[int]) -> dict[int, torch.Tensor]:
+        """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
+        return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _draw(self, chunks: list[Chunk], rows: range, slots: torch.Tensor, sampled: torch.Tensor) -> None:
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor]) -> _Pass:
+        ids = self._sampled[: len(sampling)]
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda)
+        return _Pass(sampling, host.copy_(ids, non_blocking=True), logits)
+
+    def _draw(self, chunks: list[Chunk], slots: torch.Tensor) -> None:
         """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
         drawn = [
             (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
-            for row, chunk in zip(rows, chunks)
+            for row, chunk in enumerate(chunks)
             if not self._params[chunk.slot].greedy
         ]
         if drawn:
             index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
-            sampled[index] = ids.int()
+            self._sampled[index] = ids.int()
             self.model.last_token[slots[index].long()] = ids.int()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -61,20 +61,16 @@ class Engine:
         device: str = "auto",
         kernels: str = "auto",
         threads: int | None = None,
-        num_kv_blocks: int | None = None,
-        kv_cache_free_gpu_memory_fraction: float | None = None,
+        **changes: Any,
     ) -> Engine:
         """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-        a GPU also stream or triton (:class:`llama_engine.cuda_executor.CudaExecutor`).
+        a GPU also stream or triton (:class:`llama_engine.cuda_executor.CudaExecutor`). ``changes`` replace fields of
+        the :class:`EngineConfig` it was built with.
 
         Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
         """
         info = load_engine_json(Path(engine_dir))
-        changes = {
-            "num_kv_blocks": num_kv_blocks,
-            "kv_cache_free_gpu_memory_fraction": kv_cache_free_gpu_memory_fraction,
-        }
-        config = replace(info.engine, **{key: value for key, value in changes.items() if value is not None})
+        config = replace(info.engine, **changes)
         executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
         return cls(info.model, config, executor)
 
@@ -200,24 +196,15 @@ def make_executor(
         from llama_engine.kernels.tuning import load_tuning
 
         return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
-    blocks = config.num_kv_blocks or config.max_batch_size * config.max_blocks_per_sequence + 1
-    sizes = {"num_blocks": blocks, "tokens_per_block": config.tokens_per_block, "max_seq_len": config.max_seq_len}
-    if kernels == "auto" and cpu.supported(model, weights, config.tokens_per_block):
+    config = replace(config, num_kv_blocks=config.num_kv_blocks or config.useful_kv_blocks)
+    if kernels == "auto" and cpu.supported(model, config, weights):
         try:
             library = cpu.compile_library(engine_dir / "kernels")
         except (RunError, OSError) as error:  # an old compiler, a read-only directory: slower, not fatal
             print(f"note: no fused CPU kernel, running on PyTorch operations ({error})", file=sys.stderr)
             library = None
         if library is not None:
-            fused = cpu.CpuModel(
-                library,
-                model,
-                weights,
-                **sizes,
-                max_num_tokens=config.max_num_tokens,
-                threads=threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1,
-            )
-            return HostExecutor(fused, model, config, blocks, weights.step_nbytes)
+            threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
+            return HostExecutor(cpu.CpuModel(library, model, config, weights, threads), model, config, weights)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    reference = TorchModel(model, weights, **sizes, dtype=dtype)
-    return HostExecutor(reference, model, config, blocks, weights.step_nbytes)
+    return HostExecutor(TorchModel(model, config, weights, dtype), model, config, weights)

@@ -16,7 +16,7 @@ from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as stream_supported
 from llama_engine.kernels.tuning import Tiles
 from llama_engine.model import rope_tables
-from llama_engine.weights import LINEARS, EngineWeights, LayerWeights, Linear
+from llama_engine.weights import LINEARS, EngineWeights, Linear
 
 ALL_LAYERS = slice(None)
 EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
@@ -70,11 +70,10 @@ class GpuModel:
         c, e = self.config, self.engine
         block = 2 * c.kv_size * e.tokens_per_block * 2
         blocks = e.num_kv_blocks
-        useful = e.max_batch_size * e.max_blocks_per_sequence + 1
         if not blocks:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 30
-            blocks = min(useful, int(free * e.kv_cache_free_gpu_memory_fraction) // (block * c.num_layers))
+            blocks = min(e.useful_kv_blocks, int(free * e.kv_cache_free_gpu_memory_fraction) // (block * c.num_layers))
         if blocks < 2:
             raise RunError(
                 f"no GPU memory is left for the KV cache (one block of {e.tokens_per_block} tokens takes "
@@ -83,13 +82,17 @@ class GpuModel:
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
 
-    def _linear(self, name: str, layer: LayerWeights, a: torch.Tensor, out: torch.Tensor, rows: int) -> None:
-        linear: Linear = getattr(layer, name)
-        if self.streams(name, rows):
-            self.stream.launch(a, self.a_scale, linear, out, rows, EPILOGUES[name])
-        else:
-            tile = self.tiles.get(name, linear, rows)
-            gemm.gemm(a, self.a_scale, linear, out, rows, EPILOGUES[name], tile, self.workspace)
+    def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
+        """``linear``, which is called ``name``, over the activations of its width; with ``tile``, only compile that."""
+        a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
+        if tile is None and self.streams(name, rows):
+            self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
+            return
+        if linear.scale is None:
+            a, a_scale = self.final, None
+        partials = self.partials if name == "lm_head" else None
+        operands = (a, a_scale, linear, out, rows, EPILOGUES[name], tile or self.tiles.get(name, linear, rows))
+        gemm.gemm(*operands, self.workspace, partials, compile_only=tile is not None)
 
     def streams(self, name: str, rows: int) -> bool:
         """Whether the streaming kernel runs matrix ``name`` for so many rows; else it is the Triton kernel's."""
@@ -103,18 +106,8 @@ class GpuModel:
     def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile | None = None) -> None:
         """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""
         linears = self.linears(name)
-        linear = linears[index % len(linears)]
         out = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}.get(name, self.x)
-        a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
-        if tile is None and self.streams(name, rows):
-            self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
-            return
-        if linear.scale is None:
-            a, a_scale = self.final, None
-        partials = self.partials if name == "lm_head" else None
-        operands = (a, a_scale, linear, out, rows, EPILOGUES[name])
-        used = tile or self.tiles.get(name, linear, rows)
-        gemm.gemm(*operands, used, self.workspace, partials, compile_only=tile is not None)
+        self._linear(name, linears[index % len(linears)], out, rows, tile)
 
     def _layers(
         self,
@@ -133,33 +126,28 @@ class GpuModel:
         hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
         query = self.digits[c.q_size]
         for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
-            quant.norm_quantize(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
-            self._linear("qkv", layer, hidden, self.qkv, rows)
+            quant.norm(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
+            self._linear("qkv", layer.qkv, self.qkv, rows)
             attend(kv, query)
             if ends is not None and layer is self.weights.layers[-1]:
                 rows = ends.numel()
-                quant.norm_quantize(self.attended, None, 0.0, query, self.a_scale, rows, ends)
+                quant.norm(self.attended, None, 0.0, query, self.a_scale, rows, ends)
                 quant.embed(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
-            self._linear("o", layer, query, x, rows)
-            quant.norm_quantize(x, layer.post_norm, eps, hidden, self.a_scale, rows)
-            self._linear("gate_up", layer, hidden, self.hidden, rows)
-            quant.norm_quantize(self.hidden, None, eps, inner, self.a_scale, rows)
-            self._linear("down", layer, inner, x, rows)
+            self._linear("o", layer.o, x, rows)
+            quant.norm(x, layer.post_norm, eps, hidden, self.a_scale, rows)
+            self._linear("gate_up", layer.gate_up, self.hidden, rows)
+            quant.norm(self.hidden, None, eps, inner, self.a_scale, rows)
+            self._linear("down", layer.down, x, rows)
         return x
 
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
         """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
-        if head.scale is None:
-            a, a_scale = self.final, None
-            quant.rms_norm(x, self.weights.final_norm, c.rms_norm_eps, a, rows, which)
-        else:
-            a, a_scale = self.digits[c.hidden_size], self.a_scale
-            quant.norm_quantize(x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
-        tile = self.tiles.get("lm_head", head, rows)
-        gemm.gemm(a, a_scale, head, logits, rows, LOGITS, tile, self.workspace, self.partials)
-        return -(-c.vocab_size // tile.n)
+        a, a_scale = (self.final, None) if head.scale is None else (self.digits[c.hidden_size], self.a_scale)
+        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
+        self._linear("lm_head", head, logits, rows)
+        return -(-c.vocab_size // self.tiles.get("lm_head", head, rows).n)
 
     def _sample(
         self,
@@ -212,7 +200,7 @@ class GpuModel:
 
         def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
             self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
-            quant.norm_quantize(self.attended, None, 0.0, digits, self.a_scale, rows)
+            quant.norm(self.attended, None, 0.0, digits, self.a_scale, rows)
 
         count = ends.shape[1]
         x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)
@@ -258,13 +246,13 @@ def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
             if getattr(layer, name).scale is None:
-                raise InputError(f"layer {i} {name} is not INT8: convert with --use_weight_only, or use kernels torch")
+                raise InputError(
+                    f"layer {i} {name} is not INT8: convert with --use_weight_only, or give kernels='torch'"
+                )
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % 32:
-            raise InputError(f"{name} {size} is not a multiple of 32: use kernels 'torch'")
-    embedding = weights.embedding.to(torch.float16)
+            raise InputError(f"{name} {size} is not a multiple of 32: give kernels='torch'")
     head = weights.lm_head
-    if head.scale is None and head.weight.dtype != torch.float16:
-        tied = head.weight.data_ptr() == weights.embedding.data_ptr()
-        head = Linear(embedding if tied else head.weight.to(torch.float16))
-    return EngineWeights(embedding, weights.layers, weights.final_norm, head)
+    if head.scale is None:
+        head = Linear(head.weight.to(torch.float16))
+    return EngineWeights(weights.embedding.to(torch.float16), weights.layers, weights.final_norm, head)

@@ -11,6 +11,7 @@ from llama_engine.executor import ReadyHandle, Step
 from llama_engine.kernels.cpu import CpuModel
 from llama_engine.model import TorchModel
 from llama_engine.sampling import SamplingParams, sample
+from llama_engine.weights import EngineWeights
 
 
 class HostExecutor:
@@ -23,13 +24,12 @@ class HostExecutor:
         model: TorchModel | CpuModel,
         config: ModelConfig,
         engine: EngineConfig,
-        num_kv_blocks: int,
-        step_nbytes: int,
+        weights: EngineWeights,
     ) -> None:
         self._model = model
         self.kernels = model.name
-        self.num_kv_blocks = num_kv_blocks
-        self.step_nbytes = step_nbytes
+        self.num_kv_blocks = engine.num_kv_blocks
+        self.step_nbytes = weights.step_nbytes
         self.kv_nbytes_per_token = 2 * config.num_layers * config.kv_size * 2
         self._device = getattr(model, "device", torch.device("cpu"))
         slots = engine.max_batch_size

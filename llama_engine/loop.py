@@ -19,14 +19,6 @@ from llama_engine.scheduler import Sequence
 OnTokens = Callable[[list[int], "str | None"], None]
 
 
-class QueueFull(RunError):
-    """The bounded queue has no room; the client should back off and retry."""
-
-
-class ShuttingDown(RunError):
-    """The loop no longer takes requests."""
-
-
 @dataclass(frozen=True)
 class _Request:
     sequence: Sequence
@@ -66,15 +58,15 @@ class EngineLoop:
     ) -> int:
         """Queue a request; returns its id.
 
-        Raises ``InputError`` for one that can never fit, :class:`QueueFull`, :class:`ShuttingDown`.
+        Raises ``InputError`` for one that can never fit, :class:`RunError` when the queue is full or shutting down.
         """
         sequence = self._engine.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             if self._closed:
-                raise ShuttingDown("the engine is shutting down")
+                raise RunError("the engine is shutting down")
             if (count := len(self._requests)) >= self._capacity:
-                raise QueueFull(f"the queue is full: {count} requests running or waiting of {self._capacity}")
+                raise RunError(f"the queue is full: {count} requests running or waiting of {self._capacity}")
             self._requests[sequence.request_id] = _Request(sequence, on_tokens, deadline)
         self._inbox.put(partial(self._add, sequence))
         return sequence.request_id
@@ -110,6 +102,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._measure_rate()
             self._take_messages()
             if not self._engine.has_unfinished:
                 continue
@@ -122,7 +115,6 @@ class EngineLoop:
                 continue
             for output in outputs:
                 self._deliver(output.request_id, output.token_ids, output.reason)
-            self._measure_rate()
         self._drop_all("cancelled")
 
     def _take_messages(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llama_engine.config import ModelConfig
+from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.weights import EngineWeights, Linear
 
 
@@ -56,7 +56,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TorchModel:
     """The reference: any device, ``dtype`` activations (float32 unless asked otherwise).
 
-    ``kv`` is one tensor a layer, ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``.
+    ``kv`` is one float16 tensor a layer, ``[2, engine.num_kv_blocks, kv_heads, tokens_per_block, head_size]``.
     """
 
     name = "torch"
@@ -64,20 +64,16 @@ class TorchModel:
     def __init__(
         self,
         config: ModelConfig,
+        engine: EngineConfig,
         weights: EngineWeights,
-        *,
-        num_blocks: int,
-        tokens_per_block: int,
-        max_seq_len: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.weights, self.dtype = config, weights, dtype
         self.device = weights.embedding.device
-        self.tokens_per_block = tokens_per_block
-        self.cos, self.sin = (table.to(self.device) for table in rope_tables(config, max_seq_len))
-        shape = (2, num_blocks, config.num_kv_heads, tokens_per_block, config.head_size)
-        kv_dtype = torch.float16 if dtype == torch.float32 else dtype
-        self.kv = [torch.zeros(shape, dtype=kv_dtype, device=self.device) for _ in range(config.num_layers)]
+        self.tokens_per_block = engine.tokens_per_block
+        self.cos, self.sin = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
+        shape = (2, engine.num_kv_blocks, config.num_kv_heads, engine.tokens_per_block, config.head_size)
+        self.kv = [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(config.num_layers)]
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU."""

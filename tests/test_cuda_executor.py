@@ -7,6 +7,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.executor import Chunk, Step
 from llama_engine.host_executor import HostExecutor
 from llama_engine.model import TorchModel
+from llama_engine.quantization import quantize
 from llama_engine.sampling import SamplingParams
 from llama_engine.weights import Linear, random_weights
 
@@ -22,17 +23,8 @@ def _pair(config=TINY, engine=ENGINE, int8_head=False, **options):
 
     weights = random_weights(config, DEVICE)
     if int8_head:
-        head = weights.lm_head.weight.float()
-        scale = head.abs().amax(1) / 127
-        weights.lm_head = Linear((head / scale[:, None]).round().to(torch.int8), scale)
-    model = TorchModel(
-        config,
-        weights,
-        num_blocks=engine.num_kv_blocks,
-        tokens_per_block=engine.tokens_per_block,
-        max_seq_len=engine.max_seq_len,
-    )
-    host = HostExecutor(model, config, engine, engine.num_kv_blocks, weights.step_nbytes)
+        weights.lm_head = Linear(*quantize(weights.lm_head.weight))
+    host = HostExecutor(TorchModel(config, engine, weights), config, engine, weights)
     return CudaExecutor(config, engine, weights, **options), host
 
 
@@ -144,8 +136,7 @@ def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels)
     together = run(graphs, True)
     assert together == run(eager, True)
     assert together == run(graphs, False)
-    model = TorchModel(config, weights, num_blocks=129, tokens_per_block=64, max_seq_len=512)
-    host = HostExecutor(model, config, engine, 129, 0)
+    host = HostExecutor(TorchModel(config, engine, weights), config, engine, weights)
     host.set_block_table(2, _blocks(2, engine))
     step = Step((Chunk(2, 0, prompts[2]),), "all")
     want, got = host.submit(step).logits(), graphs.submit(step).logits()
@@ -168,9 +159,9 @@ def test_a_deep_model_serves_the_reference_and_repeats_itself(kernels, graphs):
         layer.o.scale.mul_(0.125)
         layer.down.scale.mul_(0.125)
     engine = Engine(config, settings, CudaExecutor(config, settings, weights, kernels=kernels, graphs=graphs))
-    model = TorchModel(config, weights, num_blocks=65, tokens_per_block=64, max_seq_len=512)
+    model = TorchModel(config, settings, weights)
     model.dtype = torch.float32
-    reference = Engine(config, settings, HostExecutor(model, config, settings, 65, 0))
+    reference = Engine(config, settings, HostExecutor(model, config, settings, weights))
     prompt = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(1)).tolist()
     errors = {served_error(lambda ids: engine_logits(reference, ids), engine, prompt, 16) for _ in range(10)}
     assert len(errors) == 1

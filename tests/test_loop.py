@@ -4,8 +4,8 @@ import time
 import pytest
 
 from llama_engine.engine import Engine
-from llama_engine.errors import InputError
-from llama_engine.loop import EngineLoop, QueueFull, ShuttingDown
+from llama_engine.errors import InputError, RunError
+from llama_engine.loop import EngineLoop
 
 
 class Client:
@@ -47,11 +47,24 @@ def test_many_threads_get_the_answers_they_would_get_alone(tiny_engine, loop):
     assert loop.stats()["requests"] == 0
 
 
+def test_the_rate_of_an_idle_loop_falls_to_zero(loop):
+    client = Client()
+    loop.submit([1], 200, on_tokens=client)
+    client.wait()
+    deadline = time.monotonic() + 30
+    while loop.stats()["tokens_per_s"] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loop.stats()["tokens_per_s"] > 0
+    while loop.stats()["tokens_per_s"] > 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loop.stats()["tokens_per_s"] == 0
+
+
 def test_full_queue_refuses_and_recovers(loop):
     clients = [Client() for _ in range(8)]
     for client in clients:
         loop.submit([1], 200, on_tokens=client)
-    with pytest.raises(QueueFull, match="8 requests"):
+    with pytest.raises(RunError, match="the queue is full: 8 requests"):
         loop.submit([1], 1, on_tokens=Client())
     for client in clients:
         client.wait()
@@ -115,7 +128,7 @@ def test_shutdown_drains_then_refuses(tiny_engine):
     loop.submit([1], 100, on_tokens=client)
     loop.shutdown(drain_s=30)
     assert client.reason == "length"
-    with pytest.raises(ShuttingDown):
+    with pytest.raises(RunError, match="shutting down"):
         loop.submit([1], 1, on_tokens=Client())
 
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_engine.build import load_engine_json
+from llama_engine.config import EngineConfig
 from llama_engine.kernels import cpu
 from llama_engine.model import TorchModel, rope_frequencies
 from llama_engine.weights import load_weights
@@ -45,14 +46,12 @@ def dequantized_transformers(model_dir, engine_dir):
 def make_models(engine_dir, tmp_path, threads=(1, 2, 3)):
     info = load_engine_json(engine_dir)
     weights = load_weights(engine_dir, info.model, "cpu")
-    sizes = {"num_blocks": 64, "tokens_per_block": BLOCK, "max_seq_len": 768}
-    reference = TorchModel(info.model, weights, **sizes)
+    engine = EngineConfig(2, max_seq_len=768, max_num_tokens=640, tokens_per_block=BLOCK, num_kv_blocks=64)
+    reference = TorchModel(info.model, engine, weights)
     library = cpu.compile_library(tmp_path)
     if library is None:
         pytest.skip("no C++ compiler on this machine")
-    fused = [
-        cpu.CpuModel(library, info.model, weights, **sizes, max_num_tokens=640, threads=count) for count in threads
-    ]
+    fused = [cpu.CpuModel(library, info.model, engine, weights, count) for count in threads]
     return info.model, reference, fused
 
 
@@ -102,5 +101,5 @@ def test_fused_kernel_gives_the_same_bits_alone_chunked_and_in_a_batch(tiny_engi
 def test_unsupported_geometry_falls_back(tiny_engine):
     info = load_engine_json(tiny_engine)
     weights = load_weights(tiny_engine, info.model, "cpu")
-    assert cpu.supported(info.model, weights, 16)
-    assert not cpu.supported(info.model, weights, 8)
+    assert cpu.supported(info.model, EngineConfig(tokens_per_block=16), weights)
+    assert not cpu.supported(info.model, EngineConfig(tokens_per_block=8), weights)

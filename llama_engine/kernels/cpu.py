@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_engine.config import ModelConfig
+from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import RunError
 from llama_engine.model import rope_tables
 from llama_engine.weights import EngineWeights, Linear
@@ -101,7 +101,7 @@ def compile_library(directory: Path) -> Path | None:
     return library
 
 
-def supported(config: ModelConfig, weights: EngineWeights, tokens_per_block: int) -> bool:
+def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights) -> bool:
     """Whether the kernel's vector widths divide this geometry; other models run on PyTorch operations."""
     widths = (config.hidden_size, config.q_size, config.intermediate_size)
     return (
@@ -110,7 +110,7 @@ def supported(config: ModelConfig, weights: EngineWeights, tokens_per_block: int
         and config.qkv_size % 32 == 0
         and config.head_size % 32 == 0
         and config.num_heads // config.num_kv_heads <= 8
-        and tokens_per_block % 16 == 0
+        and engine.tokens_per_block % 16 == 0
         and weights.embedding.dtype == torch.float16
         and all(layer.qkv.scale is not None for layer in weights.layers)
     )
@@ -123,12 +123,8 @@ class CpuModel:
         self,
         library: Path,
         config: ModelConfig,
+        engine: EngineConfig,
         weights: EngineWeights,
-        *,
-        num_blocks: int,
-        tokens_per_block: int,
-        max_seq_len: int,
-        max_num_tokens: int,
         threads: int,
     ) -> None:
         self._lib = ctypes.CDLL(str(library))
@@ -140,7 +136,7 @@ class CpuModel:
         self.name = f"cpu-{self._lib.llama_isa().decode()}"
         c = self.config = config
         self._keep: list[torch.Tensor] = []
-        kv_shape = (num_blocks, c.num_kv_heads, tokens_per_block, c.head_size)
+        kv_shape = (engine.num_kv_blocks, c.num_kv_heads, engine.tokens_per_block, c.head_size)
         layers = [
             _LayerView(
                 *(self._hold(norm.float()) for norm in (layer.input_norm, layer.post_norm)),
@@ -151,11 +147,11 @@ class CpuModel:
         ]
         view = _ModelView(
             *(c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_size),
-            *(c.vocab_size, tokens_per_block, max_num_tokens, max_seq_len, c.rms_norm_eps),
+            *(c.vocab_size, engine.tokens_per_block, engine.max_num_tokens, engine.max_seq_len, c.rms_norm_eps),
             self._hold(weights.embedding),
             self._hold(weights.final_norm.float()),
             self._linear(weights.lm_head),
-            *map(self._hold, rope_tables(c, max_seq_len)),
+            *map(self._hold, rope_tables(c, engine.max_seq_len)),
             (_LayerView * c.num_layers)(*layers),
         )
         self._handle = self._lib.llama_create(ctypes.byref(view), threads)

@@ -12,7 +12,7 @@
 // chain of its own inputs, to have read it.
 //
 // Compiled at run time by persistent.py, which defines the geometry: HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD,
-// VOCAB, TPB (tokens per block), GRID, ROWS, and optionally ELEM_BF16, LM_INT8.
+// VOCAB, TPB (tokens per block), GRID, ROWS, and for an INT8 lm_head LM_INT8.
 
 #include "persistent_attention.cuh"
 
@@ -49,13 +49,13 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         const u8* row = p.embedding + (u64)s.token[r] * HIDDEN * 2;
         if (tid < rows_x.count) {
             const int n = rows_x.start + tid;
-            const float2 pair = widen(__ldg((const u32*)row + n / 2));
+            const float2 pair = widen_half(__ldg((const u32*)row + n / 2));
             residual[r] = n % 2 ? pair.y : pair.x;
         }
 #pragma unroll
         for (int w = 0; w < W; ++w) {
             const uint2 q = __ldg((const uint2*)(row + Split<HIDDEN>::natural(w) * 2));
-            const float2 a = widen(q.x), b = widen(q.y);
+            const float2 a = widen_half(q.x), b = widen_half(q.y);
             v[r * W + w] = make_float4(a.x, a.y, b.x, b.y);
         }
     }
@@ -170,8 +170,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
                 for (int r = 0; r < ROWS; ++r) sums[i * ROWS + r] = 0;
 #pragma unroll
                 for (int w = 0; w < S::W; ++w) {
-                    const float2 a = widen(q[i][2 * w / WIDE].w[2 * w % WIDE]);
-                    const float2 b = widen(q[i][2 * w / WIDE].w[2 * w % WIDE + 1]);
+                    const float2 a = widen_half(q[i][2 * w / WIDE].w[2 * w % WIDE]);
+                    const float2 b = widen_half(q[i][2 * w / WIDE].w[2 * w % WIDE + 1]);
 #pragma unroll
                     for (int r = 0; r < ROWS; ++r)
                         sums[i * ROWS + r] += v[r * W + w].x * a.x + v[r * W + w].y * a.y + v[r * W + w].z * b.x +

@@ -2,7 +2,7 @@
 
 Interface for an executor::
 
-    if persistent.supported(config, engine, weights) is None:
+    if persistent.supported(config, weights):
         decode = PersistentDecode(config, engine, weights, kv, max_rows=2)
         decode.launch(slot_ids, last_token, position, block_tables, sampled, logits)
 
@@ -48,39 +48,25 @@ class _Params(ctypes.Structure):
     )
 
 
-def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights) -> str | None:
-    """None if this kernel can run the model on the device that holds ``weights``, else the reason why not."""
+def supported(config: ModelConfig, weights: EngineWeights) -> bool:
+    """Whether this kernel can run the model on the device that holds ``weights``."""
     device = weights.embedding.device
-    if device.type != "cuda":
-        return "no CUDA device"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return "needs compute capability 9.0"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
     properties = torch.cuda.get_device_properties(device)
-    if properties.shared_memory_per_block_optin < SHARED_BYTES:
-        return f"needs {SHARED_BYTES} bytes of shared memory a block"
-    if config.head_size not in (64, 128):
-        return f"head size {config.head_size} is not 64 or 128"
-    for name, k, most in (
-        ("hidden_size", config.hidden_size, STAGE_BYTES // 2),
-        ("num_heads * head_size", config.q_size, STAGE_BYTES),
-        ("intermediate_size", config.intermediate_size, STAGE_BYTES),
-    ):
-        if k % 1024 or k > most:
-            return f"{name} {k} is not a multiple of 1024 up to {most}"
-    if max(config.intermediate_size, config.qkv_size) > 256 * properties.multi_processor_count:
-        return "more than 256 rows a multiprocessor"
-    if config.num_kv_heads > properties.multi_processor_count or config.num_heads > 8 * config.num_kv_heads:
-        return "more KV heads than multiprocessors, or more than 8 query heads a KV head"
-    for i, layer in enumerate(weights.layers):
-        for name in LINEARS:
-            if getattr(layer, name).scale is None:
-                return f"layer {i} {name} is not INT8"
-    half = (torch.float16, torch.bfloat16)
-    if weights.embedding.dtype not in half or (
-        weights.lm_head.scale is None and weights.lm_head.weight.dtype != weights.embedding.dtype
-    ):
-        return "embedding and lm_head must be float16 or bfloat16 alike (lm_head may be INT8)"
-    return None
+    blocks, half_stage = properties.multi_processor_count, STAGE_BYTES // 2
+    widths = ((config.hidden_size, half_stage), (config.q_size, STAGE_BYTES), (config.intermediate_size, STAGE_BYTES))
+    return (
+        properties.shared_memory_per_block_optin >= SHARED_BYTES
+        and config.head_size in (64, 128)
+        and all(k % 1024 == 0 and k <= most for k, most in widths)
+        and max(config.intermediate_size, config.qkv_size) <= 256 * blocks
+        and config.num_kv_heads <= blocks
+        and config.num_heads <= 8 * config.num_kv_heads
+        and all(getattr(layer, name).scale is not None for layer in weights.layers for name in LINEARS)
+        and weights.embedding.dtype == torch.float16
+        and (weights.lm_head.scale is not None or weights.lm_head.weight.dtype == torch.float16)
+    )
 
 
 def permute(x: torch.Tensor) -> torch.Tensor:
@@ -105,8 +91,8 @@ class PersistentDecode:
 
         Raises :class:`InputError` where :func:`supported` says no, :class:`RunError` if compilation fails.
         """
-        if reason := supported(config, engine, weights):
-            raise InputError(f"the persistent kernel cannot run this model: {reason}")
+        if not supported(config, weights):
+            raise InputError("the persistent kernel cannot run this model on this device")
         shape = (2, kv[0].shape[1], config.num_kv_heads, engine.tokens_per_block, config.head_size)
         if len(kv) != config.num_layers or any(
             tuple(t.shape) != shape or t.dtype != torch.float16 or not t.is_contiguous() for t in kv
@@ -115,15 +101,13 @@ class PersistentDecode:
         self.device = weights.embedding.device
         self.grid = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.row_counts = tuple(r for r in (1, 2) if r <= max_rows and r * config.num_kv_heads <= self.grid)
-        self._config, self._max_blocks = config, engine.max_blocks_per_sequence
+        self._config = config
         layers = weights.layers
         pointers = [
             [t.data_ptr() for name in LINEARS for t in (getattr(layer, name).weight, getattr(layer, name).scale)]
             + [cache.data_ptr()]
             for layer, cache in zip(layers, kv)
         ]
-        if any(pointer % 16 for row in pointers for pointer in row) or weights.lm_head.weight.data_ptr() % 16:
-            raise InputError("the persistent kernel needs weights and KV cache aligned to 16 bytes")
         norms = [t for layer in layers for t in (layer.input_norm, layer.post_norm)] + [weights.final_norm]
         cosine, sine = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
         self._common = {
@@ -151,8 +135,6 @@ class PersistentDecode:
             "TPB": engine.tokens_per_block,
             "GRID": self.grid,
         }
-        if weights.embedding.dtype == torch.bfloat16:
-            macros["ELEM_BF16"] = 1
         if weights.lm_head.scale is not None:
             macros["LM_INT8"] = 1
             self._params.lm_scale = weights.lm_head.scale.data_ptr()

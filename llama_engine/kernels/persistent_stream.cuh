@@ -152,13 +152,6 @@ __device__ __forceinline__ u32 narrow_half(float a, float b) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(b), "f"(a));
     return w;
 }
-__device__ __forceinline__ float2 widen(u32 w) {
-#ifdef ELEM_BF16
-    return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
-#else
-    return widen_half(w);
-#endif
-}
 
 // ---------------------------------------------------------------- the ring
 struct Ring {

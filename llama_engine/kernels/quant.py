@@ -52,7 +52,7 @@ def _norm(
     offs = tl.arange(0, BLOCK)
     mask = offs < K
     if NORM:
-        norm = tl.load(norm_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        gain = tl.load(norm_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -61,7 +61,7 @@ def _norm(
         source = tl.load(rows_ptr + row)
     x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * norm
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * gain
     if QUANTIZE:
         store_digits(x, out_ptr, scale_ptr, row, offs, mask, K, plane)
     else:
@@ -116,50 +116,31 @@ def embed(
     )
 
 
-def norm_quantize(
+def norm(
     x: torch.Tensor,
-    norm: torch.Tensor | None,
+    weight: torch.Tensor | None,
     eps: float,
-    digits: torch.Tensor,
-    scale: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
     num_rows: int,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """Rows of ``x`` ``[*, K]`` (``x[rows]`` if given), normalized when ``norm`` ``[K]`` is given, to fixed point.
+    """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, or the rows as they are.
 
-    ``digits`` int8 ``[2, capacity, K]`` receives hi and lo planes, ``scale`` float32 ``[capacity]`` the row scales.
+    With ``scale`` float32 ``[capacity]``, which receives the row scales, to fixed point: ``out`` int8
+    ``[2, capacity, K]`` takes the planes of hi and lo. Else ``out`` is ``[num_rows, K]`` in its own dtype.
     """
-    _launch_norm(x, norm, rows, digits, scale, digits.stride(0), eps, num_rows)
-
-
-def rms_norm(
-    x: torch.Tensor, norm: torch.Tensor, eps: float, out: torch.Tensor, num_rows: int, rows: torch.Tensor | None = None
-) -> None:
-    """RMSNorm of ``x`` (of ``x[rows]`` if given) into ``out`` ``[num_rows, K]``, in float32 inside."""
-    _launch_norm(x, norm, rows, out, None, 0, eps, num_rows)
-
-
-def _launch_norm(
-    x: torch.Tensor,
-    norm: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    out: torch.Tensor,
-    scale: torch.Tensor | None,
-    plane: int,
-    eps: float,
-    num_rows: int,
-) -> None:
     block = next_power_of_2(x.shape[-1])
     _norm[(num_rows,)](
         x,
-        norm,
+        weight,
         rows,
         out,
         scale,
         x.shape[-1],
-        plane,
+        out.stride(0),  # to the plane of lo
         eps,
-        NORM=norm is not None,
+        NORM=weight is not None,
         GATHER=rows is not None,
         QUANTIZE=scale is not None,
         BLOCK=block,

@@ -13,7 +13,8 @@ from llama_engine.config import EngineConfig, ModelConfig, RopeScaling
 from llama_engine.errors import InputError
 from llama_engine.kernels.persistent import PersistentDecode, permute, supported
 from llama_engine.model import TorchModel, apply_rope, rms_norm
-from llama_engine.weights import EngineWeights, LayerWeights, Linear
+from llama_engine.quantization import quantize
+from llama_engine.weights import Linear, random_weights
 
 LLAMA_8B = ModelConfig(
     vocab_size=10000,
@@ -33,49 +34,19 @@ LLAMA_1B = dataclasses.replace(
 LLAMA_3B = dataclasses.replace(LLAMA_8B, hidden_size=3072, intermediate_size=8192, num_heads=24, num_layers=2)
 
 
-def random_linear(n: int, k: int, device: str, generator: torch.Generator) -> Linear:
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device, generator=generator)
-    scale = torch.rand(n, device=device, generator=generator) + 0.5
-    return Linear(weight, scale / (73 * math.sqrt(k)))
-
-
-def random_weights(config: ModelConfig, dtype: torch.dtype, int8_head: bool, device: str) -> EngineWeights:
-    generator = torch.Generator(device).manual_seed(7)
-    hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(dtype)
-
-    layers = [
-        LayerWeights(
-            input_norm=normal(hidden),
-            qkv=random_linear(config.qkv_size, hidden, device, generator),
-            o=random_linear(hidden, config.q_size, device, generator),
-            post_norm=normal(hidden),
-            gate_up=random_linear(2 * inter, hidden, device, generator),
-            down=random_linear(hidden, inter, device, generator),
-        )
-        for _ in range(config.num_layers)
-    ]
-    head = random_linear(vocab, hidden, device, generator) if int8_head else Linear(normal(vocab, hidden) / 64)
-    return EngineWeights(normal(vocab, hidden), layers, normal(hidden), head)
-
-
 class Case:
     """A model, slot state with random cached KV, and the reference over a copy of it."""
 
-    def __init__(
-        self, config: ModelConfig, past: list[int], dtype: torch.dtype = torch.float16, int8_head: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, past: list[int], int8_head: bool = False) -> None:
         self.config = config
-        self.engine = EngineConfig(max_batch_size=8, max_seq_len=2048, tokens_per_block=64)
-        self.weights = random_weights(config, dtype, int8_head, "cuda")
+        self.weights = random_weights(config, "cuda")
+        if int8_head:
+            self.weights.lm_head = Linear(*quantize(self.weights.lm_head.weight))
         generator = torch.Generator("cuda").manual_seed(11)
-        blocks, slots = self.engine.max_blocks_per_sequence, 9
+        blocks, slots = 2048 // 64, 9
         count = 1 + len(past) * blocks
-        self.reference = TorchModel(
-            config, self.weights, num_blocks=count, tokens_per_block=64, max_seq_len=self.engine.max_seq_len
-        )
+        self.engine = EngineConfig(max_batch_size=8, max_seq_len=2048, tokens_per_block=64, num_kv_blocks=count)
+        self.reference = TorchModel(config, self.engine, self.weights)
         for cache in self.reference.kv:
             cache.copy_(torch.randn(cache.shape, device="cuda", generator=generator))
         self.kv = [cache.clone() for cache in self.reference.kv]
@@ -132,9 +103,9 @@ def test_permute_is_the_order_of_the_kernel() -> None:
 
 def test_a_cpu_is_not_supported() -> None:
     config = dataclasses.replace(LLAMA_1B, num_layers=1, hidden_size=1024, intermediate_size=1024, vocab_size=64)
-    weights = random_weights(config, torch.float16, False, "cpu")
-    assert supported(config, EngineConfig(), weights) == "no CUDA device"
-    with pytest.raises(InputError, match="no CUDA device"):
+    weights = random_weights(config, "cpu")
+    assert not supported(config, weights)
+    with pytest.raises(InputError, match="cannot run"):
         PersistentDecode(config, EngineConfig(), weights, [])
 
 
@@ -169,16 +140,11 @@ def test_every_matrix_of_a_layer(past: list[int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("config", "dtype", "int8_head", "past"),
-    [
-        (LLAMA_8B, torch.bfloat16, True, [300]),
-        (LLAMA_1B, torch.float16, False, [70, 3]),
-        (LLAMA_1B, torch.bfloat16, True, [511, 9]),
-        (LLAMA_3B, torch.float16, False, [129]),
-    ],
+    ("config", "int8_head", "past"),
+    [(LLAMA_8B, True, [300]), (LLAMA_1B, False, [70, 3]), (LLAMA_1B, True, [511, 9]), (LLAMA_3B, False, [129])],
 )
-def test_a_token_of_every_geometry(config: ModelConfig, dtype: torch.dtype, int8_head: bool, past: list[int]) -> None:
-    case = Case(config, past, dtype, int8_head)
+def test_a_token_of_every_geometry(config: ModelConfig, int8_head: bool, past: list[int]) -> None:
+    case = Case(config, past, int8_head)
     slots = case.slot_ids.long()
     expected, before = case.expect(), case.position.clone()
     case.launch()

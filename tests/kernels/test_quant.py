@@ -3,7 +3,7 @@ import torch
 
 
 def test_digits_restore_the_row_and_match_the_reference(device):
-    from llama_engine.kernels.quant import norm_quantize, quantize_reference
+    from llama_engine.kernels.quant import norm, quantize_reference
 
     k = 576
     x = torch.randn(5, k, device=device).half()
@@ -11,7 +11,7 @@ def test_digits_restore_the_row_and_match_the_reference(device):
     x[4, 7] = 900.0  # an outlier, as Llama's residual stream has
     digits = torch.full((2, 16, k), 99, dtype=torch.int8, device=device)
     scale = torch.full((16,), float("nan"), device=device)
-    norm_quantize(x, None, 0.0, digits, scale, 5)
+    norm(x, None, 0.0, digits, scale, 5)
     expected, expected_scale = quantize_reference(x)
     assert torch.equal(scale[:5], expected_scale)
     value = (digits[0].int() * 256 + digits[1].int())[:5]
@@ -23,7 +23,7 @@ def test_digits_restore_the_row_and_match_the_reference(device):
 
 @pytest.mark.parametrize("rows", [None, [2, 0]])
 def test_norm_matches_the_reference(device, rows):
-    from llama_engine.kernels.quant import norm_quantize, rms_norm
+    from llama_engine.kernels.quant import norm
     from llama_engine.model import rms_norm as reference
 
     k = 320
@@ -33,11 +33,11 @@ def test_norm_matches_the_reference(device, rows):
     n = 3 if rows is None else len(rows)
     want = reference(x.float(), weight, 1e-5)[slice(None) if rows is None else rows]
     out = torch.empty((n, k), dtype=torch.float16, device=device)
-    rms_norm(x, weight, 1e-5, out, n, index)
+    norm(x, weight, 1e-5, out, None, n, index)
     assert (out.float() - want).abs().max() < 2e-3 * want.abs().max()
     digits = torch.empty((2, n, k), dtype=torch.int8, device=device)
     scale = torch.empty(n, device=device)
-    norm_quantize(x, weight, 1e-5, digits, scale, n, index)
+    norm(x, weight, 1e-5, digits, scale, n, index)
     got = (digits[0].int() * 256 + digits[1].int()) * scale[:, None]
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
