@@ -151,21 +151,10 @@ async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[
         model=info.identity,
         workload=workload,
         environment=environment,
-        summary=scaling(levels),
         engine=describe(info, kernels),
         null_model={"responses_per_s": null_rate, "concurrency": users, "failures": dict(null.failures)},
         levels=levels,
     )
-
-
-def scaling(levels: list[dict[str, Any]]) -> dict[str, Any]:
-    """Throughput at the largest closed-loop level over N times that at one user."""
-    closed = {part["concurrency"]: part["summary"] for part in levels if "concurrency" in part and part["samples"]}
-    if 1 not in closed or len(closed) < 2:
-        return {}
-    top = max(closed)
-    gain = closed[top]["output_tokens_per_s"]["p50"] / closed[1]["output_tokens_per_s"]["p50"]
-    return {"scaling": {"from": 1, "to": top, "gain": gain, "efficiency": gain / top}}
 
 
 if __name__ == "__main__":

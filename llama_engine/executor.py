@@ -42,10 +42,6 @@ class Step:
     chunks: tuple[Chunk, ...]
     logits: Literal["none", "last", "all"] = "none"
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
-
 
 class StepHandle(Protocol):
     """A submitted step. Both methods wait for the device if they must."""

@@ -15,7 +15,6 @@ from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, 
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as stream_supported
 from llama_engine.kernels.tuning import Tiles
-from llama_engine.model import rope_tables
 from llama_engine.weights import LINEARS, EngineWeights, Linear
 
 ALL_LAYERS = slice(None)
@@ -62,8 +61,7 @@ class GpuModel:
         self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
-        cos, sin = (table.to(device) for table in rope_tables(config, engine.max_seq_len))
-        self.attention = PagedAttention(config, engine, self.block_tables, cos, sin, slots)
+        self.attention = PagedAttention(config, engine, self.block_tables)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.files import write_text
 from llama_engine.measure import definitions
 from llama_engine.measure.plots import draw_all
 from llama_engine.measure.report import readme_block, render, replace_block
-from llama_engine.measure.result import load_folder, write_text
+from llama_engine.measure.result import load_folder
 from llama_engine.measure.story import Story
 
 REPORT = "PERFORMANCE_REPORT.md"

@@ -32,9 +32,8 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 [ ! -e "$output" ] || [ ${#force[@]} -gt 0 ] || { echo "error: $output already exists: give --force" >&2; exit 2; }
-if [ "$device" = auto ]; then
-  device=$("$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-fi
+device=$("$PY" -c 'import sys; from llama_engine import engine, errors
+errors.run_cli(lambda: print(engine.pick_device(sys.argv[1]).type))' "$device")
 
 find_nsys() {
   command -v nsys && return

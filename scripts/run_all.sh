@@ -37,16 +37,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 results=results/$name
 step() { printf '\n\033[1m[%s/8] %s\033[0m\n' "$1" "$2"; }
 started=$SECONDS
-if [ "$device" = auto ]; then
-  device=$("$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-fi
-case $device in
-  cpu) ;;
-  cuda)
-    "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-      { echo "error: no CUDA GPU is visible to PyTorch: use --device cpu, or check nvidia-smi" >&2; exit 2; } ;;
-  *) echo "error: --device takes auto, cpu or cuda" >&2; exit 2 ;;
-esac
+device=$("$PY" -c 'import sys; from llama_engine import engine, errors
+errors.run_cli(lambda: print(engine.pick_device(sys.argv[1]).type))' "$device")
 if [ "$device" = cuda ]; then
   batch=64 concurrency="1 2 4 8 16 32 64"
 else

@@ -60,6 +60,34 @@ def test_a_killed_writer_leaves_no_output_and_the_next_starts_clean(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "a.md"
+    files.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "half of a pair: \ud800")
+    assert path.read_text() == "old"
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "a.json is missing"),
+        (b"{", "a.json is not valid JSON: Expecting property name"),
+        (b'{"a": "\xff"}', "a.json is not valid JSON: 'utf-8' codec can't decode"),
+        (b"[1]", "a.json holds a JSON list, expected an object"),
+    ],
+)
+def test_unreadable_json_names_its_file(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        files.read_json(path)
+
+
 def test_tensors_written_in_pieces_and_out_of_order_read_back(tmp_path):
     data = torch.randn(100, 7).half()
     scale = torch.arange(100, dtype=torch.float32)

@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
-from llama_engine.kernels.common import launch_options, next_power_of_2
+from llama_engine.kernels.common import launch_options
+from llama_engine.model import rope_tables
 
 CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
 DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor
@@ -22,33 +24,28 @@ QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill t
 
 def chunk_size(max_seq_len: int) -> int:
     """Positions in one decode chunk: more of them where there would be very many chunks."""
-    return max(CHUNK, next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
+    return max(CHUNK, triton.next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
 
 
 @dataclass
 class PagedAttention:
-    """The attention of one model and engine; holds what all layers share.
-
-    ``cos`` and ``sin`` float32 ``[max_seq_len, head_size / 2]``; ``block_tables`` int32 ``[slots, max_blocks]``.
-    """
+    """The attention of one model and engine, up to a row a slot; ``block_tables`` int32 ``[slots, max_blocks]``."""
 
     config: ModelConfig
     engine: EngineConfig
     block_tables: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-    max_rows: int
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
         self.chunk = chunk_size(self.engine.max_seq_len)
         self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
-        shape = (self.max_rows, self.max_chunks, c.num_heads)
+        self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine.max_seq_len))
+        shape = (len(self.block_tables), self.max_chunks, c.num_heads)
         self.part = torch.empty((*shape, c.head_size), dtype=torch.float32, device=device)
         self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         self.group = c.num_heads // c.num_kv_heads
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
-        self.query_tokens = max(1, QUERY_ROWS // next_power_of_2(self.group))
+        self.query_tokens = max(1, QUERY_ROWS // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
 
     def decode(
@@ -83,9 +80,9 @@ class PagedAttention:
             self.scale,
             KVH=c.num_kv_heads,
             G=self.group,
-            GP=max(16, next_power_of_2(self.group)),
+            GP=max(16, triton.next_power_of_2(self.group)),
             HEAD=c.head_size,
-            HEAD_P=max(16, next_power_of_2(c.head_size)),
+            HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
@@ -103,9 +100,9 @@ class PagedAttention:
             a_scale,
             digits.stride(0),
             HEADS=c.num_heads,
-            HEADS_P=next_power_of_2(c.num_heads),
+            HEADS_P=triton.next_power_of_2(c.num_heads),
             HEAD=c.head_size,
-            HEAD_P=next_power_of_2(c.head_size),
+            HEAD_P=triton.next_power_of_2(c.head_size),
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
             num_warps=MERGE_WARPS,
@@ -147,13 +144,13 @@ class PagedAttention:
             KVH=c.num_kv_heads,
             G=self.group,
             HALF=half,
-            HALF_P=next_power_of_2(half),
-            HEADS_P=next_power_of_2(c.num_heads + c.num_kv_heads),
+            HALF_P=triton.next_power_of_2(half),
+            HEADS_P=triton.next_power_of_2(c.num_heads + c.num_kv_heads),
             TPB=self.engine.tokens_per_block,
             num_warps=4,
             **self.options,
         )
-        group = next_power_of_2(self.group)
+        group = triton.next_power_of_2(self.group)
         attention_prefill.prefill[(tiles.shape[0], c.num_kv_heads)](
             qkv,
             kv,
@@ -167,7 +164,7 @@ class PagedAttention:
             G=self.group,
             GP=group,
             HEAD=c.head_size,
-            HEAD_P=max(16, next_power_of_2(c.head_size)),
+            HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             BQ=self.query_tokens,
             BT=KEYS,

@@ -26,8 +26,3 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 20
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << (n - 1).bit_length()

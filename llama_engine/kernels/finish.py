@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_engine.kernels.common import launch_options, next_power_of_2
+from llama_engine.kernels.common import launch_options
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def finish(
     ``sampled[r]`` int32; ``last_token[slots[r]]`` becomes it, ``position[slots[r]]`` advances by one or becomes
     ``next_position[r]``. The last slot is the padding's and stays as it is.
     """
-    block = next_power_of_2(tiles)
+    block = triton.next_power_of_2(tiles)
     _finish[(num_rows,)](
         *partials,
         sampled,

@@ -7,7 +7,7 @@ exact in int32 for K <= 65,536, so the result does not depend on tiling, on spli
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,9 +40,6 @@ class Tile:
     swap: bool = True
     warps: int = 4
     stages: int = 4
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def _nvrtc() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise RunError(f"libnvrtc.so.{major}, which PyTorch ships, was not found: reinstall torch, or use --kernels triton")
+    raise RunError(f"libnvrtc.so.{major}, which PyTorch ships, was not found: reinstall torch")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_engine.kernels.common import launch_options, next_power_of_2
+from llama_engine.kernels.common import launch_options
 
 LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
 
@@ -102,7 +102,7 @@ def embed(
     table: torch.Tensor, ids: torch.Tensor, x: torch.Tensor, num_rows: int, slots: torch.Tensor | None = None
 ) -> None:
     """``x[r] = table[ids[r]]``, or ``table[ids[slots[r]]]``. table ``[vocab, K]``, ids and slots int32."""
-    block = next_power_of_2(x.shape[1])
+    block = triton.next_power_of_2(x.shape[1])
     _embed[(num_rows,)](
         ids,
         slots,
@@ -130,7 +130,7 @@ def norm(
     With ``scale`` float32 ``[capacity]``, which receives the row scales, to fixed point: ``out`` int8
     ``[2, capacity, K]`` takes the planes of hi and lo. Else ``out`` is ``[num_rows, K]`` in its own dtype.
     """
-    block = next_power_of_2(x.shape[-1])
+    block = triton.next_power_of_2(x.shape[-1])
     _norm[(num_rows,)](
         x,
         weight,

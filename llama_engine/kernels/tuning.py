@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -10,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 import triton
 
 from llama_engine.errors import InputError, RunError
+from llama_engine.files import write_text
 from llama_engine.kernels.gemm import Tile, fit
 from llama_engine.weights import Linear
 
@@ -151,9 +151,8 @@ def tune(
         work.setdefault(bucket, {})[name] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
-    mode = getattr(triton, "AsyncCompileMode", None)
-    with pool, mode(pool, ignore_errors=True) if mode else contextlib.nullcontext():
-        for bucket, names in work.items() if mode else ():
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for bucket, names in work.items():
             for name, tiles in names.items():
                 for tile in tiles:
                     model.run_linear(name, 0, TUNED_ROWS[bucket], tile)
@@ -170,21 +169,13 @@ def tune(
                     continue  # too large for this GPU's shared memory or registers
             fastest, tile = min(timed, key=lambda pair: pair[0])
             model.tiles.set(name, bucket, tile)
-            best[f"{name}/{bucket}"] = tile.to_dict()
+            best[f"{name}/{bucket}"] = asdict(tile)
             progress(f"{name}, {TUNED_ROWS[bucket]} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
     model.position.zero_()
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 
 
-def save_tuning(engine_dir: Path, tuning: dict[str, Any]) -> None:
-    """Write ``tuning.json`` beside the engine."""
-    path = Path(engine_dir) / TUNING_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(tuning, indent=1))
-    os.replace(partial, path)
-
-
-def tune_engine(engine_dir: Path, progress: Callable[[str], None] = lambda _: None) -> str:
+def tune_engine(engine_dir: Path) -> str:
     """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it."""
     from llama_engine.build import load_engine_json
     from llama_engine.gpu_model import GpuModel
@@ -196,10 +187,10 @@ def tune_engine(engine_dir: Path, progress: Callable[[str], None] = lambda _: No
     try:
         weights = load_weights(engine_dir, info.model, device)
         model = GpuModel(info.model, replace(info.engine, num_kv_blocks=2), weights, Tiles(None, ""))
-        tuning = tune(model, progress)
+        tuning = tune(model)
     except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
         return f"GPU kernels: not tuned ({' '.join(str(error).split())})"
-    save_tuning(engine_dir, tuning)
+    write_text(engine_dir / TUNING_FILE, json.dumps(tuning, indent=1))
     count, seconds = len(tuning["tiles"]), time.perf_counter() - started
     return f"GPU kernels: {count} tiles tuned for {tuning['gpu']} in {seconds:.0f} s"
 

@@ -78,8 +78,12 @@ class Cost:
 
     @classmethod
     def of(cls, config: ModelConfig, weight_nbytes: int, kv_nbytes_per_token: int) -> Cost:
-        layer = config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
-        return cls(weight_nbytes, kv_nbytes_per_token, 2.0 * config.num_layers * layer)
+        return cls(weight_nbytes, kv_nbytes_per_token, 2.0 * linear_weights(config))
+
+
+def linear_weights(config: ModelConfig) -> int:
+    """How many weights the linear layers hold, lm_head excluded."""
+    return config.num_layers * config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
 
 
 class Stack(Protocol):

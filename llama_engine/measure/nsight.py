@@ -8,7 +8,6 @@ The tables are Nsight Systems' own (``nsys export --type sqlite``); times in the
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sqlite3
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from llama_engine.errors import InputError, run_cli
+from llama_engine.files import read_json
 from llama_engine.measure.result import Result, new_result, write_result
 
 SUBMITS = re.compile(r"cu(?:da)?(LaunchKernel|LaunchCooperative|GraphLaunch|Memcpy|Memset)")
@@ -130,10 +130,7 @@ def combine(runs: Sequence[str], profiler: str) -> Result:
     stacks, infos = {}, []
     for entry in runs:
         info_path, _, export = entry.partition(":")
-        try:
-            info = json.loads(Path(info_path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{info_path} cannot be read: {error}") from None
+        info = read_json(Path(info_path))
         infos.append(info)
         stacks[info["stack"]] = read_export(export) if export else info["profile"]
     if len({info["model"]["sha256"] for info in infos}) > 1:

@@ -17,11 +17,13 @@ from torch.profiler import record_function
 
 from llama_engine.engine import Engine
 from llama_engine.errors import RunError
+from llama_engine.files import write_text
 from llama_engine.measure import protocol
 from llama_engine.measure.environment import fingerprint
-from llama_engine.measure.generation import EngineStack, Stack, TransformersStack, make_prompts
+from llama_engine.measure.generation import EngineStack, RunnerStack, Stack, TransformersStack, make_prompts
 from llama_engine.measure.nsight import SUBMITS
-from llama_engine.measure.result import check_output, write_text
+from llama_engine.measure.result import check_output
+from llama_engine.runner import ModelRunner
 
 PHASES = {"self_attn": "attention", "mlp": "mlp", "input_layernorm": "norm", "post_attention_layernorm": "norm"}
 
@@ -72,7 +74,10 @@ def marked(stack: Stack) -> AbstractContextManager[None]:
     """Ranges named prefill and decode around the steps of whatever is generated inside."""
     if isinstance(stack, TransformersStack):
         return marked_baseline(stack)
-    return marked_engine(stack.engine) if isinstance(stack, EngineStack) else nullcontext()  # TensorRT-LLM has its own
+    if isinstance(stack, EngineStack):
+        return marked_engine(stack.engine)
+    assert isinstance(stack, RunnerStack)
+    return marked_runner(stack.runner)
 
 
 @contextmanager
@@ -115,6 +120,27 @@ def marked_engine(engine: Engine) -> Iterator[None]:
         yield
     finally:
         del engine.step
+
+
+@contextmanager
+def marked_runner(runner: ModelRunner) -> Iterator[None]:
+    """All that can be seen of another's steps: the wait for the first tokens is a prefill, each later one a decode."""
+    generate = runner.generate
+
+    def marked_generate(*prompts: Any, max_new_tokens: int, **options: Any) -> Iterator[Any]:
+        results = iter(generate(*prompts, max_new_tokens=max_new_tokens, **options))
+        for step in range(max_new_tokens):  # not until the end: learning that nothing follows is no decode step
+            with mark("decode" if step else "prefill"):
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+    runner.generate = marked_generate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del runner.generate
 
 
 def summarize(events: list[Any], *, cuda: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llama_engine.measure.generation import (
     Stack,
     TransformersStack,
     add_device,
+    linear_weights,
     make_prompts,
     mfu,
     progress_bar,
@@ -34,7 +35,7 @@ from llama_engine.measure.generation import (
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
 from llama_engine.measure.show import show
-from llama_engine.measure.stats import bootstrap_ratio, summary
+from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 
 BATCH_LEVELS = (8, 32, 64)
@@ -131,8 +132,7 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     from llama_engine.runner import ModelRunner
 
     model = info.model
-    layer = model.hidden_size * (model.qkv_size + model.q_size + 3 * model.intermediate_size)
-    nbytes = model.num_layers * layer + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
+    nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, 4 * model.num_layers * model.kv_size)
     return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, "tensorrt_llm"))
 
@@ -265,7 +265,8 @@ def comparison(baseline: Result, engine: Result) -> Result:
         environment=baseline["environment"],
         speedup=speedup,
         engine=engine.get("engine"),
-        method="interleaved A B A B; median ratio of pairs; percentile bootstrap, 10,000 resamples, seed 0",
+        method="interleaved A B A B; median ratio of pairs; percentile bootstrap, "
+        f"{RESAMPLES:,} resamples, seed {SEED}",
     )
     cautions = [f"{r['benchmark']}: {x}" for r in (baseline, engine) for x in r["validity"].get("cautions", [])]
     result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons, "cautions": cautions}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from llama_engine.errors import InputError
+from llama_engine.files import read_json, write_text
 from llama_engine.measure import validity
 
 SCHEMA_VERSION = "1.0"
@@ -66,20 +65,6 @@ def check_output(path: str | Path, force: bool) -> Path:
     return path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
 def write_result(path: str | Path, result: Result, *, force: bool = False) -> Path:
     """Validate and write atomically. Raises :class:`InputError` when the file exists and ``force`` is false."""
     path = check_output(path, force)
@@ -90,13 +75,7 @@ def write_result(path: str | Path, result: Result, *, force: bool = False) -> Pa
 
 def load_result(path: str | Path) -> Result:
     """Read and validate. Raises :class:`InputError` with the file's name."""
-    path = Path(path)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: run the benchmark that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    result = read_json(Path(path))
     validate(result, str(path))
     return result
 

@@ -58,10 +58,9 @@ class Story:
             "triton": f"triton-{self.backend}.json",
             "whole": f"triton-{self.backend}-whole.json",
         }
-        accuracy = f"accuracy-{self.backend}.json"
         return names | {
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
-            "accuracy": accuracy if accuracy in self.files else "accuracy.json",
+            "accuracy": f"accuracy-{self.backend}.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
         }

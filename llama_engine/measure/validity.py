@@ -2,8 +2,8 @@
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level.
 ``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hits``,
-``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, and for closed-loop load ``requests_per_s`` with
-``mean_latency_s``.
+``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, ``responses_per_s`` with ``null_responses_per_s``, and
+for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels.quant import quantize_reference
-from llama_engine.model import TorchModel, apply_rope, rope_tables
+from llama_engine.model import TorchModel, apply_rope
 
 
 def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024):
@@ -18,8 +18,7 @@ def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, ma
     tables = torch.zeros((len(contexts) + 1, max_blocks), dtype=torch.int32)
     tables[:-1] = order[: len(contexts) * max_blocks].view(len(contexts), max_blocks)
     kv = torch.randn(2, num_blocks, kv_heads, tokens_per_block, head_size).half().to(device)
-    cos, sin = (table.to(device) for table in rope_tables(config, max_seq_len))
-    return config, kv, PagedAttention(config, engine, tables.to(device), cos, sin, max_rows=len(contexts) + 1)
+    return config, kv, PagedAttention(config, engine, tables.to(device))
 
 
 def _reference(config, attention, kv, qkv, slot, start):

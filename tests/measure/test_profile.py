@@ -6,7 +6,8 @@ import pytest
 
 from llama_engine.engine import Engine
 from llama_engine.measure import nsight, profile
-from llama_engine.measure.generation import EngineStack, TransformersStack
+from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
+from llama_engine.runner import ModelRunner
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_engine_steps_are_marked(ranges, tiny_engine):
         stack.generate(list(range(70)), 5)  # more than one prefill chunk: max_num_tokens is 64
     assert ranges == ["prefill"] * 2 + ["decode"] * 4
     assert "step" not in vars(stack.engine)
+
+
+def test_steps_behind_a_runner_are_marked(ranges, tiny_engine):
+    """As with TensorRT-LLM, of which no more is seen than what its iterator yields."""
+    stack = RunnerStack(ModelRunner.from_dir(tiny_engine, device="cpu", kernels="torch"), Cost(1, 1, 1.0))
+    with profile.marked(stack):
+        marked = stack.generate(list(range(70)), 5)
+    assert ranges == ["prefill"] + ["decode"] * 4
+    assert stack.generate(list(range(70)), 5).token_ids == marked.token_ids
+    assert len(ranges) == 5  # the runner is as it was
 
 
 def test_baseline_steps_and_phases_are_marked(ranges, tiny_model):
