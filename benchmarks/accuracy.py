@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from llama_engine.build import load_engine_json
 from llama_engine.engine import Engine
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.hf import model_identity
@@ -26,7 +27,7 @@ from llama_engine.measure.generation import EngineStack, TransformersStack, make
 from llama_engine.model import TorchModel
 
 TEXT = Path(__file__).with_name("data") / "alice.txt"
-SYNTHETIC_WINDOWS, SERVED_TOKENS = 4, 32
+SYNTHETIC_WINDOWS, SERVED_TOKENS, GREEDY_INPUT = 4, 32, 32
 
 
 def main() -> None:
@@ -43,11 +44,17 @@ def main() -> None:
     if not args.text.is_file():
         raise InputError(f"--text {args.text} does not exist")
     device = protocol.prepare(args)
-    stack = protocol.open_engine(args, device)
-    limit = stack.engine.config.max_seq_len
+    limit = load_engine_json(args.engine_dir, backend=args.backend).engine.max_seq_len
     if not 2 <= args.window <= limit:
         raise InputError(f"--window must be 2 to {limit} (the engine's max_seq_len)")
-    measured = run(args, stack, device)
+    if args.greedy_prompts < 0 or args.greedy_tokens < 1:
+        raise InputError("--greedy-prompts must be at least 0, --greedy-tokens at least 1")
+    model = model_identity(args.model_dir)
+    synthetic = model["source"] == "synthetic"
+    if args.greedy_prompts and not synthetic and GREEDY_INPUT + args.greedy_tokens > limit:
+        raise InputError(f"--greedy-tokens must be at most {limit - GREEDY_INPUT} (the engine's max_seq_len: {limit})")
+    windows = windows_of(args, synthetic)
+    measured = run(args, protocol.open_engine(args, device), device, model, windows)
     result.write_result(args.output, measured, force=args.force)
     for key, value in measured["summary"].items():
         print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
@@ -58,19 +65,25 @@ def main() -> None:
 
 def windows_of(args: argparse.Namespace, synthetic: bool) -> list[list[int]]:
     """Successive windows of the text's ids; seeded random ids for a model without a tokenizer."""
-    text = args.text.read_text(encoding="utf-8")
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"--text {args.text} is not UTF-8 text") from None
     if synthetic or not (args.model_dir / "tokenizer.json").is_file():
         return make_prompts(args.model_dir, text, args.window, SYNTHETIC_WINDOWS)
     ids = tokenize(args.model_dir, text)
     windows = [ids[start : start + args.window] for start in range(0, len(ids), args.window)]
     enough = -(-accuracy.MIN_TOKENS // (args.window - 1))  # the first token of a window is not scored
-    return [window for window in windows if len(window) > 1][: enough // 8 or 1 if args.quick else enough]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise InputError(f"--text {args.text} holds fewer than two tokens: there is nothing to predict")
+    return windows[: enough // 8 or 1 if args.quick else enough]
 
 
-def run(args: argparse.Namespace, stack: EngineStack, device: str) -> result.Result:
-    model = model_identity(args.model_dir)
+def run(
+    args: argparse.Namespace, stack: EngineStack, device: str, model: dict[str, str], windows: list[list[int]]
+) -> result.Result:
     synthetic = model["source"] == "synthetic"
-    windows = windows_of(args, synthetic)
     reference: accuracy.Logits
     if synthetic:
         reference, name = float_reference(args, device), "float32 on the dequantized weights"
@@ -92,7 +105,8 @@ def run(args: argparse.Namespace, stack: EngineStack, device: str) -> result.Res
             served = (accuracy.served_error(reference, stack.engine, ids[:32], SERVED_TOKENS) for ids in windows)
             figures["served_error_rms"] = max(served, key=lambda error: (error != error, error))  # NaN above all
         elif args.greedy_prompts:
-            prompts = make_prompts(args.model_dir, args.text.read_text(encoding="utf-8"), 32, args.greedy_prompts)
+            text = args.text.read_text(encoding="utf-8")
+            prompts = make_prompts(args.model_dir, text, GREEDY_INPUT, args.greedy_prompts)
             pairs = [
                 (baseline.generate(prompt, args.greedy_tokens), stack.generate(prompt, args.greedy_tokens))
                 for prompt in bar.track(prompts, description="greedy")

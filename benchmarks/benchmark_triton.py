@@ -4,7 +4,7 @@ Purpose: throughput and latency of a served engine at several loads, with proof 
 Method:  closed loop at each --concurrency, then open loop with seeded Poisson arrivals at each --rate; every request
          gets exactly its number of tokens, EOS ignored. A null model in the same server gives the client's own
          ceiling, and its lag is sampled; both decide validity.
-Output:  results/<name>/triton-<backend>.json with one entry in "levels" a load.
+Output:  results/<name>/triton-<backend>.json (-whole.json with --no-streaming) with one entry in "levels" a load.
 
     python benchmarks/benchmark_triton.py --engine-dir engines/smollm2-135m-instruct
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import time
 from contextlib import ExitStack
@@ -50,27 +51,30 @@ def main() -> int:
     parser.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 2, 4, 8], help="closed loop: users at once")
     parser.add_argument("--rate", type=float, nargs="*", default=[], help="open loop: requests a second")
-    parser.add_argument("--input-tokens", type=Length.parse, default=Length(32, 32), help="N or LOW:HIGH (default: 32)")
-    parser.add_argument("--output-tokens", type=Length.parse, default=Length(128, 128), help="likewise (default: 128)")
+    parser.add_argument("--input-tokens", default="32", help="N or LOW:HIGH (default: 32)")
+    parser.add_argument("--output-tokens", default="128", help="likewise (default: 128)")
     parser.add_argument("--requests", type=int, default=0, help="a level (default: 4 a user, or 32 in the open loop)")
     parser.add_argument("--duration", type=float, default=0, help="seconds a level, instead of --requests")
     parser.add_argument("--slo", nargs="*", default=[], help="goodput limits: ttft_ms:200 tpot_ms:30 latency_ms:5000")
     parser.add_argument("--timeout", type=float, default=600, help="seconds the client waits for one answer")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
-    parser.add_argument("--output", type=Path, help="default: results/local/triton-<backend>.json")
+    parser.add_argument("--output", type=Path, help="default: results/local/triton-<backend>[-whole].json")
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     info = load_engine_json(args.engine_dir, backend="auto")
     loads = [*args.concurrency, *args.rate]
-    if min([*loads, args.timeout]) <= 0 or min(args.requests, args.duration) < 0:
+    positive, not_negative = (*loads, args.timeout), (args.requests, args.duration)
+    if not (all(0 < x < math.inf for x in positive) and all(0 <= x < math.inf for x in not_negative)):
         raise InputError("--concurrency, --rate and --timeout must be positive, --requests and --duration not negative")
     if not loads:
         raise InputError("nothing to measure: give --concurrency or --rate")
+    args.input_tokens, args.output_tokens = Length.parse(args.input_tokens), Length.parse(args.output_tokens)
     longest, limit = args.input_tokens.high + args.output_tokens.high, info.engine.max_seq_len
     if longest > limit:
         raise InputError(f"{longest} input and output tokens exceed this engine's max_seq_len {limit}")
     args.slo = parse_slo(args.slo)
-    output = check_output(args.output or Path(f"results/local/triton-{info.backend}.json"), args.force)
+    name = f"triton-{info.backend}{'' if args.streaming else '-whole'}.json"
+    output = check_output(args.output or Path("results/local") / name, args.force)
     device = pick_device(args.device).type
     with console.status("measuring this machine's ceilings"):
         environment = fingerprint(device) | ceilings(device)

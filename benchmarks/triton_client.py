@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from llama_engine.errors import InputError, run_cli
-from llama_engine.triton_client import connect
+from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.triton_client import Client, connect
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--streaming", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--protocol", choices=["grpc", "http"], default="grpc")
     parser.add_argument("--url", help="default: 127.0.0.1:8001 for gRPC, 127.0.0.1:8000 for HTTP")
+    parser.add_argument("--wait", type=float, default=60, help="seconds the server gets to become ready (default: 60)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -52,9 +53,11 @@ async def ask(args: argparse.Namespace) -> None:
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "runtime_top_k": args.top_k, "runtime_top_p": args.top_p}
         options |= {"random_seed": args.seed}
-    client = connect(args.protocol, args.url or ("127.0.0.1:8001" if args.protocol == "grpc" else "127.0.0.1:8000"))
-    t0, first, ids, shown = time.perf_counter(), 0.0, [], ""
+    url = args.url or ("127.0.0.1:8001" if args.protocol == "grpc" else "127.0.0.1:8000")
+    client = connect(args.protocol, url)
     try:
+        await wait_ready(client, url, args.wait)
+        t0, first, ids, shown = time.perf_counter(), 0.0, [], ""
         async for new in client.generate(prompt, args.output_tokens, streaming=args.streaming, **options):
             first = first or time.perf_counter()
             ids += new
@@ -66,6 +69,18 @@ async def ask(args: argparse.Namespace) -> None:
     print()
     took = time.perf_counter() - t0
     print(f"{len(ids)} tokens, first after {(first - t0) * 1e3:.1f} ms, all after {took * 1e3:.1f} ms", file=sys.stderr)
+
+
+async def wait_ready(client: Client, url: str, seconds: float) -> None:
+    """A server that was started a moment ago is still loading its engine."""
+    started, told = time.monotonic(), False
+    while not await client.ready():
+        if not time.monotonic() - started < seconds:
+            raise RunError(f"no server is ready at {url}: start one with scripts/serve_triton.sh, or give --url")
+        if not told:
+            print(f"waiting up to {seconds:g} s for the server at {url}", file=sys.stderr)
+            told = True
+        await asyncio.sleep(0.2)
 
 
 if __name__ == "__main__":

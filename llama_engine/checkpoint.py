@@ -170,6 +170,11 @@ class Checkpoint:
             raise InputError(f"checkpoint {self.dir} does not exist: run scripts/convert_checkpoint.sh")
         path = self.dir / "config.json"
         data = read_json(path)
+        if "architectures" in data:  # as Hugging Face spells it
+            raise InputError(
+                f"{self.dir} is a Hugging Face model, not a TensorRT-LLM checkpoint: convert it first "
+                "(scripts/convert_checkpoint.sh)"
+            )
         with checked(path):
             self.dtype_name, self.tp_size = data["dtype"], int(data["mapping"]["tp_size"])
             self.quant_algo: str | None = data["quantization"]["quant_algo"]

@@ -49,9 +49,7 @@ class HFModel:
     def __init__(self, model_dir: Path | str) -> None:
         self.dir = Path(model_dir)
         if not self.dir.is_dir():
-            raise InputError(
-                f"model directory {self.dir} does not exist: run scripts/prepare_model.py, or give --model-dir"
-            )
+            raise InputError(f"model directory {self.dir} does not exist: run scripts/prepare_model.py or give another")
         hf_config = read_json(self.dir / "config.json")
         if hf_config.get("quantization_config"):
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")

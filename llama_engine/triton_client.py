@@ -100,6 +100,14 @@ class HttpClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         )
 
+    async def ready(self, model: str = "tensorrt_llm") -> bool:
+        """True when the server can be reached and has the model loaded."""
+        try:
+            async with self._session.get(f"/v2/models/{model}/ready", timeout=aiohttp.ClientTimeout(5)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, asyncio.TimeoutError):
+            return False
+
     async def generate(
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
     ) -> AsyncIterator[list[int]]:

@@ -6,6 +6,7 @@ Templates lie in triton_model_repo/ with ``${name}`` placeholders, as in NVIDIA'
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import string
 from dataclasses import asdict, dataclass
@@ -40,8 +41,8 @@ class ServeConfig:
     text: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_queue_size < 0 or self.request_timeout_s < 0 or self.drain_s < 0:
-            raise InputError("max_queue_size, request_timeout_s and drain_s must not be negative")
+        if not all(0 <= value < math.inf for value in (self.max_queue_size, self.request_timeout_s, self.drain_s)):
+            raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
 
 
 def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backend: str = "native") -> None:

@@ -27,6 +27,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
+from llama_engine.engine import pick_device
 from llama_engine.errors import InputError, RunError
 from llama_engine.triton_repo import REPOSITORY, ServeConfig, render
 
@@ -121,6 +122,7 @@ class TritonServer:
     ) -> None:
         self.config = config or ServeConfig()
         self.engine_dir, self.host = Path(engine_dir), host
+        pick_device(self.config.device)  # a device that is not there is no failure of the server
         self._root = wheel()
         self._env = environment(self._root) | (env or {})
         self.http_port = free_port(host, http_port, "HTTP")

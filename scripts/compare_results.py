@@ -3,7 +3,7 @@
 Method: for every result file that both folders have, the raw samples of each metric (TTFT, TPOT, latency; of each
 level too) enter an unpaired bootstrap of the ratio of medians; a metric regressed when its whole 95 % interval is
 below 1 - --tolerance. Refused: INVALID results, other workloads or models, other fingerprints (unless --force, then
-labelled).
+labelled). A level that is INVALID or has another workload is left out, and named.
 Output: a table. Exit code 0 no regression, 3 regression, 4 not comparable.
 
     python scripts/compare_results.py results/old results/new
@@ -25,7 +25,9 @@ from llama_engine.measure.story import MEASUREMENTS, dig
 
 REGRESSION, NOT_COMPARABLE = 3, 4
 METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower is better
-SAME = ("model.sha256", "workload.input_tokens", "workload.output_tokens", "workload.concurrency")
+WORKLOAD = ("input_tokens", "output_tokens", "input_tokens_range", "output_tokens_range", "concurrency")
+WORKLOAD += ("streaming", "protocol")
+SAME = ("model.sha256", "summary.prefill_ttft_ms.input_tokens", *(f"workload.{name}" for name in WORKLOAD))
 FINGERPRINT = "environment.fingerprint"
 
 
@@ -50,13 +52,23 @@ def main() -> int:
     table = Table("result", "metric", "new / old speed", "95 %", "verdict", title=title)
     regressed = 0
     for name, pair in pairs.items():
-        for metric, before, after in metrics(*pair):
-            ratio = bootstrap_ratio(before, after, paired=False)
-            low, high = ratio["ci95"]
-            bad = high < 1 - args.tolerance
-            regressed += bad
-            verdict = "REGRESSION" if bad else ratio["verdict"]
-            table.add_row(name, metric, f"{ratio['ratio']:.3f}", f"{low:.3f} to {high:.3f}", verdict)
+        for load, before, after in loads(*pair):
+            if obstacles := list(unlike(before, after)):
+                console.print(f"left out: {name}, {load.strip()}: {'; '.join(obstacles)}")
+                continue
+            for metric in METRICS:
+                samples = dig(before, f"samples.{metric}"), dig(after, f"samples.{metric}")
+                if not all(samples):
+                    continue
+                ratio = bootstrap_ratio(*samples, paired=False)
+                low, high = ratio["ci95"]
+                bad = high < 1 - args.tolerance
+                regressed += bad
+                verdict = "REGRESSION" if bad else ratio["verdict"]
+                table.add_row(name, load + metric, f"{ratio['ratio']:.3f}", f"{low:.3f} to {high:.3f}", verdict)
+    if not table.rows:
+        console.print("not comparable: no load is in both folders")
+        return NOT_COMPARABLE
     console.print(table)
     console.print(f"{regressed} regressions" if regressed else "no regression")
     return REGRESSION if regressed else 0
@@ -67,27 +79,29 @@ def differences(pairs: dict[str, tuple[Result, Result]], force: bool) -> Iterato
     if not pairs:
         yield "no measurement is in both folders"
     for name, (old, new) in pairs.items():
-        for which, result in (("old", old), ("new", new)):
-            if result["validity"]["status"] != "VALID":
-                yield f"{name}: the {which} result is INVALID: {'; '.join(result['validity']['reasons'])}"
-        for path in SAME:
-            if dig(old, path) != dig(new, path):
-                yield f"{name}: {path} is {dig(old, path)} and {dig(new, path)}"
+        for obstacle in unlike(old, new):
+            yield f"{name}: {obstacle}"
         if dig(old, FINGERPRINT) != dig(new, FINGERPRINT) and not force:
             yield f"{name}: other machine or library versions (--force compares them all the same, labelled)"
 
 
-def metrics(old: Result, new: Result) -> Iterator[tuple[str, list[float], list[float]]]:
-    """(metric, old samples, new samples) of a result and of the closed-loop levels that both have."""
+def unlike(old: Result, new: Result) -> Iterator[str]:
+    """Why two results, or a level of each, cannot be compared."""
+    for which, part in (("old", old), ("new", new)):
+        if dig(part, "validity.status") == "INVALID":
+            yield f"the {which} one is INVALID: {'; '.join(part['validity']['reasons'])}"
+    for path in SAME:
+        if dig(old, path) != dig(new, path):
+            yield f"{path} is {dig(old, path)} and {dig(new, path)}"
+
+
+def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:
+    """A result itself, named "", and the closed-loop levels that both have, such as "8 at once "."""
     before, after = (
         {"": x} | {f"{y['concurrency']} at once ": y for y in x.get("levels", []) if "concurrency" in y}
         for x in (old, new)
     )
-    for prefix in (name for name in before if name in after):
-        for key in METRICS:
-            samples = dig(before, f"{prefix}.samples.{key}"), dig(after, f"{prefix}.samples.{key}")
-            if all(samples):
-                yield prefix + key, *samples
+    yield from ((name, before[name], after[name]) for name in before if name in after)
 
 
 if __name__ == "__main__":

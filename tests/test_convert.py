@@ -294,6 +294,7 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
         ({"mapping": {"tp_size": 2}}, "rank1.safetensors missing"),
         ({"num_hidden_layers": 3, "intermediate_size": 512}, "intermediate_size, num_hidden_layers changed"),
         ({"dtype": "bfloat16"}, r"is \('F16', .*expected \('BF16'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "is a Hugging Face model, .* convert it first"),
         ({"mapping": [1]}, "lacks a value or holds one of the wrong kind"),
         ({"dtype": None}, "lacks a value or holds one of the wrong kind: 'dtype'"),
         ({"dtype": "float32"}, "lacks a value or holds one of the wrong kind: 'float32'"),

@@ -82,10 +82,10 @@ def test_serve_and_ask(smollm2_engine, run_script):
     serve = shlex.split(serve.rstrip(" &"))
     server = subprocess.Popen(serve, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert any("ready" in line for line in server.stdout)
         words = shlex.split(ask.replace("$PY", sys.executable))
-        answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)  # it waits for the server
         assert answer.returncode == 0, answer.stderr
+        assert any("ready" in line for line in server.stdout)
         assert "Paris" in answer.stdout
         over_http = run_script(*words[1:], "--protocol", "http")
         assert over_http.stdout == answer.stdout
@@ -121,10 +121,28 @@ def test_the_two_commands_stand_in_the_first_screen():
         (["--name", "../elsewhere"], "lower-case"),
         (["--bogus"], "--bogus"),
         (["--name"], "needs a value"),
+        (["--lm-head", "nope"], "checkpoint or int8"),
     ],
 )
 def test_run_all_refuses_bad_arguments_in_one_line(arguments, message):
     done = subprocess.run(["./scripts/run_all.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("python", "said"), [(sys.executable, f"0 {sys.executable}"), ("/nope", "2 ")])
+def test_setup_sourced_from_a_terminal_leaves_it_open_and_as_it_was(python, said):
+    shell = 'was=$(set +o); source scripts/setup.sh; echo "$? $PY"; false; [ "$was" = "$(set +o)" ] && echo same'
+    env = os.environ | {"LLAMA_ENGINE_PYTHON": python}
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{said}\nsame\n"
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", "test.sh", "demo.sh", "serve_triton.sh"])
+def test_an_interpreter_that_does_not_exist_is_one_line(script):
+    env = {key: value for key, value in os.environ.items() if key != "PY"} | {"LLAMA_ENGINE_PYTHON": "/nope"}
+    done = subprocess.run([f"scripts/{script}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nope is not a Python with PyTorch")
     assert len(done.stderr.splitlines()) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import re
 import time
@@ -41,7 +42,9 @@ class Length:
         """``"128"`` or ``"16:512"``. Raises :class:`InputError`."""
         low, _, high = text.partition(":")
         if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
-            raise InputError(f"a length is N or LOW:HIGH with 1 <= LOW <= HIGH, got {text!r}")
+            raise InputError(
+                f"--input-tokens and --output-tokens take N or LOW:HIGH with 1 <= LOW <= HIGH, got {text!r}"
+            )
         return cls(int(low), int(high or low))
 
     @property
@@ -56,8 +59,8 @@ def parse_slo(items: Sequence[str]) -> dict[str, float]:
     """``["ttft_ms:200", "tpot_ms:30"]``. Raises :class:`InputError`."""
     limits = {}
     for item in items:
-        found = re.fullmatch(rf"({'|'.join(SLO)}):([\d.]+)", item)
-        if not found or not float(found[2]):
+        found = re.fullmatch(rf"({'|'.join(SLO)}):(\d+\.?\d*)", item)
+        if not found or not 0 < float(found[2]) < math.inf:
             raise InputError(f"--slo takes {', '.join(f'{key}:MS' for key in SLO)}, got {item!r}")
         limits[found[1]] = float(found[2])
     return limits

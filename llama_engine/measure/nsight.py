@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llama_engine.errors import InputError, run_cli
-from llama_engine.files import read_json
+from llama_engine.files import checked, read_json
 from llama_engine.measure.result import Result, new_result, write_result
 
 SUBMITS = re.compile(r"cu(?:da)?(LaunchKernel|LaunchCooperative|GraphLaunch|Memcpy|Memset)")
@@ -127,17 +127,20 @@ def _phase(spans: list[tuple[int, int]], calls: list[Event], work: list[Event]) 
 
 def combine(runs: Sequence[str], profiler: str) -> Result:
     """One ``profile`` result of ``INFO.json[:EXPORT.sqlite]`` runs; without an export the info carries the profile."""
-    stacks, infos = {}, []
+    stacks, models = {}, set()
     for entry in runs:
         info_path, _, export = entry.partition(":")
         info = read_json(Path(info_path))
-        infos.append(info)
-        stacks[info["stack"]] = read_export(export) if export else info["profile"]
-    if len({info["model"]["sha256"] for info in infos}) > 1:
+        with checked(Path(info_path)):
+            stack, profile, model = info["stack"], info.get("profile"), info["model"]["sha256"]
+            about = {key: info[key] for key in ("model", "workload", "environment", "engine")}
+        if not export and not profile:
+            raise InputError(f"{info_path} holds no profile: give its export too, {info_path}:EXPORT.sqlite")
+        models.add(model)
+        stacks[stack] = read_export(export) if export else profile
+    if len(models) > 1:
         raise InputError("the profiled runs are of different models: profile them again")
-    last = infos[-1]
-    about = {key: last[key] for key in ("model", "workload", "environment", "engine")}
-    return new_result("profile", last["stack"], **about, profiler=profiler, stacks=stacks)
+    return new_result("profile", stack, **about, profiler=profiler, stacks=stacks)
 
 
 def main() -> None:

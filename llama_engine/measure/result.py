@@ -58,10 +58,20 @@ def validate(result: Result, where: str = "result") -> None:
 
 
 def check_output(path: str | Path, force: bool) -> Path:
-    """Refuse, before a long run, an output that exists already. Raises :class:`InputError`."""
+    """Refuse, before a long run, an output that exists already or is a directory. Raises :class:`InputError`."""
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: give --output a file's name")
     if path.exists() and not force:
         raise InputError(f"{path} already exists: give --force to replace it, or another --output")
+    return path
+
+
+def check_folder(path: str | Path) -> Path:
+    """Refuse, before a long run, a file where a folder of results shall be. Raises :class:`InputError`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not a directory: give another --output")
     return path
 
 

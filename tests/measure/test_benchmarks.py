@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from llama_engine.measure.result import load_folder
+from llama_engine.triton_server import free_port
 
+SMOLLM2 = "models/smollm2-135m-instruct"  # the fixture smollm2_model, which makes it
 SHORT = ("--device", "cpu", "--threads", 1, "--output-tokens", 6, "--input-tokens", 5, "--warmup", 1, "--runs", 5)
 
 
@@ -65,21 +68,61 @@ def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_p
         ("benchmark_optimized", ["--engine-dir", "nowhere"], "nowhere is not an engine"),
         ("benchmark_optimized", ["--batch", 99], "--batch 99: this engine was built for 1 to 4"),
         ("compare", ["--runs", 0], "--runs must be at least 1"),
+        ("compare", ["--output", "README.md"], "README.md is a file"),
         ("accuracy", ["--window", 1], "--window must be 2 to 256"),
         ("accuracy", ["--text", "nowhere.txt"], "nowhere.txt does not exist"),
+        ("accuracy", ["--text", "results/waterfall.png"], "waterfall.png is not UTF-8"),
+        ("accuracy", ["--model-dir", SMOLLM2, "--text", "tests/__init__.py"], "fewer than two tokens"),
+        ("accuracy", ["--model-dir", SMOLLM2, "--greedy-tokens", 225], "--greedy-tokens must be at most 224"),
+        ("accuracy", ["--greedy-tokens", 0], "--greedy-tokens at least 1"),
+        ("accuracy", ["--greedy-prompts", -1], "--greedy-prompts must be at least 0"),
     ],
 )
-def test_bad_input_is_one_line(run_main, tiny_model, tiny_engine, tmp_path, script, flags, message):
+def test_bad_input_is_one_line(run_main, tiny_model, tiny_engine, smollm2_model, tmp_path, script, flags, message):
     common = ["--model-dir", tiny_model, "--output", tmp_path / "x.json", "--device", "cpu"]
     if script != "baseline":
         common += ["--engine-dir", tiny_engine]
     if script == "benchmark_optimized":
         common += ["--output-tokens", 2, "--warmup", 0, "--runs", 1, "--prefill-tokens", 0]
+    if script == "accuracy":
+        common += ["--window", 64]
     done = run_main(script, *common, *flags)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.json").exists()
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("benchmarks/benchmark_triton.py", ["--rate", "nan"], "--timeout must be positive"),
+        ("benchmarks/benchmark_triton.py", ["--input-tokens", "16:8"], "LOW:HIGH with 1 <= LOW <= HIGH, got '16:8'"),
+        ("benchmarks/benchmark_triton.py", ["--slo", "ttft_ms:1.2.3"], "--slo takes ttft_ms:MS"),
+        ("benchmarks/benchmark_triton.py", ["--output", "results", "--force"], "results is a directory"),
+        ("scripts/serve_triton.py", ["--drain-s", "nan"], "must be finite and not negative"),
+        ("scripts/serve_triton.py", ["--http-port", 8001], "ports must differ, got 8001, 8001, 8002"),
+        pytest.param("scripts/serve_triton.py", ["--device", "cuda"], "no CUDA GPU is visible", marks=NO_GPU),
+    ],
+)
+def test_bad_flags_of_serving_are_one_line(run_script, tiny_engine, script, flags, message):
+    done = run_script(script, "--engine-dir", tiny_engine, *flags)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_without_a_server_is_one_line(run_script, smollm2_engine, protocol):
+    where = ("--engine-dir", smollm2_engine, "--protocol", protocol, "--url", f"127.0.0.1:{free_port()}")
+    done = run_script("benchmarks/triton_client.py", *where, "--wait", 0.3)
+    assert done.returncode == 1
+    note, error = done.stderr.splitlines()
+    assert note.startswith("waiting up to 0.3 s")
+    assert "no server is ready" in error
 
 
 def test_another_models_engine_is_refused(run_main, tiny_engine, tiny_model, tmp_path, edit_json):

@@ -96,7 +96,7 @@ def test_bad_lengths(text):
         Length.parse(text)
 
 
-@pytest.mark.parametrize("item", ["ttft_ms", "ttft_ms:0", "speed:3", "tpot_ms:x"])
+@pytest.mark.parametrize("item", ["ttft_ms", "ttft_ms:0", "speed:3", "tpot_ms:x", "ttft_ms:1.2.3"])
 def test_bad_slo(item):
     with pytest.raises(InputError):
         parse_slo([item])

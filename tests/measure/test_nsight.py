@@ -133,6 +133,10 @@ def test_combine_refuses_two_models(export, tmp_path):
         entries.append(f"{path}:{export}")
     with pytest.raises(InputError, match="different models"):
         nsight.combine(entries, "Nsight Systems")
+    with pytest.raises(InputError, match="holds no profile"):
+        nsight.combine([entries[1].partition(":")[0]], "Nsight Systems")
+    with pytest.raises(InputError, match=r"baseline\.json lacks a value .*'stack'"):
+        nsight.combine(["results/cpu/baseline.json"], "Nsight Systems")
     result = nsight.combine(entries[1:], "Nsight Systems 2025.3")
     assert result["stacks"]["native"]["launches_per_token"] == 3
     assert result["validity"]["status"] == "VALID"

@@ -172,8 +172,10 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json):
     done = run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
     assert done.returncode == 0, done.stderr
     check = ("scripts/plot_results.py", "--root", root, "--check")
+    shutil.copytree(folder, folder.with_name("my-gpu"))  # as run_all.sh --name makes: on nobody's page yet
     done = run_script(*check)
     assert done.returncode == 0, done.stderr
+    assert run_script(*check[:2], root / "nowhere", check[3]).returncode == 2
     headline = (root / "results" / "PERFORMANCE_REPORT.md").read_text()
     assert "## Other machines" in headline
     assert "(other/PERFORMANCE_REPORT.md)" in headline
@@ -210,6 +212,29 @@ def test_compare_results(folder, run_script, edit_json, tmp_path):
     assert "DIFFERENT MACHINES" in forced.stdout
     edit_json(new / "baseline.json", {"validity": {"status": "INVALID", "reasons": ["x"]}})
     assert run_script(*compare, "--force").returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"validity": {"status": "INVALID", "reasons": ["clocks were throttled"]}}, "INVALID: clocks were throttled"),
+        ({"workload": {"input_tokens": 4, "output_tokens": 9}}, "workload.output_tokens is 8 and 9"),
+    ],
+)
+def test_compare_leaves_out_levels_that_cannot_be_compared(folder, run_script, edit_json, tmp_path, change, reason):
+    new = tmp_path / "new"
+    level = {"workload": {"input_tokens": 4, "output_tokens": 8}, "samples": {"latency_s": [1.0] * 5}, "concurrency": 2}
+    level |= {"summary": {}, "validity": {"status": "VALID", "reasons": []}}
+    edit_json(folder / "optimized-native.json", {"levels": [level]})
+    shutil.copytree(folder, new)
+    slow = level | {"samples": {"latency_s": [2.0] * 5}}
+    edit_json(new / "optimized-native.json", {"levels": [slow]})
+    assert run_script("scripts/compare_results.py", folder, new).returncode == 3
+    edit_json(new / "optimized-native.json", {"levels": [slow | change]})
+    done = run_script("scripts/compare_results.py", folder, new)
+    assert done.returncode == 0
+    assert "left out: optimized-native, 2 at once:" in done.stdout
+    assert reason in " ".join(done.stdout.split())
 
 
 def test_a_bad_load_is_marked_and_leaves_the_speed_up_standing(folder, edit_json):

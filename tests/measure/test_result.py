@@ -27,6 +27,15 @@ def test_existing_output_needs_force(tmp_path):
     with pytest.raises(InputError, match="--force"):
         result.write_result(path, make())
     result.write_result(path, make(), force=True)
+    with pytest.raises(InputError, match="is a directory"):
+        result.check_output(tmp_path, force=True)
+
+
+def test_a_file_is_no_folder_of_results(tmp_path):
+    assert result.check_folder(tmp_path / "new") == tmp_path / "new"
+    assert result.check_folder(tmp_path) == tmp_path
+    with pytest.raises(InputError, match="is a file"):
+        result.check_folder(result.write_result(tmp_path / "a.json", make()))
 
 
 def test_invalid_runs_are_stamped():
