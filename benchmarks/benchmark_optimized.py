@@ -2,7 +2,7 @@
 
 Method: as benchmarks/baseline.py, then --batch levels with that many requests in one engine at once. MBU is the bytes a
 decode step must read over TPOT over the read bandwidth measured in this run; "wall" is the speed at MBU 1.
-Output: a result file (llama_engine/measure/result.schema.json) and a table.
+Output: results/local/optimized-<backend>.json (llama_engine/measure/result.schema.json), or --output, and a table.
 
     python benchmarks/benchmark_optimized.py --engine-dir engines/smollm2-135m-instruct
 """

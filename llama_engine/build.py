@@ -147,7 +147,7 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
 
 def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
-    """Read and check ``engine.json``; ``backend`` auto takes either.
+    """Read and check ``engine.json``; ``backend`` auto takes any.
 
     Raises :class:`InputError` for another backend and a damaged directory.
     """
@@ -159,7 +159,10 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
     if found not in WEIGHTS:
         raise InputError(f"{path}: unknown backend {found!r}: build the engine again")
     if backend not in ("auto", found):
-        raise InputError(f"{engine_dir} is an engine of backend {found}, not {backend}: give --backend {found}")
+        raise InputError(
+            f"{engine_dir} is an engine of backend {found}, but this needs one of backend {backend}: build one with "
+            f"scripts/build_engine.sh --backend {backend}"
+        )
     if data.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"

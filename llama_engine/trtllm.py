@@ -23,7 +23,7 @@ from llama_engine.quantization import layout_for, visible_arch
 from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
 
-INSTALL = "pip install -r requirements-trtllm.txt, or use --backend native"
+INSTALL = "pip install -r requirements-trtllm.txt, or build an engine with --backend native"
 
 
 def installed() -> bool:

@@ -149,7 +149,7 @@ def bad_engine_key(engine, edit_json):
 
 def bad_backend(engine, edit_json):
     edit_json(engine / "engine.json", {"backend": "tensorrt_llm"})
-    return "give --backend tensorrt_llm"
+    return "this needs one of backend native: build one with scripts/build_engine.sh --backend native"
 
 
 def bad_unknown_backend(engine, edit_json):

@@ -153,5 +153,5 @@ def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tm
 
 
 def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
-    with pytest.raises(InputError, match="give --backend native"):
+    with pytest.raises(InputError, match=r"scripts/build_engine\.sh --backend tensorrt_llm"):
         triton_repo.render(tiny_engine, tmp_path / "models", ServeConfig(), "tensorrt_llm")

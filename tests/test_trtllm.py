@@ -15,6 +15,9 @@ from llama_engine.checkpoint import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError, RunError
+from llama_engine.measure import protocol, report
+from llama_engine.measure.result import load_result
+from llama_engine.measure.story import Story
 from llama_engine.runner import ModelRunner
 
 STANDIN = Path(__file__).parent / "standin"
@@ -53,7 +56,7 @@ def toy(prompt, count):
     return ids
 
 
-def test_the_command_is_that_of_the_readme_with_max_seq_len():
+def test_the_command_gives_every_limit():
     command = trtllm.build_command("ckpt", "out", EngineConfig(), FLAGS)
     assert " ".join(command) == (
         "trtllm-build --checkpoint_dir ckpt --output_dir out --gemm_plugin auto --gpt_attention_plugin auto "
@@ -81,7 +84,7 @@ def test_build_makes_an_engine_directory_that_knows_its_origin(engine, tiny_chec
     build_config = json.loads((engine / "config.json").read_text())["build_config"]
     assert build_config["use_paged_context_fmha"] == "enable"
     assert build_config["max_seq_len"] == 64
-    with pytest.raises(InputError, match="--backend tensorrt_llm"):
+    with pytest.raises(InputError, match=r"scripts/build_engine\.sh --backend native"):
         load_engine_json(engine)
 
 
@@ -193,6 +196,28 @@ def test_without_the_package_the_install_command_is_named(engine, monkeypatch):
     monkeypatch.setattr(trtllm, "installed", lambda: False)
     with pytest.raises(InputError, match=r"pip install -r requirements-trtllm\.txt"):
         ModelRunner.from_dir(engine)
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_an_engine_is_measured_under_the_name_of_its_backend(engine, tiny_model, tmp_path, monkeypatch, run_script):
+    """The stand-in's speed means nothing; that its figures reach the report, and no ratio does, is the point."""
+    tokens = ("--input-tokens", 8, "--output-tokens", 6, "--prefill-tokens", 16, "--warmup", 0)
+    common = ("--engine-dir", engine, "--model-dir", tiny_model, "--device", "cpu", "--threads", 1, *tokens)
+    done = run_script("benchmarks/compare.py", *common, "--output", tmp_path / "box")
+    assert done.returncode == 0, done.stderr
+    page = report.render(Story.load(tmp_path / "box"))
+    assert "| TensorRT-LLM engine: TPOT, ms |" in page
+    assert "the accuracy gate was not run on this engine (benchmarks/accuracy.py, which takes native ones)" in page
+    assert "faster" not in page
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmark_optimized.py", *map(str, common)])
+    protocol.main("", engine=True)
+    result = load_result(tmp_path / "results/local/optimized-tensorrt_llm.json")
+    assert result["backend"] == result["engine"]["kernels"] == "tensorrt_llm"
+    monkeypatch.setattr(protocol, "open_engine", lambda *_: pytest.fail("measured before the file was looked at"))
+    with pytest.raises(InputError, match=r"optimized-tensorrt_llm\.json already exists"):
+        protocol.main("", engine=True)
 
 
 def test_the_build_script_runs_and_prints_the_exact_command(tiny_checkpoint, tmp_path):

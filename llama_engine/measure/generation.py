@@ -102,7 +102,7 @@ class TransformersStack:
     name = "transformers"
 
     def __init__(self, model_dir: Path | str, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM, GenerationConfig, __version__
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -110,7 +110,10 @@ class TransformersStack:
         self.dtype = torch.float16 if device == "cuda" else torch.bfloat16
         self.device = device
         self.about: dict[str, Any] = {}
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self.dtype, attn_implementation="sdpa")
+        # 4.56 renamed the keyword: older releases do not know the new name, newer ones warn about the old
+        keyword = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+        options = {keyword: self.dtype, "attn_implementation": "sdpa"}
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
         self.model.to(device).eval()
         # generate() fills unset fields from the model's own generation config: leave it no EOS to stop at
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
@@ -177,10 +180,9 @@ class EngineStack:
 class RunnerStack:
     """Any ``ModelRunner`` through its streaming face: how a TensorRT-LLM engine is measured."""
 
-    name = "tensorrt_llm"
-
-    def __init__(self, runner: Any, cost: Cost, about: dict[str, Any] | None = None) -> None:
-        self.runner, self.cost, self.about = runner, cost, about or {}
+    def __init__(self, runner: Any, cost: Cost, about: dict[str, Any]) -> None:
+        self.runner, self.cost, self.about = runner, cost, about
+        self.name: str = about["backend"]
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())

@@ -41,7 +41,7 @@ def main(doc: str | None, *, engine: bool) -> None:
     protocol.add_arguments(parser)
     if engine:
         protocol.add_engine_arguments(parser)
-    parser.set_defaults(output_tokens=64, warmup=1, runs=1, prefill_tokens=0)
+    parser.set_defaults(output_tokens=64, warmup=1, runs=1, prefill_tokens=0, batch=[])
     parser.add_argument("--torch-profiler", action="store_true", help="profile with PyTorch, for where nsys is missing")
     args = parser.parse_args()
     check_output(args.output, args.force)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_engine.build import EngineInfo, load_engine_json
+from llama_engine.build import WEIGHTS, EngineInfo, load_engine_json
 from llama_engine.engine import Engine, pick_device
 from llama_engine.errors import InputError
 from llama_engine.hf import model_identity
@@ -46,13 +46,13 @@ DEFAULT_PROMPT = (
 RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
 
 
-def parser_for(doc: str | None, output: str) -> argparse.ArgumentParser:
-    """A script's parser, with the flags of every benchmark that loads a model itself."""
+def parser_for(doc: str | None, output: str | None) -> argparse.ArgumentParser:
+    """A script's parser, with the flags of every benchmark that loads a model itself; ``output`` is the default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--output", type=Path, default=Path(output), help="where the result goes")
+    parser.add_argument("--output", type=Path, default=output, help="where the result goes")
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     return parser
 
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a benchmark that loads an engine."""
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
-    parser.add_argument("--backend", choices=("auto", "native", "tensorrt_llm"), default="auto")
-    parser.add_argument("--batch", type=int, nargs="*", help="requests at once (default: 8 32 64 up to the engine's)")
+    parser.add_argument("--backend", choices=("auto", *WEIGHTS), default="auto")
+    parser.add_argument("--batch", type=int, nargs="*", help="requests at once, native only (default: 8 32 64)")
     parser.add_argument("--batch-output-tokens", type=int, default=256, help="new tokens a request of a batch")
     parser.add_argument("--batch-runs", type=int, default=3, help="timed runs a batch level")
 
@@ -89,11 +89,14 @@ def prepare(args: argparse.Namespace) -> str:
 
 def main(doc: str | None, *, engine: bool) -> None:
     """The two scripts that measure one stack: the baseline, or an engine."""
-    parser = parser_for(doc, f"results/local/{'optimized-native' if engine else 'baseline'}.json")
+    parser = parser_for(doc, None if engine else "results/local/baseline.json")
     add_arguments(parser)
     if engine:
         add_engine_arguments(parser)
     args = parser.parse_args()
+    if args.output is None:
+        backend = load_engine_json(args.engine_dir, backend=args.backend).backend
+        args.output = Path(f"results/local/optimized-{backend}.json")
     check_output(args.output, args.force)
     device = prepare(args)
     stack = open_engine(args, device) if engine else TransformersStack(args.model_dir, device)
@@ -117,15 +120,15 @@ def describe(info: EngineInfo, kernels: str) -> dict[str, Any]:
 def open_engine(args: argparse.Namespace, device: str) -> Stack:
     """The engine of ``--engine-dir`` as a stack; ``--backend`` auto reads ``engine.json``.
 
-    Raises :class:`InputError` when it was built from another model than ``--model-dir`` or for a smaller ``--batch``.
+    Raises :class:`InputError` when it was built from another model than ``--model-dir``, for a smaller ``--batch`` or
+    for shorter sequences than the flags ask for.
     """
     info = load_engine_json(args.engine_dir, backend=args.backend)
     if info.identity["sha256"] != model_identity(args.model_dir)["sha256"]:
         name = info.identity["name"]
         raise InputError(f"the engine was built from {name}, not from {args.model_dir}: give its --model-dir")
-    limit = info.engine.max_batch_size
-    if bad := [level for level in getattr(args, "batch", None) or () if not 1 <= level <= limit]:
-        raise InputError(f"--batch {bad[0]}: this engine was built for 1 to {limit} (max_batch_size)")
+    if "batch" in args:  # not among the flags of accuracy.py
+        check_limits(args, info)
     if info.backend == "native":
         engine = Engine.from_dir(args.engine_dir, device=device, threads=args.threads)
         return EngineStack(engine, describe(info, engine.executor.kernels))
@@ -134,7 +137,26 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     model = info.model
     nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, 4 * model.num_layers * model.kv_size)
-    return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, "tensorrt_llm"))
+    return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, info.backend))
+
+
+def check_limits(args: argparse.Namespace, info: EngineInfo) -> None:
+    """Refuse, before a long run, what this engine has no room for, and resolve the default of ``--batch``."""
+    limit, room = info.engine.max_batch_size, info.engine.max_seq_len
+    if args.batch is None:
+        args.batch = [level for level in BATCH_LEVELS if level <= limit] if info.backend == "native" else []
+    if bad := [level for level in args.batch if not 1 <= level <= limit]:
+        raise InputError(f"--batch {bad[0]}: this engine was built for 1 to {limit} (max_batch_size)")
+    requests = {"--output-tokens": (args.input_tokens, max(args.output_tokens, WAKE_TOKENS))}
+    if args.prefill_tokens:
+        requests["--prefill-tokens"] = (args.prefill_tokens, WAKE_TOKENS)
+    if args.batch:
+        requests["--batch-output-tokens"] = (args.input_tokens, args.batch_output_tokens)
+    for flag, (prompt, new) in requests.items():
+        if prompt + new > room:
+            raise InputError(
+                f"{flag}: {prompt} prompt tokens + {new} new tokens exceed this engine's max_seq_len {room}"
+            )
 
 
 def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> dict[str, Result]:
@@ -207,8 +229,6 @@ def measure_batches(
     Throughput is tokens received / wall time from the first t0 to the last tN.
     """
     levels, new_tokens, results = args.batch, args.batch_output_tokens, []
-    if levels is None:
-        levels = [level for level in BATCH_LEVELS if level <= stack.engine.config.max_batch_size]
     with Telemetry(device) as telemetry, progress_bar() as bar:
         task = bar.add_task("", total=len(levels) * (args.batch_runs + 1))
         for level in levels:

@@ -14,7 +14,7 @@ COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "wall", "failed
 
 
 def show(results: Collection[Result]) -> None:
-    """One row a load of each measurement; then what failed or is INVALID, long prompts, and the paired ratios."""
+    """One row a load of each measurement; then what is INVALID or failed, long prompts, the gate and paired ratios."""
     measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
     names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
     title = "; ".join(dict.fromkeys(names))
@@ -37,13 +37,16 @@ def show(results: Collection[Result]) -> None:
         for message in result["validity"].get("cautions", []):
             out.print(f"noisy {name}: {message}", markup=False)
         for level in result.get("levels", []):
-            for message in level["validity"]["reasons"]:
+            for message in level.get("validity", {}).get("reasons", []):  # levels of older files have none
                 out.print(f"INVALID {name} at {level.get('concurrency', level.get('rate'))}: {message}", markup=False)
             for message, count in level.get("failures", {}).items():
                 out.print(f"{count} x {message}", markup=False)
         if prefill := summed.get("prefill_ttft_ms"):
             shown = f"{prefill['p50']:.1f} ms, MFU {summed['prefill_mfu']:.2f}"
             out.print(f"{name}: TTFT of {prefill['input_tokens']} tokens {shown}")
+        if gate := result.get("gate"):
+            quick = " (--quick)" if gate.get("quick") else ""
+            out.print(f"{name}: gate {gate['status']}, {summed['tokens']:,} tokens scored{quick}", markup=False)
     for result in results:
         for name, ratio in result.get("speedup", {}).items():
             low, high = ratio["ci95"]

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from llama_engine.errors import InputError
+from llama_engine.measure.accuracy import MIN_TOKENS
 from llama_engine.measure.generation import Cost
 from llama_engine.measure.result import Result, load_folder
 
-STACK_NAMES = {"transformers": "Baseline", "native": "Native INT8 engine", "tensorrt_llm": "TensorRT-LLM engine"}
 MEASUREMENTS = ("baseline", "optimized", "triton")
+
+
+class _StackNames(dict[str, str]):
+    """An engine that is not named here has its results shown all the same."""
+
+    def __missing__(self, backend: str) -> str:
+        return f"{backend} engine"
+
+
+STACK_NAMES = _StackNames(transformers="Baseline", native="Native INT8 engine", tensorrt_llm="TensorRT-LLM engine")
 
 
 def dig(data: Any, path: str) -> Any:
@@ -131,7 +141,7 @@ class Story:
         if not self.valid("comparison"):
             return "a run is INVALID: " + "; ".join(self.get("comparison", "validity.reasons"))
         if self.aliases["accuracy"] not in self.files:
-            return "the accuracy gate was not run on this engine (benchmarks/accuracy.py)"
+            return "the accuracy gate was not run on this engine (benchmarks/accuracy.py, which takes native ones)"
         weights = "engine.weights_sha256"
         if self.get("accuracy", weights) != self.get("comparison", weights):
             return "the accuracy gate was run on another engine"
@@ -140,6 +150,16 @@ class Story:
                 self.get("accuracy", "gate.reasons") or ["no reason recorded"]
             )
         return None
+
+    @property
+    def quick_gate(self) -> str:
+        """What an accuracy gate that was made with ``--quick`` scored, "" for a full one.
+
+        With synthetic weights ``--quick`` changes nothing.
+        """
+        if self.synthetic or not self.get("accuracy", "gate.quick"):
+            return ""
+        return f"quick gate: {self.get('accuracy', 'summary.tokens'):,} tokens scored, a full one takes {MIN_TOKENS:,}"
 
     def speedup(self, metric: str) -> dict[str, Any] | None:
         """``{"ratio", "ci95", "verdict"}``, or None while :meth:`withheld`."""

@@ -64,6 +64,23 @@ def test_the_baseline_ignores_eos_and_gives_exactly_n_tokens(model_dir):
     assert stack.cost.weight_nbytes == sum(p.nbytes for p in stack.model.parameters()) - tied_out
 
 
+@pytest.mark.parametrize(
+    ("version", "keyword"),
+    [("4.46.3", "torch_dtype"), ("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.0.0rc1", "dtype")],
+)
+def test_each_transformers_release_gets_the_dtype_by_the_name_it_knows(model_dir, monkeypatch, version, keyword):
+    given = {}
+
+    def from_pretrained(_, **options):
+        given.update(options)
+        return LlamaForCausalLM(LlamaConfig.from_pretrained(model_dir))
+
+    monkeypatch.setattr("transformers.__version__", version)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    generation.TransformersStack(model_dir)
+    assert given == {keyword: torch.bfloat16, "attn_implementation": "sdpa"}
+
+
 class FakeStack:
     cost = Cost(1, 1, 1.0)
 
@@ -96,7 +113,8 @@ def test_runner_stack_counts_only_new_tokens():
                 "sequence_lengths": torch.tensor([[length]]),
             }
 
-    stack = generation.RunnerStack(SimpleNamespace(generate=generate), Cost(1, 1, 1.0))
+    stack = generation.RunnerStack(SimpleNamespace(generate=generate), Cost(1, 1, 1.0), {"backend": "x"})
+    assert stack.name == "x"
     run = stack.generate([0, 1, 2], 3)
     assert run.token_ids == [3, 4, 5]
     assert len(run.token_times) == 3

@@ -1,6 +1,7 @@
 """The NVTX scripts without a GPU: every step is marked, and the fallback profile says what it cannot know."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -8,6 +9,7 @@ from llama_engine.engine import Engine
 from llama_engine.measure import nsight, profile
 from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
 from llama_engine.runner import ModelRunner
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -41,7 +43,8 @@ def test_engine_steps_are_marked(ranges, tiny_engine):
 
 def test_steps_behind_a_runner_are_marked(ranges, tiny_engine):
     """As with TensorRT-LLM, of which no more is seen than what its iterator yields."""
-    stack = RunnerStack(ModelRunner.from_dir(tiny_engine, device="cpu", kernels="torch"), Cost(1, 1, 1.0))
+    runner = ModelRunner.from_dir(tiny_engine, device="cpu", kernels="torch")
+    stack = RunnerStack(runner, Cost(1, 1, 1.0), {"backend": "x"})
     with profile.marked(stack):
         marked = stack.generate(list(range(70)), 5)
     assert ranges == ["prefill"] + ["decode"] * 4
@@ -76,3 +79,23 @@ def test_scripts_and_fallback(run_script, tiny_model, tiny_engine, tmp_path):
     again = run_script("benchmarks/trt_nvtx.py", *common, "--engine-dir", tiny_engine, "--output", tmp_path / "b.json")
     assert again.returncode == 2
     assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output-tokens", "1"], "--output-tokens must be at least 2"),
+        (["--model-dir", "nowhere"], "nowhere does not exist"),
+        (["--engine-dir", "nowhere"], "nowhere is not an engine"),
+        (["--output-tokens", "300"], "exceed this engine's max_seq_len"),
+        (["--output", ".", "--force"], "is a directory"),
+    ],
+)
+def test_the_profile_script_refuses_bad_input_at_once(tiny_model, tiny_engine, tmp_path, flags, message):
+    (tmp_path / "m").symlink_to(tiny_model)  # paths are relative to the current directory, as everywhere
+    (tmp_path / "e").symlink_to(tiny_engine)
+    command = [ROOT / "scripts/profile_nsight.sh", "--model-dir", "m", "--engine-dir", "e", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
