@@ -174,7 +174,8 @@ def _git() -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": os.environ.get("GIT_COMMIT"), "dirty": None}  # a copied tree has no history to ask
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    # What a run has written does not change what the next one measures.
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ":!results"))}
 
 
 def _command() -> str:

@@ -56,9 +56,11 @@ def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
     figure.text(0.02, 0.032, note, fontsize=10, color="#444444")
     figure.draw_without_rendering()  # makes the labels of the ticks
     starred = any("*" in text.get_text() for text in figure.findobj(plt.Text))
-    if invalid := [name for name in story.invalid if starred or name in story.files]:
-        names = f"INVALID (*), reasons in the report: {', '.join(invalid)}"
-        figure.text(0.02, 0.008, names, fontsize=10, color="#b00000", weight="bold")
+    whole = [name for name in story.invalid if name in story.files]
+    if whole or starred:
+        names = ", ".join((["*"] if starred else []) + whole)
+        warning = f"INVALID: {names}; the reasons are in the report"
+        figure.text(0.02, 0.008, warning, fontsize=10, color="#b00000", weight="bold")
     if story.synthetic:
         badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}
         figure.text(0.985, 0.985, "SYNTHETIC WEIGHTS", fontsize=12, ha="right", va="top", weight="bold", bbox=badge)

@@ -58,7 +58,7 @@ class Page(string.Formatter):
         labels = {x: f"{y} (INVALID)" if story.aliases[x] in invalid else y for x, y in labels.items()}
         accuracy, withheld = story.aliases["accuracy"] in story.files, story.withheld()
         versions = {name: story.get("any", f"environment.software.{name}") for name in ("python", *LIBRARIES)}
-        reasons = "; ".join(story.get("accuracy", "gate.reasons") or [])
+        reasons = "; ".join(filter(None, [story.quick_gate, *(story.get("accuracy", "gate.reasons") or [])]))
         levels = [
             {
                 "at": f"{file}.levels.{i}",
@@ -99,7 +99,7 @@ class Page(string.Formatter):
             "engine_label": labels["engine"],
             "synthetic_note": SYNTHETIC if story.synthetic else "",
             "invalid_notes": "\n>\n".join(
-                [f"> **INVALID** {name}: {'; '.join(x)}. No ratio is computed." for name, x in invalid.items()]
+                [f"> **INVALID** {name}: {'; '.join(x)}. It enters no ratio." for name, x in invalid.items()]
                 + [f"> **Noisy** {name}: {'; '.join(x)}." for name, x in noisy.items() if x]
             ),
             "withheld_note": f"**No speed-up is shown:** {withheld}." if withheld else "",
@@ -224,6 +224,13 @@ def readme_block(stories: Sequence[Story], peers: dict[str, Any] | None = None) 
     """The README's results: one table over all published machines, and one against the ``peers`` of one of them."""
     rows = [Page(story).fill(MACHINE, link=f"results/{story.name}/PERFORMANCE_REPORT.md") for story in stories]
     notes = [f"No speed-up is shown for {story.name}: {reason}." for story in stories if (reason := story.withheld())]
+    notes += [f"{story.name}: {story.quick_gate}." for story in stories if story.quick_gate]
+    notes += [
+        f"\\* INVALID on {story.name}: {name.partition(' at ')[2]} at once through Triton, {'; '.join(reasons)}."
+        for story in stories
+        for name, reasons in story.invalid.items()
+        if name.startswith(f"{story.aliases['triton']} at ")
+    ]
     against = [line for story in stories if peers and story.name == peers["machine"] for line in _peers(story, peers)]
     return "\n".join([README_MARKS[0], MACHINES, *rows, *([""] if notes else []), *notes, *against, README_MARKS[1]])
 
