@@ -58,8 +58,8 @@ def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
     starred = any("*" in text.get_text() for text in figure.findobj(plt.Text))
     whole = [name for name in story.invalid if name in story.files]
     if whole or starred:
-        names = ", ".join((["*"] if starred else []) + whole)
-        warning = f"INVALID: {names}; the reasons are in the report"
+        names = ", ".join([*whole, *("*" if starred else "")])
+        warning = f"{names} INVALID: the reasons are in the report"
         figure.text(0.02, 0.008, warning, fontsize=10, color="#b00000", weight="bold")
     if story.synthetic:
         badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}

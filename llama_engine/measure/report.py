@@ -15,6 +15,7 @@ from typing import Any
 
 from llama_engine.measure.environment import LIBRARIES
 from llama_engine.measure.story import STACK_NAMES, Story, roofline_points, waterfall_steps
+from llama_engine.prepare import DEFAULT_MODEL
 
 TEMPLATE = Path(__file__).with_name("report.md")
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -61,6 +62,7 @@ class Page(string.Formatter):
         reasons = "; ".join(filter(None, [story.quick_gate, *(story.get("accuracy", "gate.reasons") or [])]))
         levels = [
             {
+                "file": file,
                 "at": f"{file}.levels.{i}",
                 "name": f"{where}, {x['concurrency']} at once{'' if story.level_valid(file, x) else ' (INVALID)'}",
             }
@@ -78,7 +80,8 @@ class Page(string.Formatter):
         cited = {x: [f"{story.aliases[x]}:{key}" for key in ("cost", "summary.tpot_ms.p50")] for x in labels}
         self.lists: dict[str, list[dict[str, Any]]] = {
             "measured": measured,
-            "levels": levels,
+            "levels": [x for x in levels if x["file"] != "whole"],
+            "whole": [x for x in levels if x["file"] == "whole"],
             "loads": [*({**x, "name": f"{x['name']}, 1 at once"} for x in measured), *levels],
             "kernels": list(self._kernels()),
             "roofline": [
@@ -93,6 +96,7 @@ class Page(string.Formatter):
         self.values = {
             "machine": story.machine,
             "invalid": "" if story.valid("engine") else " **INVALID**",
+            "run_all": _run_all(story),
             "date": str(story.get("any", "environment.time_utc"))[:10],
             "model": story.any["model"]["name"] + (", **synthetic weights**" if story.synthetic else ""),
             "base_label": labels["base"],
@@ -207,6 +211,18 @@ class Page(string.Formatter):
                     blocks.append(f"<!-- sources: {', '.join(dict.fromkeys(self.sources))} -->")
             self.sources.clear()
         return "\n\n".join(blocks) + "\n"
+
+
+def _run_all(story: Story) -> str:
+    """The command that measures all of this."""
+    name, flags = story.any["model"]["name"], f"--device {story.get('any', 'environment.device')}"
+    if story.synthetic:
+        flags += f" --synthetic {name.removeprefix('synthetic-')}"
+    elif name.lower() != DEFAULT_MODEL:
+        flags += " --model-dir DIR"
+    if story.quick_gate:
+        flags += " --quick"
+    return f"./scripts/run_all.sh {flags} --name {story.name}"
 
 
 def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()) -> str:

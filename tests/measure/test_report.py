@@ -15,9 +15,9 @@ from llama_engine.measure.stats import bootstrap_ratio, summary
 from llama_engine.measure.story import Story, best_load
 
 ENVIRONMENT = {
-    "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20}, "gpu": None,
+    "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20},
+    "device": "cpu", "gpu": None, "command": "benchmarks/compare.py --runs 5",
     "software": {"torch": "2"}, "git": {"commit": "0" * 40, "dirty": False}, "fingerprint": "f" * 16,
-    "command": "benchmarks/compare.py --runs 5",
     "read_bandwidth": {"device": "cpu", "bytes_per_s": 1e10, "buffer_bytes": 1, "method": "m"},
     "matmul": {"device": "cpu", "flop_per_s": 1e12, "method": "m"},
 }  # fmt: skip
@@ -98,7 +98,9 @@ def test_no_speedup_without_the_accuracy_gate(folder, edit_json):
         folder / "accuracy-native.json",
         {"engine": {"weights_sha256": "f" * 64}, "gate": {"status": "PASSED", "reasons": []}},
     )
-    assert "run on another engine" in page(folder)
+    text = page(folder)
+    assert "run on another engine" in text
+    assert "    ./scripts/run_all.sh --device cpu --model-dir DIR --name box\n" in text
     (folder / "accuracy-native.json").unlink()
     assert "2.00x" not in page(folder)
     assert "gate was not run" in page(folder)
@@ -143,6 +145,7 @@ def test_synthetic_weights_are_stamped(folder, edit_json):
         folder / "accuracy-native.json", {"summary": {"tokens": 9, "logit_error_rms": 0.001, "logit_error_max": 0.002}}
     )
     text = page(folder)
+    assert "    ./scripts/run_all.sh --device cpu --synthetic m --name box\n" in text
     assert "**Synthetic weights.**" in text
     assert "perplexity, 16-bit" not in text
     assert "1.00e-03" in text
