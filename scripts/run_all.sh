@@ -41,9 +41,9 @@ started=$SECONDS
 device=$("$PY" -c 'import sys; from llama_engine import engine, errors
 errors.run_cli(lambda: print(engine.pick_device(sys.argv[1]).type))' "$device")
 if [ "$device" = cuda ]; then
-  batch=64 concurrency="1 2 4 8 16 32 64"
+  batch=64 concurrency="1 2 4 8 16 32 64" whole=$concurrency
 else
-  batch=16 concurrency="1 2 4 8"
+  batch=16 concurrency="1 2 4 8" whole=8 # all of them would take too long on two cores
 fi
 if [ -n "$quick" ]; then
   measure=(--output-tokens 128 --warmup 1 --runs 5 --batch-output-tokens 64 --batch-runs 2 --prefill-tokens 256)
@@ -73,9 +73,11 @@ step 5 "accuracy of the engine"
   --output "$results/accuracy-native.json" --force "${accuracy[@]}" || [ $? -eq 1 ] # a failed gate is a result too
 
 step 6 "Triton Inference Server under load, token by token and with whole answers"
-load+=(--engine-dir "$engine" --device "$device" --concurrency $concurrency --force)
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --output "$results/triton-native.json" || [ $? -eq 1 ] # so is INVALID
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --no-streaming --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+load+=(--engine-dir "$engine" --device "$device" --force)
+"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
+  [ $? -eq 1 ] # so is an INVALID run
+"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
+  --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
 
 step 7 "profile"
 ./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results/profile.json" --force
