@@ -25,8 +25,9 @@ def show(results: Collection[Result]) -> None:
         alone = [result | {"concurrency": 1}] if result["samples"] else []
         for load in [*alone, *result.get("levels", [])]:
             users = load.get("concurrency")
-            what = f"{users} at once" if users else f"{load['rate']:g}/s"
             name = "engine" if result["benchmark"] == "optimized" else result["benchmark"]
+            whole = result["workload"].get("streaming") is False  # answers, not token by token
+            what = f"{users} {'whole' if whole else 'at once'}" if users else f"{load['rate']:g}/s"
             table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
     out = Console()
     out.print(table)
