@@ -80,14 +80,18 @@ class GpuModel:
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
 
+    def _input(self, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The buffers that hold a matrix's activations: digits and their row scales, or fp16 and None."""
+        if linear.scale is None:
+            return self.final, None
+        return self.digits[linear.weight.shape[1]], self.a_scale
+
     def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
         """``linear``, which is called ``name``, over the activations of its width; with ``tile``, only compile that."""
-        a, a_scale = self.digits[linear.weight.shape[1]], self.a_scale
+        a, a_scale = self._input(linear)
         if tile is None and self.streams(name, rows):
             self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
             return
-        if linear.scale is None:
-            a, a_scale = self.final, None
         partials = self.partials if name == "lm_head" else None
         operands = (a, a_scale, linear, out, rows, EPILOGUES[name], tile or self.tiles.get(name, linear, rows))
         gemm.gemm(*operands, self.workspace, partials, compile_only=tile is not None)
@@ -142,8 +146,7 @@ class GpuModel:
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
         """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
-        a, a_scale = (self.final, None) if head.scale is None else (self.digits[c.hidden_size], self.a_scale)
-        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, a, a_scale, rows, which)
+        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, *self._input(head), rows, which)
         self._linear("lm_head", head, logits, rows)
         return -(-c.vocab_size // self.tiles.get("lm_head", head, rows).n)
 
