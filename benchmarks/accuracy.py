@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from llama_engine.build import load_engine_json
-from llama_engine.engine import Engine
+from llama_engine.checkpoint.build import load_engine_json
+from llama_engine.checkpoint.hf import model_identity
+from llama_engine.engine.engine import Engine
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.hf import model_identity
 from llama_engine.measure import accuracy, protocol, result
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.generation import EngineStack, TransformersStack, make_prompts, progress_bar, tokenize
-from llama_engine.model import TorchModel
+from llama_engine.model.llama import TorchModel
 
 TEXT = Path(__file__).with_name("data") / "alice.txt"
 SYNTHETIC_WINDOWS, SERVED_TOKENS, GREEDY_INPUT = 4, 32, 32

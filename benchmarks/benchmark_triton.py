@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llama_engine.build import EngineInfo, load_engine_json
-from llama_engine.engine import pick_device
+from llama_engine.checkpoint.build import EngineInfo, load_engine_json
+from llama_engine.engine.engine import pick_device
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import Cost, add_device, progress_bar
@@ -33,8 +33,8 @@ from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import Result, check_output, new_result, write_result
 from llama_engine.measure.show import show
 from llama_engine.measure.telemetry import Telemetry
-from llama_engine.triton_client import connect
-from llama_engine.triton_server import ServeConfig, TritonServer, read_metrics
+from llama_engine.serving.client import connect
+from llama_engine.serving.server import ServeConfig, TritonServer, read_metrics
 
 NULL_S = 2.0
 OWN_PROCESSES = 3  # on the GPU: this one, tritonserver, the engine

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
 from llama_engine.measure import environment
-from llama_engine.prepare import GEOMETRIES
-from llama_engine.weights import LINEARS, random_weights
+from llama_engine.model.weights import LINEARS, random_weights
 
 
 def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable[[int], None], int]]:
@@ -69,8 +69,8 @@ def main() -> None:
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
     if min(args.rows) < 1 or max(args.rows) > 64 or args.context < 1:
         raise InputError("--rows must be 1 to 64 and --context at least 1")
-    from llama_engine.gpu_model import GpuModel
-    from llama_engine.kernels import tuning
+    from llama_engine.gpu.chain import GpuModel
+    from llama_engine.kernels import tiles
 
     console = Console()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -78,9 +78,9 @@ def main() -> None:
     config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
     length = max(args.context + 1, *args.prefill, 64)
     engine = EngineConfig(64, length, max(64, *args.prefill), 64, num_kv_blocks=64 * -(-length // 64) + 1)
-    model = GpuModel(config, engine, random_weights(config, device), tuning.Tiles(None, ""))
+    model = GpuModel(config, engine, random_weights(config, device), tiles.Tiles(None, ""))
     if args.tune:
-        tuning.tune(model, console.print)
+        tiles.tune(model, console.print)
     blocks = engine.max_blocks_per_sequence
     model.block_tables[:64] = torch.arange(1, 64 * blocks + 1, dtype=torch.int32, device=device).view(64, blocks)
     model.position.fill_(args.context)
@@ -97,13 +97,13 @@ def main() -> None:
         model.position.fill_(args.context)
         for name, (run, nbytes) in kernel_runs(model, rows, args.context).items():
             count = 4 if name == "lm_head" else layers
-            ms = tuning.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
+            ms = tiles.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
             report(name, rows, ms / count, nbytes)
-        step = tuning.time_graph(model.sample_step(rows, context=args.context), repeats=5)
+        step = tiles.time_graph(model.sample_step(rows, context=args.context), repeats=5)
         report("whole decode step", rows, step, model.weights.step_nbytes + rows * args.context * kv_bytes)
         table.add_section()
     for tokens in args.prefill:
-        step = tuning.time_graph(model.sample_step(tokens, prefill=True), repeats=5)
+        step = tiles.time_graph(model.sample_step(tokens, prefill=True), repeats=5)
         report("whole prefill", tokens, step, model.weights.step_nbytes + tokens * kv_bytes)
     console.print(table)
 

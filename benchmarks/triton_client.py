@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.triton_client import Client, connect
+from llama_engine.serving.client import Client, connect
 
 
 def main() -> None:

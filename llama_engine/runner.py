@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from llama_engine.build import load_engine_json
-from llama_engine.engine import Engine
+from llama_engine.checkpoint.build import load_engine_json
+from llama_engine.engine.engine import Engine
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
@@ -22,7 +22,7 @@ class ModelRunner:
 
     @staticmethod
     def from_dir(engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
-        """Load an engine; ``options`` go to :meth:`llama_engine.engine.Engine.from_dir` or
+        """Load an engine; ``options`` go to :meth:`llama_engine.engine.engine.Engine.from_dir` or
         :class:`llama_engine.trtllm.TensorRTRunner`. Raises :class:`InputError`."""
         if load_engine_json(engine_dir, backend="auto").backend == "tensorrt_llm":
             from llama_engine.trtllm import TensorRTRunner

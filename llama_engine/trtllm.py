@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from llama_engine.build import finish, load_engine_json
-from llama_engine.checkpoint import Checkpoint
+from llama_engine.checkpoint.build import finish, load_engine_json
+from llama_engine.checkpoint.packing import layout_for, visible_arch
+from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig, check_request
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
-from llama_engine.quantization import layout_for, visible_arch
 from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_engine.errors import InputError, RunError
-from llama_engine.triton_client import RequestFailed
+from llama_engine.serving.client import RequestFailed
 
 DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
 Text = Annotated[str, Field(max_length=1 << 20)]

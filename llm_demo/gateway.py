@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama_engine.build import load_engine_json
+from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.triton_client import GrpcClient
+from llama_engine.serving.client import GrpcClient
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
 from llm_demo.text import ChatTokenizer, TextStream

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from llama_engine import trtllm
-from llama_engine.build import build_native, prepare_machine
-from llama_engine.checkpoint import Checkpoint
+from llama_engine.checkpoint.build import build_native, prepare_machine
+from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError, run_cli
 

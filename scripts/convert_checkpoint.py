@@ -15,9 +15,9 @@ import argparse
 import time
 from pathlib import Path
 
-from llama_engine.convert import ConvertOptions, convert
+from llama_engine.checkpoint.convert import ConvertOptions, convert
+from llama_engine.checkpoint.packing import TARGET_ARCHES, visible_arch
 from llama_engine.errors import InputError, run_cli
-from llama_engine.quantization import TARGET_ARCHES, visible_arch
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llama_engine import prepare
+from llama_engine.checkpoint import prepare
 from llama_engine.errors import run_cli
 
 

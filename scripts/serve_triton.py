@@ -22,11 +22,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llama_engine.build import load_engine_json
+from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import atomic_dir
-from llama_engine.triton_repo import ServeConfig, render, serve_command
-from llama_engine.triton_server import TritonServer, listening
+from llama_engine.serving.repository import ServeConfig, render, serve_command
+from llama_engine.serving.server import TritonServer, listening
 
 MAX_RESTARTS = 5
 

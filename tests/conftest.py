@@ -17,14 +17,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is imported
 
-from llama_engine.build import build_native
+from llama_engine.checkpoint.build import build_native
+from llama_engine.checkpoint.convert import ConvertOptions, convert
+from llama_engine.checkpoint.prepare import prepare_default, prepare_synthetic
 from llama_engine.config import EngineConfig
-from llama_engine.convert import ConvertOptions, convert
-from llama_engine.prepare import prepare_default, prepare_synthetic
 
 ROOT = Path(__file__).parent.parent
 STOPS = (signal.SIGINT, signal.SIGTERM)
-# Called as cpu.py calls it: FLAGS -o TARGET SOURCE.
+# Called as cpu/fused.py calls it: FLAGS -o TARGET SOURCE.
 CACHING_COMPILER = """#!/bin/sh
 flags=
 while [ "$1" != -o ]; do flags="$flags $1"; shift; done

@@ -9,8 +9,8 @@ import urllib.request
 
 import numpy as np
 
-from llama_engine.engine import Engine
-from llama_engine.triton_client import RequestFailed, connect
+from llama_engine.engine.engine import Engine
+from llama_engine.serving.client import RequestFailed, connect
 from tests.test_engine import generate
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from llama_engine.triton_server import free_port
+from llama_engine.serving.server import free_port
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

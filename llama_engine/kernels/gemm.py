@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options, shared_memory
-from llama_engine.weights import Linear
+from llama_engine.model.weights import Linear
 
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
 _STORE, _RESIDUAL, _SILU_MUL, _LOGITS = (tl.constexpr(i) for i in range(4))

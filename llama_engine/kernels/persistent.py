@@ -11,7 +11,7 @@ Interface for an executor::
 kernel never moves on. For every other row it reads ``last_token[slot]`` and ``position[slot]`` (where that token will
 stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_token[slot]`` and adds 1 to
 ``position[slot]``. Layouts are those of :mod:`llama_engine.kernels`. The reference is
-:class:`llama_engine.model.TorchModel`; the off-switch is not to construct this class.
+:class:`llama_engine.model.llama.TorchModel`; the off-switch is not to construct this class.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.kernels import nvrtc
-from llama_engine.model import rope_tables
-from llama_engine.weights import LINEARS, EngineWeights
+from llama_engine.model.llama import rope_tables
+from llama_engine.model.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
 HEADERS = sorted(SOURCE.parent.glob("persistent_*.cuh"))

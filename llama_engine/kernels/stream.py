@@ -16,7 +16,7 @@ import torch
 from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.gemm import RESIDUAL, SILU_MUL, STORE
-from llama_engine.weights import Linear
+from llama_engine.model.weights import Linear
 
 SOURCE = Path(__file__).with_name("stream.cu")
 ROW_BUCKETS = (8, 16, 32)  # activation rows a kernel is compiled for

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llama_engine.engine import Engine
-from llama_engine.executor import Chunk, Executor, Step
+from llama_engine.engine.engine import Engine
+from llama_engine.engine.executor import Chunk, Executor, Step
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.stats import summary
 from llama_engine.sampling import SamplingParams

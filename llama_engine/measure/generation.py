@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from llama_engine.checkpoint.hf import HFModel
 from llama_engine.config import ModelConfig
-from llama_engine.engine import Engine
+from llama_engine.engine.engine import Engine
 from llama_engine.errors import InputError, RunError
-from llama_engine.hf import HFModel
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
 

@@ -20,7 +20,7 @@ from typing import Any
 from llama_engine.errors import InputError
 from llama_engine.measure.generation import GenerationRun, samples_of, summarize
 from llama_engine.measure.stats import percentile
-from llama_engine.triton_client import Client, RequestFailed
+from llama_engine.serving.client import Client, RequestFailed
 
 TICK_S = 0.005
 SLO: dict[str, Callable[[GenerationRun], float]] = {

@@ -15,7 +15,7 @@ import nvtx
 import torch
 from torch.profiler import record_function
 
-from llama_engine.engine import Engine
+from llama_engine.engine.engine import Engine
 from llama_engine.errors import RunError
 from llama_engine.files import write_text
 from llama_engine.measure import protocol

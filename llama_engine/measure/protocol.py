@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from llama_engine.build import WEIGHTS, EngineInfo, load_engine_json
-from llama_engine.engine import Engine, pick_device
+from llama_engine.checkpoint.build import WEIGHTS, EngineInfo, load_engine_json
+from llama_engine.checkpoint.hf import model_identity
+from llama_engine.engine.engine import Engine, pick_device
 from llama_engine.errors import InputError
-from llama_engine.hf import model_identity
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_engine.checkpoint.prepare import DEFAULT_MODEL
 from llama_engine.measure.environment import LIBRARIES
 from llama_engine.measure.story import STACK_NAMES, Story, roofline_points, waterfall_steps
-from llama_engine.prepare import DEFAULT_MODEL
 
 TEMPLATE = Path(__file__).with_name("report.md")
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")

@@ -3,7 +3,7 @@ import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels.quant import quantize_reference
-from llama_engine.model import TorchModel, apply_rope
+from llama_engine.model.llama import TorchModel, apply_rope
 
 
 def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024):

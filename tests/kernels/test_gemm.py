@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_engine.errors import InputError
-from llama_engine.weights import Linear
+from llama_engine.model.weights import Linear
 
 
 def _problem(device, m, n, k):
@@ -109,7 +109,7 @@ def test_logits_argmax_and_slot_state(device, int8):
 
 def test_tiles_shrink_to_a_smaller_gpu(monkeypatch):
     from llama_engine.kernels import gemm
-    from llama_engine.kernels.tuning import default_tile
+    from llama_engine.kernels.tiles import default_tile
 
     linear = Linear(torch.zeros((64, 14336), dtype=torch.int8), torch.zeros(64))
     for room in (232448, 101376):
@@ -138,7 +138,7 @@ def test_misfit_operands_are_refused(device):
 @pytest.mark.parametrize("m", [1, 8, 33, 64, 1000])
 def test_real_shapes_against_the_dequantized_reference(n, k, m):
     from llama_engine.kernels.gemm import STORE, Workspace, fit, gemm
-    from llama_engine.kernels.tuning import default_tile
+    from llama_engine.kernels.tiles import default_tile
 
     device = torch.device("cuda")
     linear, x, a, a_scale, _, _ = _problem(device, m, n, k)

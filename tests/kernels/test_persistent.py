@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig, RopeScaling
 from llama_engine.errors import InputError
 from llama_engine.kernels.persistent import PersistentDecode, permute, supported
-from llama_engine.model import TorchModel, apply_rope, rms_norm
-from llama_engine.quantization import quantize
-from llama_engine.weights import Linear, random_weights
+from llama_engine.model.llama import TorchModel, apply_rope, rms_norm
+from llama_engine.model.weights import Linear, random_weights
 
 LLAMA_8B = ModelConfig(
     vocab_size=10000,

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.stream import shape_of
-from llama_engine.weights import Linear
+from llama_engine.model.weights import Linear
 
 GEOMETRIES = {  # name: (N, K, epilogue); 8B, 1B, and sizes that leave the last block part empty
     "8b qkv": (6144, 4096, 0),

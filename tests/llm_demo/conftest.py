@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from llama_engine.triton_server import ServeConfig, TritonServer, free_port
+from llama_engine.serving.server import ServeConfig, TritonServer, free_port
 from tests.conftest import ROOT
 
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from llama_engine.triton_server import free_port
+from llama_engine.serving.server import free_port
 from llm_demo.gateway import Gateway, create_app
 from llm_demo.text import ChatTokenizer
 from tests.conftest import ROOT

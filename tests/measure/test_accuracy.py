@@ -69,7 +69,7 @@ def test_greedy_agreement_counts_up_to_the_first_difference():
 
 def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
     """Chunks of 5 cross a block boundary; each row's argmax is what the engine generates next."""
-    from llama_engine.engine import Engine
+    from llama_engine.engine.engine import Engine
 
     monkeypatch.setattr(accuracy, "CHUNK_TOKENS", 5)
     engine = Engine.from_dir(tiny_engine, device="cpu", kernels="torch")
@@ -83,7 +83,7 @@ def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
 
 
 def test_the_error_of_served_logits(tiny_engine):
-    from llama_engine.engine import Engine
+    from llama_engine.engine.engine import Engine
 
     engine = Engine.from_dir(tiny_engine, device="cpu")
     reference = Engine.from_dir(tiny_engine, device="cpu", kernels="torch")

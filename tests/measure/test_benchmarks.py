@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_engine.measure.result import load_folder
-from llama_engine.triton_server import free_port
+from llama_engine.serving.server import free_port
 
 SMOLLM2 = "models/smollm2-135m-instruct"  # the fixture smollm2_model, which makes it
 SHORT = ("--device", "cpu", "--threads", 1, "--output-tokens", 6, "--input-tokens", 5, "--warmup", 1, "--runs", 5)

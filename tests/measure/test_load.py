@@ -5,7 +5,7 @@ import pytest
 from llama_engine.errors import InputError
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.load import Generator, Length, Load, level, parse_slo
-from llama_engine.triton_client import RequestFailed
+from llama_engine.serving.client import RequestFailed
 
 
 class FakeClient:

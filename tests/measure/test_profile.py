@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from llama_engine.engine import Engine
+from llama_engine.engine.engine import Engine
 from llama_engine.measure import nsight, profile
 from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
 from llama_engine.runner import ModelRunner

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from llama_engine.triton_client import RequestFailed, connect
-from llama_engine.triton_server import ServeConfig, TritonServer
+from llama_engine.serving.client import RequestFailed, connect
+from llama_engine.serving.server import ServeConfig, TritonServer
 from tests.serving import alone, assert_idle
 
 SOAK_S = float(os.environ.get("SOAK_S", 60))

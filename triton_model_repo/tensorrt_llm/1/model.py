@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from llama_engine.engine import Engine
+from llama_engine.engine.engine import Engine
+from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import InputError, RunError
-from llama_engine.loop import EngineLoop
-from llama_engine.triton_request import GenerationRequest, parse, scalar
+from llama_engine.serving.request import GenerationRequest, parse, scalar
 
 FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL: the stub adds its own names only after this import
 GAUGES = {

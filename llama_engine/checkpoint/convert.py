@@ -1,0 +1,98 @@
+"""Hugging Face model to TensorRT-LLM unified checkpoint, in bounded memory and on all cores.
+
+Rows stream from the shards through quantization and packing into their final place: a worker holds one range of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_engine.checkpoint.hf import HFModel, model_identity
+from llama_engine.checkpoint.packing import Layout, layout_for, pack, quantize
+from llama_engine.checkpoint.unified import (
+    DTYPES,
+    Piece,
+    Target,
+    check_tp,
+    config_json,
+    scale_name,
+    targets,
+    tensor_specs,
+)
+from llama_engine.errors import InputError
+from llama_engine.files import TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
+
+Job = tuple[TensorFileWriter, Target, Piece, tuple[int, int]]  # some of a piece's rows, to write into a rank's file
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the checkpoint shall hold. ``int8`` without ``quantize_at_build`` packs for ``target_arch``."""
+
+    dtype: str = "float16"
+    int8: bool = False
+    target_arch: str = "sm80"
+    trtllm_version: str = "0.15.0"
+    quantize_at_build: bool = False
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype!r} is not supported: {' or '.join(DTYPES)}")
+        if self.quantize_at_build and not self.int8:
+            raise InputError("--quantize_at_build needs --use_weight_only --weight_only_precision int8")
+        layout_for(self.target_arch, self.trtllm_version)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The byte order of the INT8 weights; None where the checkpoint holds 16-bit ones."""
+        packed = self.int8 and not self.quantize_at_build
+        return layout_for(self.target_arch, self.trtllm_version) if packed else None
+
+
+def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force: bool = False) -> None:
+    """Write the checkpoint. Raises :class:`InputError` for bad input; a failed or killed run leaves no output."""
+    model = HFModel(model_dir)
+    config, dtype, layout = model.config, DTYPES[options.dtype], options.layout
+    check_tp(config, options.tp_size)
+    ranks = [list(targets(config, rank, options.tp_size)) for rank in range(options.tp_size)]
+    specs = [tensor_specs(rank, dtype, layout) for rank in ranks]
+    record = {
+        "layout": layout.name if layout else None,
+        "target_arch": options.target_arch if layout else None,
+        "trtllm_version": options.trtllm_version,
+        "source_sha256": model_identity(model_dir)["sha256"],
+        "model": config.to_dict(),
+    }
+    with atomic_dir(output_dir, force=force) as out:
+        jobs: list[Job] = []
+        for rank, spec in enumerate(specs):
+            metadata = {"llama_engine": json.dumps(record)}
+            writer = TensorFileWriter(out / f"rank{rank}.safetensors", spec, metadata)
+            for target in ranks[rank]:
+                for piece in target.pieces:
+                    chunks = row_chunks(piece.rows[1] - piece.rows[0], math.prod(target.shape[1:]))
+                    jobs += [(writer, target, piece, rows) for rows in chunks]
+
+        def write(job: Job) -> int:
+            writer, target, piece, (start, stop) = job
+            first = piece.rows[0]
+            data = model.read(piece.source, (first + start, first + stop), dtype, piece.columns)
+            if target.linear and layout:
+                q, scale = quantize(data)
+                # The file reports (in, out), but its bytes are out-major: rows of the matrix as it is here.
+                writer.write(target.name, piece.start + start, pack(q, layout).view(q.shape))
+                writer.write(scale_name(target.name), piece.start + start, scale.to(dtype))
+            else:
+                writer.write(target.name, piece.start + start, data)
+            return data.nbytes
+
+        total = sum(math.prod(target.shape) * dtype.itemsize for rank in ranks for target in rank)
+        parallel(write, jobs, "converting", total)
+        quant_algo = "W8A16" if options.int8 else None
+        settings = config_json(config, dtype=options.dtype, quant_algo=quant_algo, tp=options.tp_size)
+        write_json(out / "config.json", settings)
+        copy_tokenizer(model.dir, out)

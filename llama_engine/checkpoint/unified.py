@@ -1,0 +1,239 @@
+"""TensorRT-LLM's unified checkpoint for Llama: ``config.json`` and one ``rank{N}.safetensors`` a rank.
+
+What TensorRT-LLM does not record (byte layout, target, source) lies in the ``llama_engine`` entry of each rank file's
+safetensors metadata, which its loader ignores. Layout names and shapes: docs/TENSORRT_LLM.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, unpack
+from llama_engine.config import ModelConfig
+from llama_engine.errors import InputError
+from llama_engine.files import SAFE_DTYPES, Specs, checked, combined_sha256, open_tensors, read_json, sha256_files
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start ..`` of a checkpoint tensor come from these rows (and columns) of a Hugging Face tensor."""
+
+    start: int
+    source: str
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint tensor of one rank: its logical shape (out, in) or (size,), and where its rows come from."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    linear: bool = False  # one of the matrices that W8A16 quantizes
+
+
+def check_tp(config: ModelConfig, tp: int) -> None:
+    """Raise :class:`InputError` when the model cannot be split over ``tp`` ranks."""
+    kv = config.num_kv_heads
+    if tp < 1 or config.num_heads % tp or config.intermediate_size % tp or (kv % tp and tp % kv):
+        raise InputError(
+            f"--tp_size {tp} does not fit {config.num_heads} heads, {kv} KV heads and intermediate size "
+            f"{config.intermediate_size}"
+        )
+
+
+def targets(config: ModelConfig, rank: int = 0, tp: int = 1) -> Iterator[Target]:
+    """Every tensor of one rank. Heads, fc and gate split on out, dense and proj on in, lm_head on padded vocabulary."""
+    hidden, vocab, embed = config.hidden_size, config.vocab_size, "model.embed_tokens.weight"
+
+    def share(size: int) -> tuple[int, int]:
+        return rank * size // tp, (rank + 1) * size // tp
+
+    def norm(name: str, source: str) -> Target:
+        return Target(name, (hidden,), (Piece(0, source, (0, hidden)),))
+
+    def linear(name: str, *sources: tuple[str, tuple[int, int]], columns: tuple[int, int] | None = None) -> Target:
+        pieces, rows = [], 0
+        for source, (start, stop) in sources:
+            pieces.append(Piece(rows, f"{there}.{source}.weight", (start, stop), columns))
+            rows += stop - start
+        width = columns[1] - columns[0] if columns else hidden
+        return Target(f"{here}.{name}.weight", (rows, width), tuple(pieces), linear=True)
+
+    q, inter = share(config.q_size), share(config.intermediate_size)
+    # With fewer KV heads than ranks, neighbouring ranks hold the same head.
+    first, heads = rank * config.num_kv_heads // tp, max(config.num_kv_heads // tp, 1)
+    kv = (first * config.head_size, (first + heads) * config.head_size)
+
+    yield Target(EMBEDDING, (vocab, hidden), (Piece(0, embed, (0, vocab)),))
+    for i in range(config.num_layers):
+        here, there = f"transformer.layers.{i}", f"model.layers.{i}"
+        yield norm(f"{here}.input_layernorm.weight", f"{there}.input_layernorm.weight")
+        yield norm(f"{here}.post_layernorm.weight", f"{there}.post_attention_layernorm.weight")
+        yield linear("attention.qkv", ("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
+        yield linear("attention.dense", ("self_attn.o_proj", (0, hidden)), columns=q)
+        yield linear("mlp.fc", ("mlp.gate_proj", inter))
+        yield linear("mlp.gate", ("mlp.up_proj", inter))
+        yield linear("mlp.proj", ("mlp.down_proj", (0, hidden)), columns=inter)
+    yield norm(FINAL_NORM, "model.norm.weight")
+    rows = -(-vocab // tp)
+    source = embed if config.tie_word_embeddings else "lm_head.weight"
+    yield Target(LM_HEAD, (rows, hidden), (Piece(0, source, (rank * rows, min((rank + 1) * rows, vocab))),))
+
+
+def tensor_specs(rank: Iterable[Target], dtype: torch.dtype, layout: Layout | None) -> Specs:
+    """Dtype and shape in the file of a rank's tensors, scales included; ``layout`` None keeps all in ``dtype``.
+
+    Raises :class:`InputError` for a shape that cannot be packed.
+    """
+    specs: Specs = {}
+    for target in rank:
+        specs[target.name] = (dtype, target.shape)
+        if target.linear and layout:
+            n, k = target.shape
+            check_packable(n, k, layout, target.name)
+            specs[target.name] = (torch.int8, (k, n))
+            specs[scale_name(target.name)] = (dtype, (n,))
+    return specs
+
+
+def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int) -> dict[str, Any]:
+    """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases."""
+    return {
+        "architecture": "LlamaForCausalLM",
+        "dtype": dtype,
+        "logits_dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_size": config.head_size,
+        "hidden_act": "silu",
+        "norm_epsilon": config.rms_norm_eps,
+        "position_embedding_type": "rope_gpt_neox",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rotary_base": config.rope_theta,
+        "rotary_scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "share_embedding_table": False,
+        "attn_bias": False,
+        "mlp_bias": False,
+        "qk_layernorm": False,
+        "residual_mlp": False,
+        "disable_weight_only_quant_plugin": False,
+        "mapping": {
+            "world_size": tp,
+            "gpus_per_node": 8,
+            "cp_size": 1,
+            "tp_size": tp,
+            "pp_size": 1,
+            "moe_tp_size": tp,
+            "moe_ep_size": 1,
+        },
+        "quantization": {
+            "quant_algo": quant_algo,
+            "kv_cache_quant_algo": None,
+            "group_size": 128,
+            "smoothquant_val": 0.5,
+            "clamp_val": None,
+            "has_zero_point": False,
+            "pre_quant_scale": False,
+            "exclude_modules": None,
+        },
+    }
+
+
+class Checkpoint:
+    """Read a checkpoint that ``convert`` wrote; INT8 matrices come back as plain ``[out, in]``, whatever their layout.
+
+    Raises :class:`InputError` for a missing rank, a missing or misshapen tensor, a config.json that does not belong to
+    the weights, or one from elsewhere, which lacks the record of its byte layout.
+    """
+
+    def __init__(self, checkpoint_dir: Path | str) -> None:
+        self.dir = Path(checkpoint_dir)
+        if not self.dir.is_dir():
+            raise InputError(f"checkpoint {self.dir} does not exist: run scripts/convert_checkpoint.sh")
+        path = self.dir / "config.json"
+        data = read_json(path)
+        if "architectures" in data:  # as Hugging Face spells it
+            raise InputError(
+                f"{self.dir} is a Hugging Face model, not a TensorRT-LLM checkpoint: convert it first "
+                "(scripts/convert_checkpoint.sh)"
+            )
+        with checked(path):
+            self.dtype_name, self.tp_size = data["dtype"], int(data["mapping"]["tp_size"])
+            self.quant_algo: str | None = data["quantization"]["quant_algo"]
+            self.files = [self.dir / f"rank{rank}.safetensors" for rank in range(self.tp_size)]
+            dtype, first = DTYPES[self.dtype_name], self.files[0]
+        if missing := [file.name for file in self.files if not file.is_file()]:
+            raise InputError(f"{self.dir} is incomplete: {', '.join(missing)} missing; convert again")
+        with open_tensors(first) as file:
+            self.record: dict[str, Any] = json.loads((file.metadata() or {}).get("llama_engine", "{}"))
+        if not self.record:
+            raise InputError(
+                f"{self.dir}: the byte layout is not recorded; TensorRT-LLM's format does not say which GPU INT8 "
+                "weights were packed for. Convert again with scripts/convert_checkpoint.sh"
+            )
+        with checked(first):
+            self.config = ModelConfig.from_dict(self.record["model"])
+            self.layout: Layout | None = LAYOUTS[self.record["layout"]] if self.record["layout"] else None
+        quant_algo = "W8A16" if self.layout else self.quant_algo
+        wanted = config_json(self.config, dtype=self.dtype_name, quant_algo=quant_algo, tp=self.tp_size)
+        if changed := [key for key, value in wanted.items() if data.get(key) != value]:
+            raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
+        for rank, path in enumerate(self.files):
+            specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout)
+            with open_tensors(path) as file:
+                if missing := specs.keys() - file.keys():
+                    raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
+                for name, (kind, shape) in specs.items():
+                    entry = file.get_slice(name)
+                    found, form = (entry.get_dtype(), entry.get_shape()), (SAFE_DTYPES[kind], list(shape))
+                    if found != form:
+                        raise InputError(f"{path}: {name} is {found}, expected {form}; convert again")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, source and SHA-256 of the model this was converted from, as far as recorded."""
+        return {"name": self.config.name, "source": self.config.source, "sha256": self.record.get("source_sha256", "")}
+
+    def sha256(self) -> str:
+        """One hash over config.json and the rank files."""
+        return combined_sha256(sha256_files([self.dir / "config.json", *self.files]))
+
+    def read(self, name: str, rows: tuple[int, int], rank: int = 0) -> torch.Tensor:
+        """Logical rows of a tensor: int8 ``[rows, in]`` for a packed matrix (``rows`` even), else as stored."""
+        start, stop = rows
+        with open_tensors(self.files[rank]) as file:
+            entry = file.get_slice(name)
+            if entry.get_dtype() != "I8":
+                return entry[start:stop].clone()
+            k, n = entry.get_shape()
+            # The reported shape is (k, n); the bytes lie n-major.
+            first, last = start * k // n, -(-stop * k // n)
+            data = entry[first:last].reshape(-1)[start * k - first * n : stop * k - first * n]
+            return unpack(data.clone(), stop - start, k, self.layout)
+
+    def scale(self, name: str, rank: int = 0) -> torch.Tensor:
+        """Per-channel scales ``[out]`` of a quantized matrix, in the checkpoint's dtype."""
+        with open_tensors(self.files[rank]) as file:
+            return file.get_tensor(scale_name(name))
+
+
+def scale_name(weight: str) -> str:
+    return weight.removesuffix("weight") + "per_channel_scale"

@@ -1,0 +1,134 @@
+// Activations to fixed point, and the INT8 matrices over them.
+#pragma once
+
+#include "state.h"
+
+namespace {
+
+constexpr int kActMax = 16383;
+constexpr int kRowBlock = 64;     // tokens whose activations stay in L2 while weights stream past
+constexpr int kAmxMinTokens = 9;  // fewer tokens than that waste most of a tile
+
+struct Matrices : State {
+  using State::State;
+
+  void quantize_row(const float* in, int64_t K, int row, bool digits) {
+    v16f top{};
+    for (int64_t k = 0; k < K; k += 16) {
+      v16f v = load<v16f>(in + k);
+      v = v < 0.f ? -v : v;
+      top = v > top ? v : top;
+    }
+    float amax = max_of(top);
+    float inverse = amax > 0 ? kActMax / amax : 0.f;
+    scale[row] = amax / kActMax;
+    int16_t* q = quantized.data() + (int64_t)row * max_in;
+    for (int64_t k = 0; k < K; k += 16) {
+      v16f v = load<v16f>(in + k) * inverse + 12582912.f;  // adding 1.5 * 2^23 rounds to nearest even
+      v16i i = __builtin_convertvector(v - 12582912.f, v16i);
+      auto narrow = __builtin_convertvector(i, v16s);
+      std::memcpy(q + k, &narrow, 32);
+    }
+    if (!digits) return;
+    // Token `row` is column row % 16 of its tile: four consecutive k lie together, tokens 4 bytes apart.
+    int64_t base = (int64_t)(row / 16) * 16 * K + row % 16 * 4;
+    for (int64_t k = 0; k < K; k += 16) {
+      v16s v = load<v16s>(q + k);
+      auto h = __builtin_convertvector(v >> 8, v16c), l = __builtin_convertvector(v & 255, v16c);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(&high[base + (k / 4 + i) * 64], (const char*)&h + 4 * i, 4);
+        std::memcpy(&low[base + (k / 4 + i) * 64], (const char*)&l + 4 * i, 4);
+      }
+    }
+  }
+
+  void norm_row(const float* in, const float* weight, float* out) const {
+    v16f squares{};
+    for (int k = 0; k < m.hidden; k += 16) {
+      v16f v = load<v16f>(in + k);
+      squares += v * v;
+    }
+    float r = 1.f / std::sqrt(sum(squares) / m.hidden + m.eps);
+    for (int k = 0; k < m.hidden; k += 16) {
+      v16f v = load<v16f>(in + k) * r * load<v16f>(weight + k);
+      std::memcpy(out + k, &v, 64);
+    }
+  }
+
+  // Rows of `in` [T][K] (after RMSNorm when `norm` is given) to fixed point; threads share the tokens.
+  void quantize(const float* in, int64_t K, const float* norm, int t) {
+    int together = step.tokens >= 16 * threads ? 16 : 1;  // rows of one tile share cache lines
+    for (int row = 0; row < step.tokens; ++row) {
+      if (row / together % threads != t) continue;
+      const float* source = in + row * K;
+      if (norm) {
+        float* out = normed.data() + (int64_t)row * m.hidden;
+        norm_row(source, norm, out);
+        source = out;
+      }
+      quantize_row(source, K, row, amx && step.tokens >= kAmxMinTokens);
+    }
+    barrier.wait();
+  }
+
+  // W [N][K] against `count` quantized rows, 2 x 16 rows of W at a time: n.. and n + apart.., the SwiGLU pair of gate and
+  // up or simply neighbours. `store(token, n, first, second)` takes both; it is the same code on either path, so that
+  // the paths agree to the bit.
+  template <class Store>
+  void gemm(const LinearView& l, int64_t N, int64_t K, bool pair, int count, int t, Store store) {
+    const int8_t* weight = (const int8_t*)l.weight;
+    int64_t apart = pair ? N / 2 : 16, span = pair ? 16 : 32, begin, end;
+    share(N / 32, 1, t, begin, end);
+    auto emit = [&](int token, int64_t n, const float* out) {
+      v16f a = load<v16f>(out) * load<v16f>(l.scale + n) * scale[token];
+      v16f b = load<v16f>(out + 16) * load<v16f>(l.scale + n + apart) * scale[token];
+      store(token, n, a, b);
+    };
+    bool tiles = amx && count >= kAmxMinTokens;
+    for (int base = 0; base < count; base += kRowBlock) {
+      int limit = std::min(base + kRowBlock, count);
+      for (int64_t g = begin; g < end; ++g) {
+        int64_t n = g * span;
+        alignas(64) float out[16][32];
+#if defined(USE_AMX)
+        if (tiles) {
+          const int8_t* w[2] = {weight + n * K, weight + (n + apart) * K};
+          for (int token = base; token < limit; token += 16) {
+            dot_tiles(w, K, token == base ? span * K : 0, high.data() + token * K, low.data() + token * K, out);
+            for (int i = 0; i < std::min(16, limit - token); ++i) emit(token + i, n, out[i]);
+          }
+          continue;
+        }
+#endif
+        for (int token = base; token < limit;) {
+          int rows = token + 4 <= limit ? 4 : 1;
+          const int16_t* in = quantized.data() + token * max_in;
+          for (int j = 0; j < 32; j += 4) {
+            const int8_t* first = weight + (j < 16 ? n + j : n + apart + j - 16) * K;
+            const int8_t* w[4] = {first, first + K, first + 2 * K, first + 3 * K};
+            float part[4][4];
+            if (rows == 4) dot_int8<4, 4>(w, in, max_in, K, part);
+            else dot_int8<1, 4>(w, in, max_in, K, part);
+            for (int i = 0; i < rows; ++i) std::memcpy(out[i] + j, part[i], 16);
+          }
+          for (int i = 0; i < rows; ++i, ++token) emit(token, n, out[i]);
+        }
+      }
+    }
+    barrier.wait();
+  }
+
+  void linear(const LinearView& l, int64_t N, int64_t K, int count, int t, float* y, bool add) {
+    gemm(l, N, K, false, count, t, [=](int token, int64_t n, v16f a, v16f b) {
+      float* out = y + token * N + n;
+      if (add) {
+        a += load<v16f>(out);
+        b += load<v16f>(out + 16);
+      }
+      std::memcpy(out, &a, 64);
+      std::memcpy(out + 16, &b, 64);
+    });
+  }
+};
+
+}  // namespace

@@ -1,0 +1,155 @@
+"""A thread that owns an engine, for servers: submit and cancel from anywhere, tokens come back by callback."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llama_engine.engine.engine import Engine
+from llama_engine.engine.scheduler import Sequence
+from llama_engine.errors import RunError
+from llama_engine.sampling import SamplingParams
+
+OnTokens = Callable[[list[int], "str | None"], None]
+
+
+@dataclass(frozen=True)
+class _Request:
+    sequence: Sequence
+    on_tokens: OnTokens
+    deadline: float
+
+
+class EngineLoop:
+    """In-flight batching for many threads.
+
+    ``on_tokens(new_ids, reason)`` is called on the loop's thread; ``reason`` is None, or at the end stop, length,
+    cancelled, timeout or "error: ...". At most ``max_queue`` requests wait beyond those that run.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
+        self._engine = engine
+        self._capacity = engine.config.max_batch_size + max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # between threads that submit, and the one that shuts down
+        self._requests: dict[int, _Request] = {}
+        self._closed = False
+        self._stop = threading.Event()
+        self._window: tuple[float, int] = (time.monotonic(), 0)
+        self._tokens_per_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        *,
+        params: SamplingParams | None = None,
+        stop_token_ids: Iterable[int] = (),
+        on_tokens: OnTokens,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Queue a request; returns its id.
+
+        Raises ``InputError`` for one that can never fit, :class:`RunError` when the queue is full or shutting down.
+        """
+        sequence = self._engine.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            if self._closed:
+                raise RunError("the engine is shutting down")
+            if (count := len(self._requests)) >= self._capacity:
+                raise RunError(f"the queue is full: {count} requests running or waiting of {self._capacity}")
+            self._requests[sequence.request_id] = _Request(sequence, on_tokens, deadline)
+        self._inbox.put(partial(self._add, sequence))
+        return sequence.request_id
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request; its blocks are free before the next step. Unknown ids are ignored."""
+        self._inbox.put(partial(self._drop, request_id, "cancelled"))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters for metrics: queue depth, running, KV blocks, preemptions, tokens."""
+        scheduler = self._engine.scheduler
+        return {
+            "requests": len(self._requests),
+            "running": len(scheduler.running),
+            "waiting": len(self._requests) - len(scheduler.running),
+            "kv_blocks_used": scheduler.blocks.used,
+            "kv_blocks_total": scheduler.blocks.usable,
+            "preemptions": scheduler.preemptions,
+            "tokens_generated": self._engine.tokens_generated,
+            "tokens_per_s": self._tokens_per_s,
+            "steps": self._engine.steps,
+        }
+
+    def shutdown(self, drain_s: float = 10.0) -> None:
+        """Refuse new requests, let running ones finish for ``drain_s`` seconds, cancel the rest, stop the thread."""
+        with self._lock:
+            self._closed = True
+        deadline = time.monotonic() + drain_s
+        while self._requests and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._measure_rate()
+            self._take_messages()
+            if not self._engine.has_unfinished:
+                continue
+            now = time.monotonic()
+            self._drop_all("timeout", lambda request, now=now: request.deadline < now)
+            try:
+                outputs = self._engine.step()
+            except Exception as error:  # the device failed: nobody in the batch can be answered
+                self._drop_all(f"error: {error}")
+                continue
+            for output in outputs:
+                self._deliver(output.request_id, output.token_ids, output.reason)
+        self._drop_all("cancelled")
+
+    def _take_messages(self) -> None:
+        """Act on what has been asked; an idle engine waits for it."""
+        with contextlib.suppress(queue.Empty):
+            if not self._engine.has_unfinished:
+                self._inbox.get(timeout=0.2)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _add(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._requests:
+            self._engine.add(sequence)
+
+    def _deliver(self, request_id: int, tokens: list[int], reason: str | None) -> None:
+        request = self._requests.pop(request_id, None) if reason else self._requests.get(request_id)
+        if request is None:
+            return
+        try:
+            request.on_tokens(tokens, reason)
+        except Exception:  # one client's callback must not take the others down
+            self._drop(request_id, "cancelled")
+
+    def _drop(self, request_id: int, reason: str) -> None:
+        self._engine.cancel(request_id)
+        self._deliver(request_id, [], reason)
+
+    def _drop_all(self, reason: str, which: Callable[[_Request], bool] = lambda request: True) -> None:
+        for request_id, request in list(self._requests.items()):
+            if which(request):
+                self._drop(request_id, reason)
+
+    def _measure_rate(self) -> None:
+        since, tokens = self._window
+        now = time.monotonic()
+        if now - since >= 1.0:
+            self._tokens_per_s = (self._engine.tokens_generated - tokens) / (now - since)
+            self._window = (now, self._engine.tokens_generated)

@@ -1,0 +1,259 @@
+"""The Llama forward pass as a chain of fused kernels over static buffers, so that it can be captured into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError, RunError
+from llama_engine.kernels import gemm, quant
+from llama_engine.kernels.attention import PagedAttention
+from llama_engine.kernels.finish import finish
+from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
+from llama_engine.kernels.stream import StreamGemm
+from llama_engine.kernels.stream import supported as stream_supported
+from llama_engine.kernels.tiles import Tiles
+from llama_engine.model.weights import LINEARS, EngineWeights, Linear
+
+ALL_LAYERS = slice(None)
+EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
+ROW_PADDING = 128  # buffers hold a multiple of the largest tile's rows
+
+
+class GpuModel:
+    """Weights, KV cache, slot state and buffers of one model on one GPU.
+
+    Slot state: ``last_token`` and ``position`` int32 ``[max_batch_size + 1]`` and ``block_tables`` int32
+    ``[max_batch_size + 1, max_blocks_per_sequence]``; the last slot is the padding's (see :mod:`llama_engine.kernels`).
+    """
+
+    def __init__(
+        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, stream: bool = True
+    ) -> None:
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
+        self.config, self.engine = config, engine
+        self.weights = _checked(config, weights)
+        self.device = device = weights.embedding.device
+        self.tiles = tiles
+        self.stream = StreamGemm(device) if stream and stream_supported(device) else None
+        slots = engine.max_batch_size + 1
+        capacity = -(-engine.max_num_tokens // ROW_PADDING) * ROW_PADDING
+        self.dummy_slot = slots - 1
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.last_token, self.position = zeros(slots, dtype=torch.int32), zeros(slots, dtype=torch.int32)
+        self.block_tables = zeros(slots, engine.max_blocks_per_sequence, dtype=torch.int32)
+        self.x = zeros(capacity, config.hidden_size)
+        self.x_ends = zeros(slots + ROW_PADDING, config.hidden_size)
+        self.qkv = zeros(capacity, config.qkv_size)
+        self.attended = zeros(capacity, config.q_size)
+        self.hidden = zeros(capacity, config.intermediate_size)
+        widths = {config.hidden_size, config.q_size, config.intermediate_size}
+        digits = zeros(2 * capacity * max(widths), dtype=torch.int8)
+        self.digits = {k: digits[: 2 * capacity * k].view(2, capacity, k) for k in widths}
+        self.a_scale = zeros(capacity, dtype=torch.float32)
+        self.final = zeros(ROW_PADDING, config.hidden_size)
+        samples = -(-engine.max_batch_size // LM_HEAD_ROWS) * LM_HEAD_ROWS
+        self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
+        self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
+        self.workspace = gemm.Workspace(device)
+        self.attention = PagedAttention(config, engine, self.block_tables)
+        self.kv = self._allocate_kv()
+
+    def _allocate_kv(self) -> list[torch.Tensor]:
+        c, e = self.config, self.engine
+        block = 2 * c.kv_size * e.tokens_per_block * 2
+        blocks = e.num_kv_blocks
+        if not blocks:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 30
+            blocks = min(e.useful_kv_blocks, int(free * e.kv_cache_free_gpu_memory_fraction) // (block * c.num_layers))
+        if blocks < 2:
+            raise RunError(
+                f"no GPU memory is left for the KV cache (one block of {e.tokens_per_block} tokens takes "
+                f"{block * c.num_layers} bytes): free some, or build the engine with a smaller max_num_tokens"
+            )
+        shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
+        return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
+
+    def _input(self, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The buffers that hold a matrix's activations: digits and their row scales, or fp16 and None."""
+        if linear.scale is None:
+            return self.final, None
+        return self.digits[linear.weight.shape[1]], self.a_scale
+
+    def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
+        """``linear``, which is called ``name``, over the activations of its width; with ``tile``, only compile that."""
+        a, a_scale = self._input(linear)
+        if tile is None and self.streams(name, rows):
+            self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
+            return
+        partials = self.partials if name == "lm_head" else None
+        operands = (a, a_scale, linear, out, rows, EPILOGUES[name], tile or self.tiles.get(name, linear, rows))
+        gemm.gemm(*operands, self.workspace, partials, compile_only=tile is not None)
+
+    def streams(self, name: str, rows: int) -> bool:
+        """Whether the streaming kernel runs matrix ``name`` for so many rows; else it is the Triton kernel's."""
+        return self.stream is not None and self.stream.runs(self.linears(name)[0], rows, EPILOGUES[name])
+
+    def linears(self, name: str) -> list[Linear]:
+        """Every matrix called ``name``."""
+        layers = self.weights.layers
+        return [self.weights.lm_head] if name == "lm_head" else [getattr(layer, name) for layer in layers]
+
+    def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile | None = None) -> None:
+        """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""
+        linears = self.linears(name)
+        out = {"qkv": self.qkv, "gate_up": self.hidden, "lm_head": self.logits}.get(name, self.x)
+        self._linear(name, linears[index % len(linears)], out, rows, tile)
+
+    def _layers(
+        self,
+        rows: int,
+        attend: Callable[[torch.Tensor, torch.Tensor], None],
+        ends: torch.Tensor | None = None,
+        part: slice = ALL_LAYERS,
+    ) -> torch.Tensor:
+        """``part`` of the decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``.
+
+        Returns the buffer whose first rows hold the result: all of them, or with ``ends`` (int32 ``[n]``) only these,
+        which then are all that the last layer computes once its keys and values are cached.
+        """
+        x = self.x
+        c, eps = self.config, self.config.rms_norm_eps
+        hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
+        query = self.digits[c.q_size]
+        for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
+            quant.norm(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
+            self._linear("qkv", layer.qkv, self.qkv, rows)
+            attend(kv, query)
+            if ends is not None and layer is self.weights.layers[-1]:
+                rows = ends.numel()
+                quant.norm(self.attended, None, 0.0, query, self.a_scale, rows, ends)
+                quant.embed(self.x, ends, self.x_ends, rows)
+                x = self.x_ends
+            self._linear("o", layer.o, x, rows)
+            quant.norm(x, layer.post_norm, eps, hidden, self.a_scale, rows)
+            self._linear("gate_up", layer.gate_up, self.hidden, rows)
+            quant.norm(self.hidden, None, eps, inner, self.a_scale, rows)
+            self._linear("down", layer.down, x, rows)
+        return x
+
+    def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
+        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
+        c, head = self.config, self.weights.lm_head
+        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, *self._input(head), rows, which)
+        self._linear("lm_head", head, logits, rows)
+        return -(-c.vocab_size // self.tiles.get("lm_head", head, rows).n)
+
+    def _sample(
+        self,
+        x: torch.Tensor,
+        rows: int,
+        which: torch.Tensor | None,
+        slots: torch.Tensor,
+        sampled: torch.Tensor,
+        next_position: torch.Tensor | None,
+    ) -> None:
+        for first in range(0, rows, LM_HEAD_ROWS):
+            piece = slice(first, min(rows, first + LM_HEAD_ROWS))
+            n = piece.stop - first
+            # ``which`` counts from the top of x, an implicit row from the top of the piece
+            picked = None if which is None else which[piece]
+            tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
+            following = None if next_position is None else next_position[piece]
+            state = (slots[piece], self.last_token, self.position)
+            finish(self.partials, tiles, sampled[piece], *state, n, following)
+
+    def decode(self, slots: torch.Tensor, sampled: torch.Tensor) -> None:
+        """One token for each of ``slots`` (int32 ``[rows]``): greedy ids to ``sampled`` and the slots, logits to
+        ``logits[:rows]``, positions advanced."""
+        rows = slots.numel()
+        quant.embed(self.weights.embedding, self.last_token, self.x, rows, slots)
+        x = self._layers(
+            rows,
+            lambda kv, digits: self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, rows),
+        )
+        self._sample(x, rows, None, slots, sampled, None)
+
+    def prefill(
+        self,
+        ids: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        tiles: torch.Tensor,
+        ends: torch.Tensor,
+        sampled: torch.Tensor,
+        every_row: bool = False,
+        part: slice = ALL_LAYERS,
+    ) -> None:
+        """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
+        :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
+        ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
+        the first with the embedding and the last with the sampling."""
+        rows = ids.numel()
+        if not part.start:
+            quant.embed(self.weights.embedding, ids, self.x, rows)
+
+        def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
+            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
+            quant.norm(self.attended, None, 0.0, digits, self.a_scale, rows)
+
+        count = ends.shape[1]
+        x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)
+        if count and part.stop is None:
+            self._sample(x, count, ends[0] if every_row else None, ends[1], sampled, ends[2])
+
+    def sample_step(self, rows: int, prefill: bool = False, context: int = 256) -> Callable[[], None]:
+        """A decode of ``rows`` sequences after ``context`` tokens, or a prefill of ``rows`` tokens, over scratch: for
+        timing. Leaves the slot state meaningless."""
+
+        def ints(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        sampled = ints(*[0] * rows)
+        if prefill:
+            step = min(rows, self.engine.max_seq_len)
+            starts = range(0, rows, step)
+            tiles = [t for first in starts for t in self.attention.tiles(first, 0, min(step, rows - first), 0)]
+            positions = ints(*(i % step for i in range(rows)))
+            table = ints(*(i for tile in tiles for i in tile)).view(-1, 4)
+            inputs = (sampled, sampled, positions, table, ints(rows - 1, 0, 0).view(3, 1))
+            return lambda: self.prefill(*inputs, self.last_token)
+        slots = ints(*range(rows))  # at most max_batch_size of them
+
+        def decode() -> None:
+            self.position.fill_(min(context, self.engine.max_seq_len - 1))
+            self.decode(slots, sampled)
+
+        return decode
+
+    def all_logits(self, rows: int) -> torch.Tensor:
+        """Logits float32 ``[rows, vocab]`` of the prefill that just ran, LM_HEAD_ROWS rows at a time."""
+        out = torch.empty((rows, self.config.vocab_size), dtype=torch.float32, device=self.device)
+        which = torch.arange(rows, dtype=torch.int32, device=self.device)
+        for first in range(0, rows, LM_HEAD_ROWS):
+            piece = slice(first, min(rows, first + LM_HEAD_ROWS))
+            self._head(self.x, piece.stop - first, which[piece], out[piece])
+        return out
+
+
+def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
+    """``weights`` with a 16-bit embedding and lm_head in fp16. Raises :class:`InputError` for what no kernel runs."""
+    for i, layer in enumerate(weights.layers):
+        for name in LINEARS:
+            if getattr(layer, name).scale is None:
+                raise InputError(
+                    f"layer {i} {name} is not INT8: convert with --use_weight_only, or give kernels='torch'"
+                )
+    for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+        if size % 32:
+            raise InputError(f"{name} {size} is not a multiple of 32: give kernels='torch'")
+    head = weights.lm_head
+    if head.scale is None:
+        head = Linear(head.weight.to(torch.float16))
+    return EngineWeights(weights.embedding.to(torch.float16), weights.layers, weights.final_norm, head)

@@ -1,0 +1,296 @@
+"""The asynchronous executor of a CUDA GPU: one graph replay a decode step, prefill in graphs or eagerly.
+
+A step's decodes run as one replay of their batch bucket's graph, its prefill chunks as a second pass. Rows never see
+each other and every kernel's result for a row is independent of the batch, so a request's tokens do not depend on what
+ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.engine.executor import Chunk, Step
+from llama_engine.errors import InputError, RunError
+from llama_engine.gpu.chain import GpuModel
+from llama_engine.kernels import persistent
+from llama_engine.kernels.tiles import Tiles, gpu_name
+from llama_engine.model.weights import EngineWeights
+from llama_engine.sampling import SamplingParams, sample
+
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
+PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+PREFILL_CHUNKS = (1, 8, 64)
+# Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
+FIRST_LAYERS = 4
+
+
+def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
+    """The smallest bucket that holds ``n``, or None."""
+    return next((bucket for bucket in buckets if n <= bucket), None)
+
+
+@dataclass
+class _Pass:
+    """What one pass over the model sends to the host. Chunks are named by their index in the step."""
+
+    sampling: list[int]  # the chunks that end in a token
+    ids: torch.Tensor  # their tokens, pinned int32
+    logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
+
+
+class CudaHandle:
+    """A step on its way. Reading waits for the device; in Triton's interpreter there is no event to wait for."""
+
+    def __init__(self, passes: list[_Pass], event: torch.cuda.Event | None) -> None:
+        self._passes, self._event = passes, event
+
+    def _wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def tokens(self) -> list[int]:
+        self._wait()
+        found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
+        return [token for _, token in found]
+
+    def logits(self) -> torch.Tensor:
+        self._wait()
+        pieces = {chunk: logits for part in self._passes for chunk, logits in part.logits.items()}
+        if not pieces:
+            raise ValueError("the step was submitted with logits='none'")
+        return torch.cat([pieces[i] for i in sorted(pieces)])
+
+
+class CudaExecutor:
+    """Implements :class:`llama_engine.engine.executor.Executor`.
+
+    ``kernels``: "auto", "stream" (no persistent kernel) or "triton" (nor the streaming one).
+
+    Raises :class:`InputError` for a model no kernel runs, :class:`RunError` without memory for a KV cache.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        *,
+        tuning: dict | None = None,
+        kernels: str = "auto",
+        graphs: bool = True,
+    ) -> None:
+        if kernels not in ("auto", "stream", "triton"):
+            raise InputError(f"kernels must be 'auto', 'stream' or 'triton' on the CUDA executor, got {kernels!r}")
+        self.device = weights.embedding.device
+        self._cuda = self.device.type == "cuda"  # else Triton's interpreter
+        self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+        tiles = Tiles(tuning, gpu_name(self.device))
+        self.model = model = GpuModel(config, engine, weights, tiles, stream=kernels != "triton")
+        self.engine = engine
+        self.num_kv_blocks = model.kv[0].shape[1]
+        self.step_nbytes = weights.step_nbytes
+        self.kv_nbytes_per_token = 2 * config.num_layers * config.kv_size * 2
+        self._params = [SamplingParams()] * engine.max_batch_size
+        self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
+        self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
+        self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
+        self._bound: list[int] = []
+        self._persistent: persistent.PersistentDecode | None = None
+        if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
+            try:
+                self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
+            except RunError as error:
+                warnings.warn(f"{error}; decoding with the Triton kernels alone", stacklevel=2)
+        used = [name for name, there in (("persistent", self._persistent), ("stream", model.stream)) if there]
+        self.kernels = "cuda-" + "+".join([*used, "triton"])
+        self._use_graphs = graphs and self._cuda
+        self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
+        limit = PREFILL_BUCKETS[-1]
+        tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
+        size = max(limit, engine.max_num_tokens)
+        self._inputs = torch.zeros(
+            3 * size + 4 * (tiles + size) + 3 * engine.max_batch_size + 256, dtype=torch.int32, device=self.device
+        )
+        if self._use_graphs:
+            with torch.cuda.stream(self._stream):
+                self._capture_all()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def bind(self, slot: int, params: SamplingParams) -> None:
+        self._params[slot] = params
+
+    def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
+        with torch.cuda.stream(self._stream):
+            self._upload(self.model.block_tables[slot], np.asarray(blocks, dtype=np.int32))
+
+    def submit(self, step: Step) -> CudaHandle:
+        decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
+        prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
+        with torch.cuda.stream(self._stream):
+            passes = []
+            if decodes:
+                passes.append(self._decode(step, decodes))
+            if prefills:
+                passes.append(self._prefill(step, prefills))
+            event = torch.cuda.Event() if self._cuda else None
+            if event is not None:
+                event.record()
+        return CudaHandle(passes, event)
+
+    # -- decode -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, step: Step, indices: list[int]) -> _Pass:
+        chunks = [step.chunks[i] for i in indices]
+        slots = [chunk.slot for chunk in chunks]
+        bucket = bucket_of(len(slots), self._buckets)
+        if bucket is None:
+            raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine.max_batch_size}")
+        padded = slots + [self.model.dummy_slot] * (bucket - len(slots))
+        if padded != self._bound:
+            self._upload(self._slots, np.asarray(padded, dtype=np.int32))
+            self._bound = padded
+        if bucket in self._decode_graphs:
+            self._decode_graphs[bucket].replay()
+        else:
+            self._decode_kernels(bucket)
+        self._draw(chunks, self._slots)
+        return self._pass(indices, self._rows(indices) if step.logits != "none" else {})
+
+    def _decode_kernels(self, bucket: int) -> None:
+        slots, sampled = self._slots[:bucket], self._sampled[:bucket]
+        if self._persistent and bucket in self._persistent.row_counts:
+            m = self.model
+            self._persistent.launch(slots, m.last_token, m.position, m.block_tables, sampled, m.logits[:bucket])
+        else:
+            self.model.decode(slots, sampled)
+
+    # -- prefill ----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, step: Step, indices: list[int]) -> _Pass:
+        chunks = [step.chunks[i] for i in indices]
+        total = sum(chunk.length for chunk in chunks)
+        if total > self.engine.max_num_tokens:
+            raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine.max_num_tokens}")
+        key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
+        graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
+        if graphs is not None:
+            inputs = self._pack(chunks, *key)
+            for graph in graphs:
+                graph.replay()
+        else:
+            inputs = self._pack(chunks, total, None)
+            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
+        self._draw([chunk for chunk in chunks if chunk.samples], inputs[-1][1])
+        sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
+        logits: dict[int, torch.Tensor] = {}
+        if step.logits == "last":
+            logits = self._rows(sampling)
+        elif step.logits == "all":
+            logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+        return self._pass(sampling, logits)
+
+    def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
+        """ids, slots, positions, tiles and ends over the one input buffer."""
+        sizes = (tokens, tokens, tokens, 4 * num_tiles, 3 * samples)
+        padded = [-(-size // 4) * 4 for size in sizes]  # 16-byte alignment
+        parts = [p[:n] for p, n in zip(self._inputs[: sum(padded)].split(padded), sizes)]
+        return *parts[:3], parts[3].view(num_tiles, 4), parts[4].view(3, samples)
+
+    def _pack(self, chunks: list[Chunk], tokens: int, max_chunks: int | None) -> tuple[torch.Tensor, ...]:
+        """Upload a ragged batch, padded to ``tokens`` rows and, for a graph, to ``max_chunks`` chunks."""
+        attention, dummy = self.model.attention, self.model.dummy_slot
+        tiles: list[tuple[int, int, int, int]] = []
+        ends: list[tuple[int, int, int]] = []
+        row = 0
+        for chunk in chunks:
+            tiles += attention.tiles(row, chunk.start, chunk.length, chunk.slot)
+            row += chunk.length
+            if chunk.samples:
+                ends.append((row - 1, chunk.slot, chunk.start + chunk.length))
+        num_tiles, samples = len(tiles), len(ends)
+        if max_chunks is not None:
+            num_tiles, samples = self._graph_shape(tokens, max_chunks)
+        views = self._views(tokens, num_tiles, samples)
+        offsets = [view.storage_offset() for view in views]
+        host = np.zeros(offsets[-1] + views[-1].numel(), dtype=np.int32)
+        host[:row] = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
+        slots, positions = host[offsets[1] :], host[offsets[2] :]
+        slots[:row] = np.repeat([chunk.slot for chunk in chunks], [chunk.length for chunk in chunks])
+        slots[row:tokens] = dummy
+        positions[:row] = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int32) for c in chunks])
+        host[offsets[3] :][: 4 * len(tiles)] = np.asarray(tiles, dtype=np.int32).ravel()
+        table = host[offsets[4] :].reshape(3, samples)
+        table[1] = dummy
+        if ends:
+            table[:, : len(ends)] = np.asarray(ends, dtype=np.int32).T
+        self._upload(self._inputs, host)
+        return views
+
+    def _graph_shape(self, tokens: int, max_chunks: int) -> tuple[int, int]:
+        """Query tiles and samples of a prefill graph."""
+        return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, max_chunks
+
+    # -- graphs -----------------------------------------------------------------------------------------------------
+
+    def _capture_all(self) -> None:
+        dummy = self.model.dummy_slot
+        first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
+        for bucket in self._buckets:
+            self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
+        for tokens in PREFILL_BUCKETS:
+            for chunks in PREFILL_CHUNKS:
+                if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine.max_batch_size):
+                    continue
+                views = self._views(tokens, *self._graph_shape(tokens, chunks))
+                self._inputs.zero_()
+                views[1].fill_(dummy)
+                views[4][1].fill_(dummy)
+                self._prefill_graphs[tokens, chunks] = [
+                    self._capture(lambda v=views, p=part: self.model.prefill(*v, self._sampled, part=p))
+                    for part in (slice(0, first), slice(first, None))
+                ]
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        run()  # compiles and loads the kernels
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            run()
+        return graph
+
+    def _upload(self, target: torch.Tensor, values: np.ndarray) -> None:
+        """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
+        host = torch.from_numpy(values)
+        target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
+
+    def _rows(self, chunks: list[int]) -> dict[int, torch.Tensor]:
+        """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
+        return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
+
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor]) -> _Pass:
+        ids = self._sampled[: len(sampling)]
+        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda)
+        return _Pass(sampling, host.copy_(ids, non_blocking=True), logits)
+
+    def _draw(self, chunks: list[Chunk], slots: torch.Tensor) -> None:
+        """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
+        drawn = [
+            (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
+            for row, chunk in enumerate(chunks)
+            if not self._params[chunk.slot].greedy
+        ]
+        if drawn:
+            index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
+            self._sampled[index] = ids.int()
+            self.model.last_token[slots[index].long()] = ids.int()

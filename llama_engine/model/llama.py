@@ -1,0 +1,130 @@
+"""The Llama forward pass in PyTorch operations: the reference of every kernel, and the path where none is built.
+
+Hugging Face's Llama conventions: RMSNorm in float32, rotate_half RoPE, SwiGLU. The paged KV cache is read through
+block tables exactly as the kernels read it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.model.weights import EngineWeights, Linear
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies, float32 ``[head_size / 2]``, with Llama 3's wavelength-dependent scaling if configured.
+
+    Formula: theta^(-2i/d); wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
+    ``original / high_freq_factor`` kept, the band between interpolated (Llama 3.1 reference implementation).
+    """
+    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    inverse = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    ratio = scaling.original_max_position_embeddings / wavelength
+    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(inverse / scaling.factor, inverse, smooth.clamp(0, 1))
+
+
+def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 ``[length, head_size / 2]``."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(config))
+    return angles.cos(), angles.sin()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` ``[T, heads, head_size]`` by ``cos``/``sin`` ``[T, head_size / 2]``."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class TorchModel:
+    """The reference: any device, ``dtype`` activations (float32 unless asked otherwise).
+
+    ``kv`` is one float16 tensor a layer, ``[2, engine.num_kv_blocks, kv_heads, tokens_per_block, head_size]``.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.weights, self.dtype = config, weights, dtype
+        self.device = weights.embedding.device
+        self.tokens_per_block = engine.tokens_per_block
+        self.cos, self.sin = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
+        shape = (2, engine.num_kv_blocks, config.num_kv_heads, engine.tokens_per_block, config.head_size)
+        self.kv = [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(config.num_layers)]
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU."""
+        if linear.scale is not None and self.device.type == "cpu" and x.shape[0] <= 64:
+            return torch._weight_int8pack_mm(x, linear.weight, linear.scale.to(x.dtype))
+        return F.linear(x, linear.dequantize(x.dtype))
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
+        """One pass over a ragged batch whose tokens of one slot are contiguous, in position order.
+
+        int32 ``[T]`` ids, positions and slots, int32 ``[slots, blocks]`` tables, int32 ``[L]`` rows whose logits are
+        wanted -> float32 ``[L, vocab]``.
+        """
+        c = self.config
+        x = self.weights.embedding[ids.long()].to(self.dtype)
+        cos, sin = self.cos[positions.long()], self.sin[positions.long()]
+        where = block_tables[slots.long(), (positions // self.tokens_per_block).long()].long()
+        offset = (positions % self.tokens_per_block).long()
+        spans = self._spans(positions, slots)
+        for layer, kv in zip(self.weights.layers, self.kv):
+            qkv = self.linear(rms_norm(x, layer.input_norm, c.rms_norm_eps), layer.qkv)
+            q, k, v = (
+                part.unflatten(-1, (-1, c.head_size)) for part in qkv.split((c.q_size, c.kv_size, c.kv_size), dim=-1)
+            )
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            kv[0, where, :, offset] = k.to(kv.dtype)
+            kv[1, where, :, offset] = v.to(kv.dtype)
+            attended = torch.cat([self._attend(q[a:b], kv, block_tables[slot], start) for a, b, slot, start in spans])
+            x = x + self.linear(attended, layer.o)
+            gate, up = self.linear(rms_norm(x, layer.post_norm, c.rms_norm_eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + self.linear(F.silu(gate) * up, layer.down)
+        x = rms_norm(x[rows.long()], self.weights.final_norm, c.rms_norm_eps)
+        return self.linear(x, self.weights.lm_head).float()
+
+    @staticmethod
+    def _spans(positions: Tensor, slots: Tensor) -> list[tuple[int, int, int, int]]:
+        """(first row, last row + 1, slot, first position) of each sequence in the batch."""
+        slot_of, position_of = slots.tolist(), positions.tolist()
+        edges = [0] + [i for i in range(1, len(slot_of)) if slot_of[i] != slot_of[i - 1]] + [len(slot_of)]
+        return [(a, b, slot_of[a], position_of[a]) for a, b in itertools.pairwise(edges)]
+
+    def _attend(self, q: Tensor, kv: Tensor, table: Tensor, start: int) -> Tensor:
+        """``q`` ``[n, heads, head_size]`` at positions ``start ..`` over the cached context -> ``[n, q_size]``."""
+        n, length = len(q), start + len(q)
+        blocks = table[: -(-length // self.tokens_per_block)].long()
+        k, v = kv[:, blocks].to(self.dtype).transpose(2, 3).flatten(1, 2)[:, :length]
+        mask = None
+        if n > 1:
+            span = torch.arange(length, device=self.device)
+            mask = span[None, :] <= span[start:, None]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)

@@ -1,0 +1,232 @@
+"""The real Triton Inference Server around a built engine, without a container.
+
+``tritonserver``, its Python backend and one stub a Python version come from the wheel ``nvidia-pytriton``. A run
+directory holds the rendered model repository, a backend directory with the stub of this Python, and the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+from llama_engine.engine.engine import pick_device
+from llama_engine.errors import InputError, RunError
+from llama_engine.serving.repository import REPOSITORY, ServeConfig, render
+
+INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Linux on x86-64 or arm64)"
+CLOSED_APIS = "model-repository,shared-memory,trace,logging"
+READY_TIMEOUT_S = 600
+_instances = itertools.count()
+
+
+def wheel() -> Path:
+    """The folder of ``nvidia-pytriton`` that holds bin/tritonserver. Raises :class:`InputError` in one line."""
+    spec = importlib.util.find_spec("pytriton")
+    root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    if root is None or not (root / "tritonserver/bin/tritonserver").is_file():
+        here = f"{sys.platform} {platform.machine()}"
+        raise InputError(f"Triton Inference Server is not available on {here} here: {INSTALL}")
+    return root
+
+
+def link_backend(root: Path, backends: Path) -> Path:
+    """Put the Python backend for the running Python into ``backends``; returns its stub. Raises :class:`InputError`."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "tritonserver/python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise InputError(f"this Triton has no Python backend for Python {version}: use Python 3.10 to 3.12")
+    parts = root / "tritonserver/backends/python"
+    (backends / "python").mkdir(parents=True)
+    for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", stub):
+        (backends / "python" / part.name).symlink_to(part)
+    return stub
+
+
+def environment(root: Path) -> dict[str, str]:
+    """The server's environment: this Python first on PATH, where the stub looks for it, and its libpython."""
+    libraries = [str(root.parent / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        libraries.insert(0, str(sysconfig.get_config_var("LIBDIR")))
+    paths = {
+        "PATH": [str(Path(sys.executable).parent), os.environ.get("PATH", "")],
+        "LD_LIBRARY_PATH": libraries,
+        "PYTHONPATH": [str(REPOSITORY.parent), *sys.path],
+    }
+    # LC_ALL: the stub reads what a compiler says as ASCII, whatever the locale
+    return os.environ | {name: os.pathsep.join(filter(None, parts)) for name, parts in paths.items()} | {"LC_ALL": "C"}
+
+
+def free_port(host: str = "127.0.0.1", port: int | None = None, what: str = "free") -> int:
+    """``port``, or one chosen by the system. Raises :class:`InputError` when it cannot be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot use {what} port {port} on {host} ({why}): choose another") from None
+        return probe.getsockname()[1]
+
+
+def listening(host: str, http_port: int, grpc_port: int, metrics_port: int) -> list[str]:
+    """tritonserver's arguments for where it listens."""
+    ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+    return [part for name, port in ports.items() for part in (f"--{name}-address={host}", f"--{name}-port={port}")]
+
+
+def read_metrics(url: str) -> tuple[dict[str, float], str]:
+    """The engine's values on a server's metrics page, without the prefix ``llama_engine_``, and its kernels' name."""
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+        rows = [row for row in answer.read().decode().splitlines() if row.startswith("llama_engine_")]
+    kernels = re.search(r'kernels="([^"]*)"', rows[0]) if rows else None
+    values = {row.split("{")[0].removeprefix("llama_engine_"): float(row.rsplit(" ", 1)[1]) for row in rows}
+    return values, kernels[1] if kernels else "unknown"
+
+
+class TritonServer:
+    """A running server: ``with TritonServer(engine_dir) as server: ... server.grpc_url``.
+
+    Ports left None are chosen free. Raises :class:`InputError` before anything starts, :class:`RunError` when the
+    server dies or does not get ready; the message names the log.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path | str,
+        config: ServeConfig | None = None,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int | None = None,
+        grpc_port: int | None = None,
+        metrics_port: int | None = None,
+        run_dir: Path | str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.config = config or ServeConfig()
+        self.engine_dir, self.host = Path(engine_dir), host
+        pick_device(self.config.device)  # a device that is not there is no failure of the server
+        self._root = wheel()
+        self._env = environment(self._root) | (env or {})
+        self.http_port = free_port(host, http_port, "HTTP")
+        self.grpc_port = free_port(host, grpc_port, "gRPC")
+        self.metrics_port = free_port(host, metrics_port, "metrics")
+        self.run_dir = Path(run_dir or tempfile.mkdtemp(prefix="triton-"))
+        self._owns_run_dir = run_dir is None
+        self._prefix = f"llama_engine_{os.getpid()}_{next(_instances)}_"
+        self.log = self.run_dir / "triton.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http_url(self) -> str:
+        return f"{self.host}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{self.host}:{self.grpc_port}"
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        if self._owns_run_dir and kind is None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def start(self) -> None:
+        """Render, start, wait until ready."""
+        models, backends = self.run_dir / "models", self.run_dir / "backends"
+        for folder in (models, backends):
+            shutil.rmtree(folder, ignore_errors=True)
+        render(self.engine_dir, models, self.config)
+        stub = link_backend(self._root, backends)
+        said = subprocess.run(["ldd", stub], env=self._env, capture_output=True, text=True, check=False).stdout
+        if lacking := [line.split()[0] for line in said.splitlines() if "not found" in line]:
+            raise InputError(
+                f"Triton's Python backend needs {', '.join(lacking)}, which is not installed: "
+                "install it (Debian, Ubuntu: apt install libpython3-dev) or use a Python built with --enable-shared"
+            )
+        command = [
+            str(self._root / "tritonserver/bin/tritonserver"),
+            f"--model-repository={models}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            *listening(self.host, self.http_port, self.grpc_port, self.metrics_port),
+            "--allow-gpu-metrics=false",
+            "--model-control-mode=none",
+            # these need a header that nobody knows: clients infer, read metadata, health and statistics, no more
+            f"--http-restricted-api={CLOSED_APIS}:admin={secrets.token_hex(16)}",
+            f"--grpc-restricted-protocol={CLOSED_APIS}:admin={secrets.token_hex(16)}",
+            f"--exit-timeout-secs={math.ceil(self.config.drain_s) + 3}",  # 3: what unloading takes
+        ]
+        with self.log.open("ab") as log:
+            # a session of its own: Ctrl-C reaches the caller only, who then stops the server in order
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._env, start_new_session=True
+            )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Drain for ``drain_s``, then end; killed if it does not. Safe to call twice."""
+        if self.alive:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.config.drain_s + 10)
+        self.kill()  # or what is left of it: a backend may wait for its server for ever
+
+    def kill(self) -> None:
+        """kill -9 the server and its backend processes."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def metrics(self) -> dict[str, float]:
+        """This engine's metrics by name, without the prefix ``llama_engine_``."""
+        return read_metrics(f"{self.host}:{self.metrics_port}")[0]
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not self.alive:
+                raise RunError(f"tritonserver ended while starting: {self._last_error()} (log: {self.log})")
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2)
+                return
+            time.sleep(0.1)
+        raise RunError(f"tritonserver was not ready within {READY_TIMEOUT_S} s (log: {self.log})")
+
+    def _last_error(self) -> str:
+        self._owns_run_dir = False  # the log is worth keeping
+        lines = self.log.read_text(errors="replace").splitlines()
+        failed = [line.split("] ", 1)[-1] for line in lines if line.startswith("E") and "CudaDriver" not in line]
+        failed = [line for line in failed if "failed to load" in line or "Failed" in line] or failed or lines[-1:]
+        return failed[0].split("\\n")[0].strip('"') if failed else "no output"

@@ -1,0 +1,247 @@
+"""The engine end to end: tokens equal transformers', batches change nothing, blocks never leak."""
+
+import random
+
+import pytest
+import torch
+from tests.test_model import dequantized_transformers
+from transformers import AutoTokenizer
+
+from llama_engine.config import EngineConfig
+from llama_engine.engine.engine import Engine, pick_device
+from llama_engine.errors import InputError
+from llama_engine.model.weights import WEIGHTS_FILE
+from llama_engine.sampling import SamplingParams
+
+PROMPTS = (
+    "What is the capital of France? Answer briefly.",
+    "Write one sentence about the sea.",
+    "List three prime numbers.",
+    "Why is the sky blue?",
+)
+
+
+def chat_ids(model_dir, text):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    chat = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def check_invariants(engine):
+    """Block tables, slots and positions must not contradict each other."""
+    scheduler = engine.scheduler
+    scheduler.blocks.check(sequence.table for sequence in scheduler.sequences)
+    slots = [sequence.slot for sequence in scheduler.running]
+    assert len(set(slots)) == len(slots)
+    assert all(slot >= 0 for slot in slots)
+    for sequence in scheduler.running:
+        assert scheduler.blocks.blocks_for(sequence.computed) <= len(sequence.table)
+    assert not any(sequence.table or sequence.slot >= 0 for sequence in scheduler.waiting)
+
+
+def finish(engine, check=False):
+    """Step until idle; all tokens by request id."""
+    tokens = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        if check:
+            check_invariants(engine)
+    return tokens
+
+
+def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smollm2_model, smollm2_engine):
+    """Up to near ties: 15-bit activations move a logit by 0.01 to 0.02 (RMS); the order of sums does the rest."""
+    reference = dequantized_transformers(smollm2_model, smollm2_engine)
+    engine = Engine.from_dir(smollm2_engine, device="cpu")
+    for text in PROMPTS:
+        prompt, stop = chat_ids(smollm2_model, text), engine.model.eos_token_ids
+        tokens = generate(engine, prompt, 48, stop_token_ids=stop)
+        assert len(tokens) > 2
+        assert len(tokens) == 48 or tokens[-1] in stop
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        behind = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        assert behind.max() < 0.05
+
+
+def test_paris(smollm2_model, smollm2_engine):
+    engine = Engine.from_dir(smollm2_engine, device="cpu")
+    prompt = chat_ids(smollm2_model, PROMPTS[0])
+    tokens = generate(engine, prompt, 32, stop_token_ids=engine.model.eos_token_ids)
+    text = AutoTokenizer.from_pretrained(smollm2_model).decode(tokens, skip_special_tokens=True)
+    assert text.strip() == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
+    rng = random.Random(1)
+    prompts = [[rng.randrange(512) for _ in range(n)] for n in (5, 40, 17, 63, 1, 90)]
+    params = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.5, top_k=20)] * 2
+    alone = []
+    for prompt, param in zip(prompts, params):
+        engine = Engine.from_dir(tiny_engine, device="cpu", kernels=kernels)
+        alone.append(generate(engine, prompt, 40, params=param))
+    engine = Engine.from_dir(tiny_engine, device="cpu", kernels=kernels)
+    ids = [engine.add_request(prompt, 40, params=param) for prompt, param in zip(prompts, params)]
+    together = finish(engine, check=True)
+    assert [together[i] for i in ids] == alone
+
+
+def test_preemption_recomputes_the_same_tokens(tiny_engine):
+    prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
+    roomy = Engine.from_dir(tiny_engine, device="cpu")
+    expected = [roomy.add_request(prompt, 100) for prompt in prompts]
+    expected_tokens = finish(roomy)
+    tight = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=18)
+    ids = [tight.add_request(prompt, 100) for prompt in prompts]
+    tokens = finish(tight, check=True)
+    assert tight.scheduler.preemptions > 0
+    assert [tokens[i] for i in ids] == [expected_tokens[i] for i in expected]
+    assert tight.scheduler.blocks.used == 0
+
+
+def generate(engine, prompt, new, **options):
+    """One request to its end; its tokens."""
+    request = engine.add_request(prompt, new, **options)
+    return finish(engine)[request]
+
+
+class DelayedExecutor:
+    """Makes a host executor look asynchronous: results appear only when asked for, as on a GPU."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.asynchronous = True
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+def random_load(engine, steps, seed):
+    """Arrivals, cancellations and stops at random; invariants after every step. Tokens of what finished."""
+    rng = random.Random(seed)
+    jobs, tokens, finished = {}, {}, {}
+    for step in range(steps):
+        if rng.random() < 0.25 and len(jobs) < 12:
+            prompt = [rng.randrange(512) for _ in range(rng.choice((1, 3, 15, 16, 17, 60, 130)))]
+            new = rng.randint(1, 60)
+            params = SamplingParams(temperature=rng.choice((0.0, 0.9)), seed=step)
+            stops = tuple(rng.sample(range(512), 8)) if rng.random() < 0.3 else ()
+            request = engine.add_request(prompt, new, params=params, stop_token_ids=stops)
+            jobs[request] = (prompt, new, params, stops)
+        if jobs and rng.random() < 0.03:
+            request = rng.choice(sorted(jobs))
+            engine.cancel(request)
+            del jobs[request]
+            tokens.pop(request, None)
+        for output in engine.step():
+            assert output.request_id in jobs
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finished:
+                finished[output.request_id] = (jobs.pop(output.request_id), tokens.pop(output.request_id))
+        check_invariants(engine)
+    for request in list(jobs):
+        engine.cancel(request)
+    while engine.has_unfinished:
+        engine.step()
+    check_invariants(engine)
+    return finished
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_random_load_keeps_every_invariant_and_every_answer(tiny_engine, asynchronous):
+    engine = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=16)
+    if asynchronous:
+        engine.executor = DelayedExecutor(engine.executor)
+    finished = random_load(engine, 1500, seed=5)
+    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.blocks.used == 0
+    assert len(finished) > 50
+    alone = Engine.from_dir(tiny_engine, device="cpu")
+    for (prompt, new, params, stops), tokens in random.Random(0).sample(sorted(finished.values(), key=str), 25):
+        assert generate(alone, prompt, new, params=params, stop_token_ids=stops) == tokens
+
+
+def test_stop_token_ends_a_request_and_reason_says_so(tiny_engine):
+    engine = Engine.from_dir(tiny_engine, device="cpu")
+    free = generate(engine, [1, 2, 3], 20)
+    engine.add_request([1, 2, 3], 20, stop_token_ids=(free[4],))
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    stop_at = free.index(free[4])
+    assert [token for output in outputs for token in output.token_ids] == free[: stop_at + 1]
+    assert (outputs[-1].finished, outputs[-1].reason) == (True, "stop")
+    engine.add_request([1, 2, 3], 1)
+    (output,) = engine.step()
+    assert (output.finished, output.reason) == (True, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "message"),
+    [
+        ([], 4, "empty"),
+        ([1], 0, "at least 1"),
+        ([1], -3, "at least 1"),
+        ([1] * 250, 7, "max_seq_len 256"),
+        ([1, 512], 4, "token id 512"),
+        ([-1], 4, "token id -1"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused_with_the_numbers(tiny_engine, prompt, new, message):
+    engine = Engine.from_dir(tiny_engine, device="cpu")
+    with pytest.raises(InputError, match=message):
+        engine.add_request(prompt, new)
+    assert not engine.has_unfinished
+
+
+def test_request_larger_than_the_cache_is_refused(tiny_engine):
+    engine = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=4)
+    with pytest.raises(InputError, match="need 4 KV blocks of 16 tokens; the cache has 3"):
+        engine.add_request([1] * 40, 24)
+
+
+def test_damaged_engines_and_absent_devices_are_one_clear_error(tiny_engine, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"build_engine\.sh"):
+        Engine.from_dir(tmp_path)
+    for file in tiny_engine.iterdir():
+        if file.is_file() and file.name != WEIGHTS_FILE:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"short")
+    with pytest.raises(InputError, match="does not belong"):
+        Engine.from_dir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cpu"):
+        pick_device("cuda")
+    with pytest.raises(InputError, match="auto, cpu or cuda"):
+        pick_device("tpu")
+
+
+def test_without_a_compiler_the_engine_runs_on_torch_and_agrees(tiny_engine, monkeypatch):
+    monkeypatch.setattr("llama_engine.cpu.fused.compile_library", lambda directory: None)
+    fallback = Engine.from_dir(tiny_engine, device="cpu")
+    assert fallback.executor.kernels == "torch"
+    monkeypatch.undo()
+    fused = Engine.from_dir(tiny_engine, device="cpu")
+    assert fused.executor.kernels.startswith("cpu-")
+    tokens = [generate(engine, [5, 6, 7], 30) for engine in (fallback, fused)]
+    # Random weights make near-ties, which the two roundings may break differently later on.
+    assert tokens[0][:5] == tokens[1][:5]
+    assert len(tokens[0]) == 30
+
+
+def test_max_batch_size_bounds_the_running_set(tiny_engine):
+    engine = Engine.from_dir(tiny_engine, device="cpu")
+    assert engine.config.max_batch_size == 4
+    for i in range(9):
+        engine.add_request([i + 1], 8)
+    running = set()
+    while engine.has_unfinished:
+        engine.step()
+        running.add(len(engine.scheduler.running))
+    assert max(running) == 4
+
+
+def test_config_defaults_are_those_of_trtllm_build():
+    assert (EngineConfig().tokens_per_block, EngineConfig().kv_cache_free_gpu_memory_fraction) == (64, 0.9)

@@ -1,0 +1,148 @@
+import threading
+import time
+
+import pytest
+
+from llama_engine.engine.engine import Engine
+from llama_engine.engine.loop import EngineLoop
+from llama_engine.errors import InputError, RunError
+
+
+class Client:
+    """Collects what a request's callback brings."""
+
+    def __init__(self):
+        self.tokens, self.reason, self.done = [], None, threading.Event()
+
+    def __call__(self, tokens, reason):
+        self.tokens += tokens
+        if reason:
+            self.reason = reason
+            self.done.set()
+
+    def wait(self):
+        assert self.done.wait(60)
+        return self.tokens
+
+
+@pytest.fixture
+def loop(tiny_engine):
+    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"), max_queue=4)
+    yield loop
+    loop.shutdown(drain_s=0)
+
+
+def test_many_threads_get_the_answers_they_would_get_alone(tiny_engine, loop):
+    engine = Engine.from_dir(tiny_engine, device="cpu")
+    clients = [Client() for _ in range(8)]
+    for i, client in enumerate(clients):
+        loop.submit([i + 1, 2 * i], 30, on_tokens=client)
+    for i, client in enumerate(clients):
+        request = engine.add_request([i + 1, 2 * i], 30)
+        expected = []
+        while engine.has_unfinished:
+            expected += [t for o in engine.step() if o.request_id == request for t in o.token_ids]
+        assert client.wait() == expected
+        assert client.reason == "length"
+    assert loop.stats()["requests"] == 0
+
+
+def test_the_rate_of_an_idle_loop_falls_to_zero(loop):
+    client = Client()
+    loop.submit([1], 200, on_tokens=client)
+    client.wait()
+    deadline = time.monotonic() + 30
+    while loop.stats()["tokens_per_s"] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loop.stats()["tokens_per_s"] > 0
+    while loop.stats()["tokens_per_s"] > 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert loop.stats()["tokens_per_s"] == 0
+
+
+def test_full_queue_refuses_and_recovers(loop):
+    clients = [Client() for _ in range(8)]
+    for client in clients:
+        loop.submit([1], 200, on_tokens=client)
+    with pytest.raises(RunError, match="the queue is full: 8 requests"):
+        loop.submit([1], 1, on_tokens=Client())
+    for client in clients:
+        client.wait()
+    late = Client()
+    loop.submit([1], 1, on_tokens=late)
+    assert len(late.wait()) == 1
+
+
+def test_cancel_frees_blocks_and_tells_the_client(loop):
+    client = Client()
+    request = loop.submit([1, 2], 250, on_tokens=client)
+    loop.cancel(request)
+    client.wait()
+    assert client.reason == "cancelled"
+    assert len(client.tokens) < 250
+    assert loop.stats()["kv_blocks_used"] == 0
+    loop.cancel(request)
+    loop.cancel(12345)
+
+
+def test_timeout_ends_a_request(loop):
+    client = Client()
+    loop.submit([1], 250, on_tokens=client, timeout_s=1e-4)
+    client.wait()
+    assert client.reason == "timeout"
+
+
+def test_a_raising_callback_leaves_the_others_alone(loop):
+    def broken(tokens, reason):
+        raise ValueError("client bug")
+
+    good = Client()
+    loop.submit([1], 30, on_tokens=broken)
+    loop.submit([2], 30, on_tokens=good)
+    assert len(good.wait()) == 30
+
+
+def test_a_failing_step_is_reported_to_everyone_in_it_and_the_loop_lives(loop, monkeypatch):
+    engine = loop._engine
+    real, calls = engine.executor.submit, []
+
+    def failing(step):
+        calls.append(step)
+        if len(calls) == 1:
+            raise RuntimeError("device lost")
+        return real(step)
+
+    monkeypatch.setattr(engine.executor, "submit", failing)
+    first, second = Client(), Client()
+    loop.submit([1], 20, on_tokens=first)
+    first.wait()
+    assert "device lost" in first.reason
+    loop.submit([2], 20, on_tokens=second)
+    assert len(second.wait()) == 20
+    assert loop.stats()["kv_blocks_used"] == 0
+
+
+def test_shutdown_drains_then_refuses(tiny_engine):
+    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"))
+    client = Client()
+    loop.submit([1], 100, on_tokens=client)
+    loop.shutdown(drain_s=30)
+    assert client.reason == "length"
+    with pytest.raises(RunError, match="shutting down"):
+        loop.submit([1], 1, on_tokens=Client())
+
+
+def test_shutdown_without_drain_cancels(tiny_engine):
+    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"))
+    client = Client()
+    loop.submit([1], 250, on_tokens=client)
+    started = time.monotonic()
+    loop.shutdown(drain_s=0)
+    client.wait()
+    assert client.reason == "cancelled"
+    assert time.monotonic() - started < 30
+
+
+def test_impossible_requests_are_refused_at_submission(loop):
+    with pytest.raises(InputError, match="max_seq_len"):
+        loop.submit([1], 10_000, on_tokens=Client())

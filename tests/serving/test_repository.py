@@ -1,0 +1,159 @@
+"""The text models and the repository of NVIDIA's C++ backend, as far as a machine without that backend can tell."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from llama_engine import trtllm
+from llama_engine.config import EngineConfig
+from llama_engine.errors import InputError
+from llama_engine.serving import repository
+from llama_engine.serving import server as server_module
+from llama_engine.serving.server import ServeConfig
+from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_model(name, monkeypatch):
+    """A model.py outside the server, for its pure functions."""
+    stub = types.ModuleType("triton_python_backend_utils")
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    path = ROOT / "triton_model_repo" / name / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location(f"triton_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def initialized(name, engine, monkeypatch):
+    model = load_model(name, monkeypatch).TritonPythonModel()
+    config = {"parameters": {"tokenizer_dir": {"string_value": str(engine)}}}
+    model.initialize({"model_config": json.dumps(config)})
+    return model
+
+
+@pytest.mark.parametrize("text", ["Paris.", "naïve café", "日本語 🙂 12 34\n\tend", "€" * 5])
+def test_streamed_pieces_join_to_the_exact_text(smollm2_engine, monkeypatch, text):
+    model = initialized("postprocessing", smollm2_engine, monkeypatch)
+    ids = AutoTokenizer.from_pretrained(smollm2_engine)(text)["input_ids"]
+    assert b"".join(model._text([i]) for i in ids).decode() == text
+    assert model._text([1, *ids, 2, -1]).decode() == text  # special tokens and padding give nothing
+
+
+def test_the_byte_alphabet_is_a_bijection(monkeypatch):
+    alphabet = load_model("postprocessing", monkeypatch).byte_of_character()
+    assert sorted(alphabet.values()) == list(range(256))
+    assert alphabet["Ġ"] == ord(" ")
+    assert alphabet["Ċ"] == ord("\n")
+
+
+def test_preprocessing_applies_the_chat_template_or_not(smollm2_engine, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_engine)
+    query = np.array([["Hi"]], dtype=object)
+    query[0, 0] = b"Hi"
+    chat = initialized("preprocessing", smollm2_engine, monkeypatch)
+    assert tokenizer.decode(chat._ids(query)).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    plain = initialized("preprocessing", smollm2_engine, monkeypatch)
+    plain.tokenizer.chat_template = None
+    monkeypatch.setitem(plain._ids.__globals__, "MAX_QUERY_BYTES", 10)
+    assert tokenizer.decode(plain._ids(query)) == "Hi"
+    for bad, message in ((b"\xff", "not UTF-8"), (b"x" * 11, "11 bytes, more than 10"), (b"", "empty")):
+        query[0, 0] = bad
+        with pytest.raises(ValueError, match=message):
+            plain._ids(query)
+    with pytest.raises(ValueError, match="must hold one text"):
+        plain._ids(np.array([[b"a"], [b"b"]], dtype=object))
+
+
+def test_an_engine_without_a_tokenizer_cannot_serve_text(tiny_engine, tmp_path):
+    with pytest.raises(InputError, match="has no tokenizer"):
+        repository.render(tiny_engine, tmp_path / "models", ServeConfig(text=True))
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.fixture
+def trt_engine(installed, smollm2_checkpoint, tmp_path):  # noqa: F811
+    trtllm.build(smollm2_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
+    return tmp_path / "e"
+
+
+def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
+    repository.render(trt_engine, tmp_path / "models", ServeConfig(decoupled=False, text=True), "tensorrt_llm")
+    text = (tmp_path / "models" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert "$" not in text
+    values = dict(re.findall(r'key: "(\w+)", value: \{ string_value: "([^"]*)"', text))
+    assert all(values.values())
+    assert values["gpt_model_type"] == "inflight_fused_batching"
+    assert values["gpt_model_path"] == "/engine"
+    assert values["kv_cache_free_gpu_mem_fraction"] == "0.9"
+    assert values["exclude_input_in_output"] == "true"
+    assert "max_batch_size: 8" in text
+    assert "decoupled: false" in text
+    # What every request must carry is not optional.
+    for name in ("input_ids", "input_lengths", "request_output_len"):
+        (line,) = [line for line in text.splitlines() if f'"{name}"' in line]
+        assert "optional" not in line
+
+
+def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_path, monkeypatch):
+    root = server_module.wheel()
+    monkeypatch.setattr(repository, "BACKEND", tmp_path)  # no container, so paths are those of this machine
+    repository.render(trt_engine, tmp_path / "models", ServeConfig(text=True), "tensorrt_llm")
+    server_module.link_backend(root, tmp_path / "backends")
+    done = subprocess.run(
+        [
+            str(root / "tritonserver/bin/tritonserver"),
+            f"--model-repository={tmp_path / 'models'}",
+            f"--backend-directory={tmp_path / 'backends'}",
+            "--disable-auto-complete-config",
+            "--allow-http=false",
+            "--allow-grpc=false",
+            "--allow-metrics=false",
+        ],
+        env=server_module.environment(root),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    log = done.stdout + done.stderr
+    rows = dict(re.findall(r"^\| (\w+)\s+\| 1\s+\| (.+?)\s*\|$", log, flags=re.MULTILINE))
+    assert rows["preprocessing"] == rows["postprocessing"] == "READY", log
+    assert "unable to find backend library for backend 'tensorrtllm'" in log, log
+    # Models that do not even parse are listed apart, with another message.
+    assert "failed to read text proto" not in log
+    errors = [line for line in log.splitlines() if re.match(r"E\d{4} ", line) and "CudaDriver" not in line]
+    assert all("tensorrt" in line for line in errors), errors
+
+
+def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tmp_path, run_script):
+    where = ("--engine-dir", trt_engine, "--run-dir", tmp_path / "run")
+    done = run_script("scripts/serve_triton.py", *where, "--text", "--print")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:2] == ["docker", "run"]
+    assert f"{trt_engine}:/engine:ro" in words
+    assert f"{tmp_path / 'run' / 'models'}:/models:ro" in words
+    assert words[words.index(repository.CONTAINER) + 1 :][:2] == ["tritonserver", "--model-repository=/models"]
+    assert "--http-address=127.0.0.1" in words
+    assert {path.name for path in (tmp_path / "run" / "models").iterdir()} == {
+        "tensorrt_llm",
+        "preprocessing",
+        "postprocessing",
+        "ensemble",
+    }
+
+
+def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
+    with pytest.raises(InputError, match=r"scripts/build_engine\.sh --backend tensorrt_llm"):
+        repository.render(tiny_engine, tmp_path / "models", ServeConfig(), "tensorrt_llm")

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from llama_engine.errors import InputError
+from llama_engine.serving.request import parse
+
+
+def arrays(**changes):
+    base = {"input_ids": np.array([[5, 6, 7, 0]], np.int32), "request_output_len": np.array([4], np.int32)}
+    return {k: v for k, v in (base | changes).items() if v is not None}
+
+
+def one(value, dtype=np.int32):
+    return np.array([[value]], dtype)
+
+
+def test_reads_prompt_and_defaults():
+    request = parse(arrays(input_lengths=one(3)))
+    assert request.prompt == [5, 6, 7]
+    assert request.max_new_tokens == 4
+    assert request.params.greedy
+    assert request.stop_token_ids == ()
+    assert not request.streaming
+    assert not request.exclude_input
+
+
+def test_prompt_without_a_length_is_the_whole_row():
+    assert parse(arrays()).prompt == [5, 6, 7, 0]
+
+
+def test_sampling_inputs_ask_for_a_draw():
+    request = parse(arrays(runtime_top_k=one(5), runtime_top_p=one(0.5, np.float32), random_seed=one(9, np.uint64)))
+    assert not request.params.greedy
+    assert (request.params.temperature, request.params.top_k, request.params.seed) == (1.0, 5, 9)
+    assert request.params.top_p == pytest.approx(0.5)
+    assert parse(arrays(temperature=one(0.0, np.float32))).params.greedy
+    assert parse(arrays(runtime_top_p=one(0.0, np.float32))).params.greedy
+
+
+def test_end_id_and_one_token_stop_words():
+    words = np.array([[[11, 12, -1], [1, 2, -1]]], np.int32)
+    assert parse(arrays(end_id=one(2), stop_words_list=words)).stop_token_ids == (2, 11, 12)
+    assert parse(arrays(end_id=one(-1))).stop_token_ids == ()
+
+
+def test_neutral_values_of_missing_features_are_accepted():
+    neutral = {
+        "beam_width": one(1),
+        "repetition_penalty": one(1.0, np.float32),
+        "return_log_probs": one(False, np.bool_),
+    }
+    assert parse(arrays(**neutral, bad_words_list=np.full((1, 2, 1), -1, np.int32))).prompt
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": np.zeros((1, 0), np.int32)}, "empty"),
+        ({"input_ids": np.zeros((2, 3), np.int32)}, "batch size 2"),
+        ({"input_ids": np.zeros((1, 1, 3), np.int32)}, "shape"),
+        ({"input_ids": None}, "empty"),
+        ({"input_lengths": one(5)}, "input_lengths is 5"),
+        ({"input_lengths": one(0)}, "input_lengths is 0"),
+        ({"input_lengths": np.array([[1, 2]], np.int32)}, "one value"),
+        ({"request_output_len": np.zeros((1, 0), np.int32)}, "one value"),
+        ({"beam_width": one(4)}, "beam_width=4"),
+        ({"repetition_penalty": one(1.2, np.float32)}, "repetition_penalty"),
+        ({"return_log_probs": one(True, np.bool_)}, "return_log_probs"),
+        ({"temperature": one(np.nan, np.float32)}, "temperature"),
+        ({"temperature": one(-1, np.float32)}, "temperature"),
+        ({"runtime_top_p": one(1.5, np.float32)}, "top_p"),
+        ({"runtime_top_k": one(-3)}, "top_k"),
+        ({"stop_words_list": np.array([[[11, 12], [2, -1]]], np.int32)}, "one token only"),
+        ({"stop_words_list": np.zeros((1, 3, 2), np.int32)}, "shape"),
+        ({"bad_words_list": np.array([[[3], [1]]], np.int32)}, "bad_words_list"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(InputError, match=message):
+        parse(arrays(**changes))

@@ -1,0 +1,270 @@
+"""Requests to the real Triton Inference Server, in order and under fire. Each test leaves no KV block behind."""
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_client
+
+from llama_engine.measure.load import Generator, Length
+from llama_engine.serving.client import RequestFailed, connect
+from llama_engine.serving.server import ServeConfig, TritonServer
+from tests.serving import alone, ask, assert_idle, post, some_prompts, tensors, url
+
+TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine):
+    config = ServeConfig(max_queue_size=64, drain_s=1, null_model=True)
+    with TritonServer(tiny_engine, config, env={"OMP_NUM_THREADS": "1"}) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(server):
+    yield
+    assert_idle(server)
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_batched_answers_equal_those_given_alone(server, tiny_engine, protocol, streaming):
+    prompts = some_prompts(9)
+    assert ask(server, prompts, 24, protocol, streaming) == alone(tiny_engine, prompts, 24)
+
+
+def test_output_holds_the_prompt_as_tensorrt_llm_has_it(server, tiny_engine):
+    status, answer = post(
+        server,
+        "/v2/models/tensorrt_llm/generate",
+        {"input_ids": [5, 6, 7, 9, 9], "input_lengths": 3, "request_output_len": 4},
+    )
+    assert status == 200
+    assert json.loads(answer)["output_ids"] == [5, 6, 7, *alone(tiny_engine, [[5, 6, 7]], 4)[0]]
+    assert json.loads(answer)["sequence_length"] == 7
+
+
+def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
+    options = {"temperature": 1.5, "runtime_top_k": 50, "random_seed": 3}
+    first, again, other = (ask(server, [[1, 2, 3]], 20, **options | {"random_seed": s})[0] for s in (3, 3, 4))
+    assert first == again != other
+    greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
+    assert ask(server, [[1, 2, 3]], 20, end_id=greedy[5])[0] == greedy[: greedy.index(greedy[5]) + 1]
+
+
+BAD = [
+    ({"input_ids": []}, "empty"),
+    ({"input_ids": [1.5]}, ""),
+    ({"input_ids": "text"}, ""),
+    ({"input_ids": None}, ""),
+    ({"input_ids": [512]}, "outside the vocabulary of 512"),
+    ({"input_ids": [-1]}, "outside the vocabulary"),
+    ({"input_ids": [1] * 300}, "max_seq_len 256"),
+    ({"request_output_len": 0}, "at least 1"),
+    ({"request_output_len": -5}, "at least 1"),
+    ({"request_output_len": 10**9}, "1000000000 new tokens exceed this engine's max_seq_len 256"),
+    ({"request_output_len": [1, 2]}, ""),
+    ({"input_lengths": 9}, "input_lengths is 9"),
+    ({"input_lengths": -1}, "input_lengths is -1"),
+    ({"beam_width": 2}, "beam_width=2"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"runtime_top_p": 7.0}, "top_p"),
+    ({"random_seed": -1}, ""),
+    ({"streaming": "yes"}, ""),
+    ({"stop_words_list": [1, 2, 3]}, ""),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[json.dumps(c)[:40] for c, _ in BAD])
+def test_malformed_json_values_are_refused_one_by_one(server, changes, message):
+    body = {"input_ids": [1, 2, 3], "request_output_len": 4} | changes
+    status, answer = post(server, "/v2/models/tensorrt_llm/generate", body)
+    assert status >= 400
+    assert message in json.loads(answer)["error"]
+
+
+def test_malformed_tensors_over_grpc_are_refused(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    shapes = {
+        "wrong dtype": ("input_ids", np.ones((1, 3), np.int64), "INT64"),
+        "rank 1": ("input_ids", np.ones((3,), np.int32), "INT32"),
+        "rank 3": ("input_ids", np.ones((1, 1, 3), np.int32), "INT32"),
+        "batch of 2": ("input_ids", np.ones((2, 3), np.int32), "INT32"),
+        "batch of 1000": ("input_ids", np.ones((1000, 3), np.int32), "INT32"),
+        "empty": ("input_ids", np.ones((1, 0), np.int32), "INT32"),
+        "unknown name": ("no_such_input", np.ones((1, 3), np.int32), "INT32"),
+    }
+    for what, (name, array, kind) in shapes.items():
+        tensor = grpc_client.InferInput(name, list(array.shape), kind)
+        tensor.set_data_from_numpy(array)
+        length = grpc_client.InferInput("request_output_len", [array.shape[0], 1], "INT32")
+        length.set_data_from_numpy(np.full((array.shape[0], 1), 4, np.int32))
+        errors, done = [], threading.Event()
+
+        def answered(result, error, errors=errors, done=done):
+            errors.append(error)
+            done.set()
+
+        client.start_stream(answered)
+        client.async_stream_infer("tensorrt_llm", [tensor, length])
+        assert done.wait(10), what
+        client.stop_stream()
+        assert errors[0] is not None, what
+    assert isinstance(ask(server, [[1, 2]], 3)[0], list)
+
+
+def test_random_bytes_over_http(server):
+    rng = random.Random(0)
+    for size in (0, 1, 17, 1000, 100_000):
+        status, _ = post(server, "/v2/models/tensorrt_llm/generate", rng.randbytes(size))
+        assert status >= 400
+        with socket.create_connection((server.host, server.http_port)) as raw:
+            raw.sendall(rng.randbytes(size))
+    with socket.create_connection((server.host, server.grpc_port)) as raw:
+        raw.sendall(rng.randbytes(10_000))
+    assert isinstance(ask(server, [[1, 2]], 3)[0], list)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_clients_that_vanish_mid_stream_leave_nothing(server, tiny_engine, protocol):
+    async def vanish():
+        client = connect(protocol, url(server, protocol))
+        for prompt in some_prompts(30, seed=1):
+            answers = client.generate(prompt, 200, streaming=True)
+            async for _ in answers:
+                break
+            await answers.aclose()
+        await client.close()
+
+    asyncio.run(vanish())
+    assert_idle(server)
+    assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+
+
+def test_a_grpc_call_is_cancelled_only_before_its_last_response(server):
+    # one cancelled after it stays in tritonserver's memory for ever
+    async def codes():
+        client = connect("grpc", server.grpc_url)
+        streams, stream_infer = [], client._client.stream_infer
+
+        def recorded(requests):
+            streams.append(stream_infer(requests))
+            return streams[-1]
+
+        client._client.stream_infer = recorded
+        for prompt, new_tokens in (([999], 4), ([1, 2, 3], 1), ([1, 2, 3], 200)):
+            answers = client.generate(prompt, new_tokens, streaming=True)
+            with contextlib.suppress(RequestFailed):
+                await anext(answers)
+            await answers.aclose()
+        codes = [(await stream._grpc_call.code()).name for stream in streams]
+        await client.close()
+        return codes
+
+    assert asyncio.run(codes()) == ["OK", "OK", "CANCELLED"]
+
+
+def test_stop_request_ends_the_request_of_its_id(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    answers = []
+    client.start_stream(lambda result, error: answers.append(error))
+
+    def tensor(name, value, kind, dtype):
+        made = grpc_client.InferInput(name, [1, 1], kind)
+        made.set_data_from_numpy(np.array([[value]], dtype))
+        return made
+
+    ids = tensor("input_ids", 3, "INT32", np.int32)
+    run = [ids, tensor("request_output_len", 250, "INT32", np.int32), tensor("streaming", True, "BOOL", np.bool_)]
+    client.async_stream_infer("tensorrt_llm", run, request_id="mine")
+    client.async_stream_infer("tensorrt_llm", [ids, tensor("stop", True, "BOOL", np.bool_)], request_id="mine")
+    assert_idle(server)
+    client.stop_stream()
+    assert answers
+
+
+def test_time_out_of_one_request_is_said_and_frees_it(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    errors, done = [], threading.Event()
+    client.start_stream(lambda result, error: (errors.append(error), done.set()))
+    # the request's own limit, in microseconds, is passed to the engine
+    client.async_stream_infer("tensorrt_llm", tensors(grpc_client, [1, 2], 250), timeout=1)
+    assert done.wait(10)
+    client.stop_stream()
+    assert "timed out" in str(errors[0])
+
+
+def test_impatient_clients_do_not_disturb_patient_ones(server, tiny_engine):
+    prompts = some_prompts(12, seed=5)
+
+    async def both():
+        client = connect("grpc", server.grpc_url)
+        hasty = Generator(client, lambda n: [7] * n, Length(8, 8), Length(200, 200), timeout_s=0.02)
+        load, answers = await asyncio.gather(hasty.closed(6, requests=40), asyncio.to_thread(ask, server, prompts, 40))
+        await client.close()
+        return load, answers
+
+    load, answers = asyncio.run(both())
+    assert len(load.runs) + sum(load.failures.values()) == 40
+    assert answers == alone(tiny_engine, prompts, 40)
+
+
+def test_two_hundred_more_than_the_queue_holds(server, tiny_engine):
+    room = 4 + 64
+    answers = ask(server, [[3, 4, 5]] * (room + 200), 64, streaming=False)
+    served = [answer for answer in answers if isinstance(answer, list)]
+    refused = [str(answer) for answer in answers if not isinstance(answer, list)]
+    assert len(served) >= room
+    assert refused
+    assert all("queue is full" in message for message in refused)
+    assert served == alone(tiny_engine, [[3, 4, 5]], 64) * len(served)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v2/repository/index",
+        "/v2/repository/models/tensorrt_llm/load",
+        "/v2/repository/models/tensorrt_llm/unload",
+        "/v2/systemsharedmemory/region/x/register",
+        "/v2/logging",
+        "/v2/trace/setting",
+    ],
+)
+def test_administration_is_closed(server, path):
+    status, _ = post(server, path, {"log_verbose_level": 9, "key": "/x", "offset": 0, "byte_size": 64})
+    assert status == 403
+    assert isinstance(ask(server, [[1]], 2)[0], list)
+
+
+def test_listens_on_loopback_only(server):
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    ours = {f"{port:04X}" for port in (server.http_port, server.grpc_port, server.metrics_port)}
+    addresses = {row.split()[1].split(":")[0] for row in listening if row.split()[1].split(":")[1] in ours}
+    assert addresses == {"0100007F"}
+
+
+def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
+    output = tmp_path / "triton-native.json"
+    flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
+    where = ["--url", server.grpc_url, "--metrics-url", f"{server.host}:{server.metrics_port}"]
+    command = ["benchmarks/benchmark_triton.py", "--engine-dir", tiny_engine, *where, *flags, "--output", output]
+    done = run_script(*command)
+    assert done.returncode in (0, 1), done.stderr  # a busy machine makes a run INVALID, which is said and written
+    result = json.loads(output.read_text())
+    assert [level.get("concurrency") for level in result["levels"]] == [1, 3, None]
+    assert all(level["samples"]["output_tokens"] == [16] * 12 for level in result["levels"])
+    assert result["null_model"]["responses_per_s"] > 0
+    assert result["engine"]["kernels"] != "unknown"
+    assert result["levels"][0]["summary"]["mbu"] > 0
+    assert (result["validity"]["status"] == "VALID") == (done.returncode == 0)
+    assert run_script(*command).returncode == 2
+    assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
