@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.checkpoint.hf import model_identity
-from llama_engine.engine.engine import Engine
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure import accuracy, protocol, result
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.generation import EngineStack, TransformersStack, make_prompts, progress_bar, tokenize
 from llama_engine.model.llama import TorchModel
+from llama_engine.native import load_engine
 
 TEXT = Path(__file__).with_name("data") / "alice.txt"
 SYNTHETIC_WINDOWS, SERVED_TOKENS, GREEDY_INPUT = 4, 32, 32
@@ -127,7 +127,7 @@ def run(
 
 def float_reference(args: argparse.Namespace, device: str) -> accuracy.Logits:
     """The PyTorch reference on the same engine's dequantized weights, float32 activations."""
-    engine = Engine.from_dir(args.engine_dir, device=device, kernels="torch")
+    engine = load_engine(args.engine_dir, device=device, kernels="torch")
     model: TorchModel = engine.executor._model  # type: ignore[attr-defined]
     model.dtype = torch.float32  # on a GPU the fallback would run in float16, which is no reference
     return lambda ids: accuracy.engine_logits(engine, ids)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llama_engine.checkpoint.build import EngineInfo, load_engine_json
-from llama_engine.engine.engine import pick_device
+from llama_engine.device import pick_device
+from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import Cost, add_device, progress_bar

@@ -10,7 +10,7 @@ Output: baseline.json, optimized-<backend>.json and comparison.json in the folde
 
 from __future__ import annotations
 
-from llama_engine.checkpoint.build import load_engine_json
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
 from llama_engine.measure.generation import TransformersStack

@@ -43,7 +43,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
 
     runs = {
         "norm + quantize": (norm, rows * c.hidden_size * 4),
-        "attention": (attend, rows * (2 * c.kv_size * 2 * context + c.qkv_size * 2 + c.q_size * 2)),
+        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * 2)),
         "quantize": (
             lambda _: quant.norm(model.hidden, None, eps, inner, model.a_scale, rows),
             rows * c.intermediate_size * 4,
@@ -69,6 +69,7 @@ def main() -> None:
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
     if min(args.rows) < 1 or max(args.rows) > 64 or args.context < 1:
         raise InputError("--rows must be 1 to 64 and --context at least 1")
+    from llama_engine.gpu import tuner
     from llama_engine.gpu.chain import GpuModel
     from llama_engine.kernels import tiles
 
@@ -80,7 +81,7 @@ def main() -> None:
     engine = EngineConfig(64, length, max(64, *args.prefill), 64, num_kv_blocks=64 * -(-length // 64) + 1)
     model = GpuModel(config, engine, random_weights(config, device), tiles.Tiles(None, ""))
     if args.tune:
-        tiles.tune(model, console.print)
+        tuner.tune(model, console.print)
     blocks = engine.max_blocks_per_sequence
     model.block_tables[:64] = torch.arange(1, 64 * blocks + 1, dtype=torch.int32, device=device).view(64, blocks)
     model.position.fill_(args.context)
@@ -92,18 +93,18 @@ def main() -> None:
         cells = (f"{1e3 * ms:.1f}", f"{nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{100 * rate / bandwidth:.0f}")
         table.add_row(name, str(rows), *cells)
 
-    kv_bytes = 2 * layers * config.kv_size * 2
+    kv_bytes = config.kv_nbytes()
     for rows in args.rows:
         model.position.fill_(args.context)
         for name, (run, nbytes) in kernel_runs(model, rows, args.context).items():
             count = 4 if name == "lm_head" else layers
-            ms = tiles.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
+            ms = tuner.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
             report(name, rows, ms / count, nbytes)
-        step = tiles.time_graph(model.sample_step(rows, context=args.context), repeats=5)
+        step = tuner.time_graph(model.sample_step(rows, context=args.context), repeats=5)
         report("whole decode step", rows, step, model.weights.step_nbytes + rows * args.context * kv_bytes)
         table.add_section()
     for tokens in args.prefill:
-        step = tiles.time_graph(model.sample_step(tokens, prefill=True), repeats=5)
+        step = tuner.time_graph(model.sample_step(tokens, prefill=True), repeats=5)
         report("whole prefill", tokens, step, model.weights.step_nbytes + tokens * kv_bytes)
     console.print(table)
 

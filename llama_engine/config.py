@@ -109,6 +109,10 @@ class ModelConfig(_Config):
     def qkv_size(self) -> int:
         return self.q_size + 2 * self.kv_size
 
+    def kv_nbytes(self, element_nbytes: int = 2) -> int:
+        """Bytes that keys and values of one position take over all layers, fp16 unless told otherwise."""
+        return 2 * self.num_layers * self.kv_size * element_nbytes
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
         """Build from a Hugging Face ``config.json`` (transformers 4 and 5 spellings of RoPE)."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.engine.engine import Engine
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
+from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 
 
@@ -28,7 +29,7 @@ class ModelRunner:
             from llama_engine.trtllm import TensorRTRunner
 
             return TensorRTRunner(engine_dir, **options)
-        return ModelRunner(Engine.from_dir(engine_dir, device=device, **options))
+        return ModelRunner(load_engine(engine_dir, device=device, **options))
 
     def generate(
         self,

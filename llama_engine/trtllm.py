@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from llama_engine.checkpoint.build import finish, load_engine_json
+from llama_engine.checkpoint.build import complete
 from llama_engine.checkpoint.packing import layout_for, visible_arch
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig, check_request
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
 from llama_engine.runner import ModelRunner
@@ -72,7 +73,7 @@ def build(
         code = subprocess.run(build_command(checkpoint_dir, out, engine, flags), check=False).returncode
         if code:
             raise RunError(f"trtllm-build failed with exit code {code}; its own messages are above")
-        finish(out, "tensorrt_llm", source, engine)
+        complete(out, "tensorrt_llm", source, engine)
 
 
 class TensorRTRunner(ModelRunner):

@@ -97,7 +97,7 @@ def work(model_dir: str, device: str) -> None:
     """Load, warm up, say ready, then answer requests until standard input closes."""
     import torch
 
-    from llama_engine.engine.engine import pick_device
+    from llama_engine.device import pick_device
     from llama_engine.measure.generation import TransformersStack
 
     device = pick_device(device).type

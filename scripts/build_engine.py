@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 from llama_engine import trtllm
-from llama_engine.checkpoint.build import build_native, prepare_machine
+from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError, run_cli
+from llama_engine.native import prepare_machine
 
 ABLE = ("enable", "disable")
 PLUGIN = ("auto", "float16", "bfloat16", "float32", "disable")

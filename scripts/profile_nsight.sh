@@ -38,15 +38,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/python.sh
 # Whatever can be refused is refused before the first run.
 device=$("$PY" -c 'import sys
-from llama_engine import build, config, engine, errors, hf
+from llama_engine import config, device as devices, engine_dir as engines, errors
+from llama_engine.checkpoint import hf
 from llama_engine.measure import result
 model, engine_dir, output, force, tokens, device = sys.argv[1:]
 def check():
     result.check_output(output, bool(force))
     hf.HFModel(model)
-    info = build.load_engine_json(engine_dir, backend="auto")
+    info = engines.load_engine_json(engine_dir, backend="auto")
     config.check_request(info.model, info.engine, [0] * 32, int(tokens))
-    print(engine.pick_device(device).type)
+    print(devices.pick_device(device).type)
 errors.run_cli(check)' "$model" "$engine" "$output" "${force[*]}" "$tokens" "$device")
 
 find_nsys() {

@@ -38,8 +38,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 results=results/$name
 step() { printf '\n\033[1m[%s/8] %s\033[0m\n' "$1" "$2"; }
 started=$SECONDS
-device=$("$PY" -c 'import sys; from llama_engine import engine, errors
-errors.run_cli(lambda: print(engine.pick_device(sys.argv[1]).type))' "$device")
+device=$("$PY" -m llama_engine.device "$device")
 if [ "$device" = cuda ]; then
   batch=64 concurrency="1 2 4 8 16 32 64" whole=$concurrency
 else

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llama_engine.checkpoint.build import load_engine_json
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import atomic_dir
 from llama_engine.serving.repository import ServeConfig, render, serve_command

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llama_engine import trtllm
-from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure import protocol, report
 from llama_engine.measure.result import load_result

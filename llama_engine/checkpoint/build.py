@@ -8,31 +8,28 @@ tokenizer files     so that the directory alone can serve text
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
-from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError, RunError
+from llama_engine.config import EngineConfig
+from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
+from llama_engine.errors import InputError
 from llama_engine.files import (
     Specs,
     TensorFileWriter,
     atomic_dir,
     copy_tokenizer,
     parallel,
-    read_json,
     row_chunks,
     sha256_file,
     write_json,
 )
-from llama_engine.model.weights import LINEARS, WEIGHTS_FILE, tensor_names
+from llama_engine.model.schemes import INT8, scheme_for
+from llama_engine.model.weights import LINEARS, tensor_names
 
-ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 1
-WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}
 # The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
 SOURCES = {"embedding": (EMBEDDING,), "final_norm": (FINAL_NORM,), "lm_head": (LM_HEAD,)}
 LAYER_SOURCES = {
@@ -43,18 +40,6 @@ LAYER_SOURCES = {
     "gate_up": ("mlp.fc", "mlp.gate"),
     "down": ("mlp.proj",),
 }
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256."""
-
-    backend: str
-    model: ModelConfig
-    engine: EngineConfig
-    checkpoint_sha256: str
-    weights_sha256: str
-    identity: dict[str, str]
 
 
 def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineConfig, *, force: bool = False) -> None:
@@ -71,7 +56,7 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             f"--max_seq_len {engine_config.max_seq_len} is more than the {config.max_position_embeddings} positions "
             "that the model has"
         )
-    int8 = LINEARS if source.quant_algo == "W8A16" else ()
+    int8 = LINEARS if scheme_for(source.quant_algo, dtype) is INT8 else ()
     if engine_config.lm_head == "int8":
         int8 = (*int8, "lm_head")
 
@@ -106,10 +91,10 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        finish(out, "native", source, engine_config)
+        complete(out, "native", source, engine_config)
 
 
-def finish(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:
+def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:
     """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
@@ -124,60 +109,4 @@ def finish(out: Path, backend: str, source: Checkpoint, engine_config: EngineCon
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
         },
-    )
-
-
-def prepare_machine(engine_dir: Path) -> list[str]:
-    """Compile and tune the engine's kernels for this machine, as far as it can; one line a thing done or left out.
-
-    An engine moved to another machine compiles at its first load, or runs untuned.
-    """
-    from llama_engine.cpu import fused
-
-    try:
-        library = fused.compile_library(engine_dir / "kernels")
-        lines = [f"CPU kernel: {library.name if library else 'no C++ compiler, PyTorch operations'}"]
-    except RunError as error:
-        lines = [f"CPU kernel: {error}"]
-    if torch.cuda.is_available():
-        from llama_engine.kernels.tiles import tune_engine
-
-        lines.append(tune_engine(engine_dir))
-    return lines
-
-
-def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
-    """Read and check ``engine.json``; ``backend`` auto takes any.
-
-    Raises :class:`InputError` for another backend and a damaged directory.
-    """
-    path = Path(engine_dir) / ENGINE_JSON
-    if not path.is_file():
-        raise InputError(f"{engine_dir} is not an engine ({ENGINE_JSON} is missing): run scripts/build_engine.sh")
-    data = read_json(path)
-    found = data.get("backend")
-    if found not in WEIGHTS:
-        raise InputError(f"{path}: unknown backend {found!r}: build the engine again")
-    if backend not in ("auto", found):
-        raise InputError(
-            f"{engine_dir} is an engine of backend {found}, but this needs one of backend {backend}: build one with "
-            f"scripts/build_engine.sh --backend {backend}"
-        )
-    if data.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
-        )
-    keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
-    if set(data) != keys:
-        raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
-    weights = Path(engine_dir) / WEIGHTS[found]
-    if not weights.is_file() or weights.stat().st_size != data["weights"]["bytes"]:
-        raise InputError(f"{weights} is missing or does not belong to {path}: build the engine again")
-    return EngineInfo(
-        backend=found,
-        model=ModelConfig.from_dict(data["model"]),
-        engine=EngineConfig.from_dict(data["engine"]),
-        checkpoint_sha256=data["checkpoint_sha256"],
-        weights_sha256=data["weights"]["sha256"],
-        identity=data["model_identity"],
     )

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import RunError
-from llama_engine.model.llama import rope_tables
-from llama_engine.model.weights import EngineWeights, Linear
+from llama_engine.model.rope import rope_tables
+from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 SOURCE = Path(__file__).with_name("step.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
@@ -112,7 +112,8 @@ def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights)
         and config.num_heads // config.num_kv_heads <= 8
         and engine.tokens_per_block % 16 == 0
         and weights.embedding.dtype == torch.float16
-        and all(layer.qkv.scale is not None for layer in weights.layers)
+        and all("cpu" in getattr(layer, name).scheme.executors for layer in weights.layers for name in LINEARS)
+        and "cpu" in weights.lm_head.scheme.lm_head_executors
     )
 
 
@@ -167,9 +168,8 @@ class CpuModel:
         return tensor.data_ptr()
 
     def _linear(self, linear: Linear) -> _LinearView:
-        if linear.scale is None:
-            return _LinearView(self._hold(linear.weight.half()), None)
-        return _LinearView(self._hold(linear.weight), self._hold(linear.scale.float()))
+        scale = None if linear.scale is None else self._hold(linear.scale)
+        return _LinearView(self._hold(linear.weight), scale)
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
         """As :meth:`llama_engine.model.llama.TorchModel.forward`; all tensors contiguous int32 on the CPU."""

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.config import EngineConfig, ModelConfig, check_request
-from llama_engine.cpu import fused
-from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine.executor import Executor, Step, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
 from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler
 from llama_engine.engine.scheduler import Sequence as RunningSequence
-from llama_engine.errors import InputError, RunError
-from llama_engine.model.llama import TorchModel
-from llama_engine.model.weights import load_weights
+from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -52,27 +42,6 @@ class Engine:
         self._requests: dict[int, RunningSequence] = {}
         self._ids = itertools.count()
         self._inflight: tuple[Plan, StepHandle] | None = None
-
-    @classmethod
-    def from_dir(
-        cls,
-        engine_dir: str | Path,
-        *,
-        device: str = "auto",
-        kernels: str = "auto",
-        threads: int | None = None,
-        **changes: Any,
-    ) -> Engine:
-        """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-        a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). ``changes`` replace fields of
-        the :class:`EngineConfig` it was built with.
-
-        Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
-        """
-        info = load_engine_json(Path(engine_dir))
-        config = replace(info.engine, **changes)
-        executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
-        return cls(info.model, config, executor)
 
     def add_request(
         self,
@@ -170,41 +139,3 @@ class Engine:
                 del self._requests[sequence.request_id]
             outputs.append(Output(sequence.request_id, [token], reason))
         return outputs
-
-
-def pick_device(device: str) -> torch.device:
-    """Resolve auto, cpu or cuda. Raises :class:`InputError` when CUDA is asked for and absent."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA GPU is visible to PyTorch: use --device cpu, or check nvidia-smi and the torch build")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def make_executor(
-    engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
-) -> Executor:
-    """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
-    choices = ("auto", "stream", "triton", "torch") if device.type == "cuda" else ("auto", "torch")
-    if kernels not in choices:
-        raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
-    weights = load_weights(engine_dir, model, device)
-    if device.type == "cuda" and kernels != "torch":
-        from llama_engine.gpu.executor import CudaExecutor
-        from llama_engine.kernels.tiles import load_tuning
-
-        return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
-    config = replace(config, num_kv_blocks=config.num_kv_blocks or config.useful_kv_blocks)
-    if kernels == "auto" and fused.supported(model, config, weights):
-        try:
-            library = fused.compile_library(engine_dir / "kernels")
-        except (RunError, OSError) as error:  # an old compiler, a read-only directory: slower, not fatal
-            print(f"note: no fused CPU kernel, running on PyTorch operations ({error})", file=sys.stderr)
-            library = None
-        if library is not None:
-            threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1
-            return HostExecutor(fused.CpuModel(library, model, config, weights, threads), model, config, weights)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return HostExecutor(TorchModel(model, config, weights, dtype), model, config, weights)

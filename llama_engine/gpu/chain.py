@@ -15,6 +15,7 @@ from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, 
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as stream_supported
 from llama_engine.kernels.tiles import Tiles
+from llama_engine.model.schemes import BF16, INT8
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 ALL_LAYERS = slice(None)
@@ -66,25 +67,25 @@ class GpuModel:
 
     def _allocate_kv(self) -> list[torch.Tensor]:
         c, e = self.config, self.engine
-        block = 2 * c.kv_size * e.tokens_per_block * 2
+        block = c.kv_nbytes() * e.tokens_per_block
         blocks = e.num_kv_blocks
         if not blocks:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1 << 30
-            blocks = min(e.useful_kv_blocks, int(free * e.kv_cache_free_gpu_memory_fraction) // (block * c.num_layers))
+            blocks = min(e.useful_kv_blocks, int(free * e.kv_cache_free_gpu_memory_fraction) // block)
         if blocks < 2:
             raise RunError(
                 f"no GPU memory is left for the KV cache (one block of {e.tokens_per_block} tokens takes "
-                f"{block * c.num_layers} bytes): free some, or build the engine with a smaller max_num_tokens"
+                f"{block} bytes): free some, or build the engine with a smaller max_num_tokens"
             )
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
 
     def _input(self, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The buffers that hold a matrix's activations: digits and their row scales, or fp16 and None."""
-        if linear.scale is None:
-            return self.final, None
-        return self.digits[linear.weight.shape[1]], self.a_scale
+        if linear.scheme is INT8:
+            return self.digits[linear.weight.shape[1]], self.a_scale
+        return self.final, None
 
     def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
         """``linear``, which is called ``name``, over the activations of its width; with ``tile``, only compile that."""
@@ -246,14 +247,16 @@ def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
     """``weights`` with a 16-bit embedding and lm_head in fp16. Raises :class:`InputError` for what no kernel runs."""
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
-            if getattr(layer, name).scale is None:
+            scheme = getattr(layer, name).scheme
+            if "gpu" not in scheme.executors:
                 raise InputError(
-                    f"layer {i} {name} is not INT8: convert with --use_weight_only, or give kernels='torch'"
+                    f"layer {i} {name} is {scheme.name}, not INT8: convert with --use_weight_only, or give "
+                    "kernels='torch'"
                 )
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % 32:
             raise InputError(f"{name} {size} is not a multiple of 32: give kernels='torch'")
     head = weights.lm_head
-    if head.scale is None:
+    if head.scheme is BF16:
         head = Linear(head.weight.to(torch.float16))
     return EngineWeights(weights.embedding.to(torch.float16), weights.layers, weights.final_norm, head)

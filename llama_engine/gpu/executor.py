@@ -98,7 +98,7 @@ class CudaExecutor:
         self.engine = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
-        self.kv_nbytes_per_token = 2 * config.num_layers * config.kv_size * 2
+        self.kv_nbytes_per_token = config.kv_nbytes()
         self._params = [SamplingParams()] * engine.max_batch_size
         self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)

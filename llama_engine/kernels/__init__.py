@@ -11,7 +11,7 @@ Conventions that the GPU kernels share
   ``[slots, max_blocks_per_sequence]``. ``slots = max_batch_size + 1``; the last row is the dummy slot of padding rows:
   token 0 at position 0 of block 0.
 * **RoPE** rotates halves (dimensions ``d`` and ``d + head_size / 2``), from float32 tables ``cos, sin
-  [max_seq_len, head_size / 2]`` (:func:`llama_engine.model.llama.rope_tables`).
+  [max_seq_len, head_size / 2]`` (:func:`llama_engine.model.rope.rope_tables`).
 * **Activations** between operations are fp16 in the residual stream; a linear layer's input row is quantized to
   ``a = 256 * hi + lo`` with signed 8-bit digits, ``|a| <= 32512``, and one float32 scale ``amax / 32512`` a row
   (rounded half away from zero), so ``y = (256 * (hi . W) + lo . W) * row_scale * weight_scale``, the sums exact.

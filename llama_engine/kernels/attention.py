@@ -15,7 +15,7 @@ import triton
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
 from llama_engine.kernels.common import launch_options
-from llama_engine.model.llama import rope_tables
+from llama_engine.model.rope import rope_tables
 
 CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
 DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options, shared_memory
+from llama_engine.model.schemes import FP16, INT8
 from llama_engine.model.weights import Linear
 
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
@@ -208,7 +209,7 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     """``tile`` with its K step made a divisor of K, its stages made to fit this GPU's shared memory, and its split
     bounded by the workspace. Raises :class:`InputError` for a K that no step divides."""
     n, k = linear.weight.shape
-    int8 = linear.scale is not None
+    int8 = linear.scheme is INT8
     step, stages = tile.k, tile.stages
     column = tile.n + 2 * tile.m if int8 else 2 * (tile.n + tile.m)  # bytes of one k
     # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
@@ -251,7 +252,9 @@ def gemm(
     maximum of each tile and its column to ``partials`` (float32 and int32 ``[rows, tiles]``, tiles = ceil(N / tile.n)).
     """
     n, k = linear.weight.shape
-    int8 = linear.scale is not None
+    if linear.scheme not in (INT8, FP16):
+        raise InputError(f"gemm: no kernel for {linear.scheme.name} weights")
+    int8 = linear.scheme is INT8
     capacity = a.shape[-2]
     tiles_m = -(-num_rows // tile.m)
     if a.shape[-1] != k or capacity < tiles_m * tile.m or (a.dim() == 3) != int8:
@@ -289,5 +292,5 @@ def gemm(
 def gemm_reference(digits: torch.Tensor, a_scale: torch.Tensor, linear: Linear) -> torch.Tensor:
     """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 ``linear``, exact up to the final scaling."""
     high, low = (plane.double() @ linear.weight.double().T for plane in digits)
-    assert linear.scale is not None
+    assert linear.scheme is INT8
     return ((256 * high + low) * a_scale[:, None] * linear.scale[None, :]).float()

@@ -25,7 +25,8 @@ import torch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.kernels import nvrtc
-from llama_engine.model.llama import rope_tables
+from llama_engine.model.rope import rope_tables
+from llama_engine.model.schemes import FP16, INT8
 from llama_engine.model.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
@@ -63,9 +64,9 @@ def supported(config: ModelConfig, weights: EngineWeights) -> bool:
         and max(config.intermediate_size, config.qkv_size) <= 256 * blocks
         and config.num_kv_heads <= blocks
         and config.num_heads <= 8 * config.num_kv_heads
-        and all(getattr(layer, name).scale is not None for layer in weights.layers for name in LINEARS)
+        and all(getattr(layer, name).scheme is INT8 for layer in weights.layers for name in LINEARS)
         and weights.embedding.dtype == torch.float16
-        and (weights.lm_head.scale is not None or weights.lm_head.weight.dtype == torch.float16)
+        and weights.lm_head.scheme in (INT8, FP16)
     )
 
 
@@ -135,7 +136,7 @@ class PersistentDecode:
             "TPB": engine.tokens_per_block,
             "GRID": self.grid,
         }
-        if weights.lm_head.scale is not None:
+        if weights.lm_head.scheme is INT8:
             macros["LM_INT8"] = 1
             self._params.lm_scale = weights.lm_head.scale.data_ptr()
         arch = nvrtc.architecture(self.device)

@@ -16,6 +16,7 @@ import torch
 from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.gemm import RESIDUAL, SILU_MUL, STORE
+from llama_engine.model.schemes import INT8
 from llama_engine.model.weights import Linear
 
 SOURCE = Path(__file__).with_name("stream.cu")
@@ -72,7 +73,7 @@ class StreamGemm:
 
     def _function(self, linear: Linear, rows: int, epilogue: int) -> nvrtc.Function | None:
         bucket = next((bucket for bucket in ROW_BUCKETS if rows <= bucket), None)
-        if bucket is None or linear.scale is None or epilogue not in (STORE, RESIDUAL, SILU_MUL):
+        if bucket is None or linear.scheme is not INT8 or epilogue not in (STORE, RESIDUAL, SILU_MUL):
             return None
         n, k = linear.weight.shape
         key = n, k, epilogue, bucket
@@ -125,7 +126,6 @@ class StreamGemm:
         if out.dtype != torch.float16 or not all(t.is_contiguous() for t in (digits, linear.weight, out)):
             raise InputError("operands must be contiguous, the result float16")
         params = self._params
-        assert linear.scale is not None
         params.weight, params.weight_scale = linear.weight.data_ptr(), linear.scale.data_ptr()
         params.digits, params.scale, params.out = digits.data_ptr(), scale.data_ptr(), out.data_ptr()
         params.rows, params.plane = rows, digits.stride(0)

@@ -120,7 +120,7 @@ class TransformersStack:
         weights = sum(p.nbytes for p in self.model.parameters())
         if not config.tie_word_embeddings:
             weights -= self.model.get_input_embeddings().weight.nbytes  # a gather of one row, not a read of all
-        self.cost = Cost.of(config, weights, 2 * config.num_layers * config.kv_size * self.dtype.itemsize)
+        self.cost = Cost.of(config, weights, config.kv_nbytes(self.dtype.itemsize))
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from llama_engine.checkpoint.build import WEIGHTS, EngineInfo, load_engine_json
 from llama_engine.checkpoint.hf import model_identity
-from llama_engine.engine.engine import Engine, pick_device
+from llama_engine.device import pick_device
+from llama_engine.engine_dir import WEIGHTS, EngineInfo, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
@@ -37,6 +37,7 @@ from llama_engine.measure.result import Result, check_output, new_result, write_
 from llama_engine.measure.show import show
 from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
+from llama_engine.native import load_engine
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (
@@ -130,13 +131,13 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     if "batch" in args:  # not among the flags of accuracy.py
         check_limits(args, info)
     if info.backend == "native":
-        engine = Engine.from_dir(args.engine_dir, device=device, threads=args.threads)
+        engine = load_engine(args.engine_dir, device=device, threads=args.threads)
         return EngineStack(engine, describe(info, engine.executor.kernels))
     from llama_engine.runner import ModelRunner
 
     model = info.model
     nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
-    cost = Cost.of(model, nbytes, 4 * model.num_layers * model.kv_size)
+    cost = Cost.of(model, nbytes, model.kv_nbytes())
     return RunnerStack(ModelRunner.from_dir(args.engine_dir), cost, describe(info, info.backend))
 
 

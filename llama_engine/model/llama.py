@@ -7,37 +7,15 @@ block tables exactly as the kernels read it.
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.model.rope import rope_tables
+from llama_engine.model.schemes import INT8
 from llama_engine.model.weights import EngineWeights, Linear
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies, float32 ``[head_size / 2]``, with Llama 3's wavelength-dependent scaling if configured.
-
-    Formula: theta^(-2i/d); wavelengths above ``original / low_freq_factor`` are divided by ``factor``, those below
-    ``original / high_freq_factor`` kept, the band between interpolated (Llama 3.1 reference implementation).
-    """
-    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
-    inverse = 1.0 / (config.rope_theta**exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inverse
-    wavelength = 2 * math.pi / inverse
-    ratio = scaling.original_max_position_embeddings / wavelength
-    smooth = (ratio - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return torch.lerp(inverse / scaling.factor, inverse, smooth.clamp(0, 1))
-
-
-def rope_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 ``[length, head_size / 2]``."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(config))
-    return angles.cos(), angles.sin()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,7 +55,7 @@ class TorchModel:
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU."""
-        if linear.scale is not None and self.device.type == "cpu" and x.shape[0] <= 64:
+        if linear.scheme is INT8 and self.device.type == "cpu" and x.shape[0] <= 64:
             return torch._weight_int8pack_mm(x, linear.weight, linear.scale.to(x.dtype))
         return F.linear(x, linear.dequantize(x.dtype))
 

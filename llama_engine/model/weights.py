@@ -14,29 +14,34 @@ from pathlib import Path
 import torch
 
 from llama_engine.config import ModelConfig
+from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
 from llama_engine.files import open_tensors
+from llama_engine.model.schemes import Scheme, scheme_of
 
-WEIGHTS_FILE = "engine.safetensors"
 LINEARS = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass
 class Linear:
-    """A weight matrix ``[N, K]``: int8 with ``scale`` float32 ``[N]``, or floating point with ``scale`` None."""
+    """A weight matrix ``[N, K]`` and, where its scheme has one, ``scale`` float32 ``[N]``.
+
+    Raises :class:`InputError` for tensors that belong to no scheme.
+    """
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.scheme: Scheme = scheme_of(self.weight, self.scale)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The matrix that the INT8 rows stand for, ``[N, K]`` in ``dtype``."""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        return (self.weight.float() * self.scale[:, None]).to(dtype)
+        """The matrix that the stored values stand for, ``[N, K]`` in ``dtype``."""
+        return self.scheme.dequantize(self.weight, self.scale, dtype)
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return self.scheme.nbytes(*self.weight.shape)
 
 
 @dataclass

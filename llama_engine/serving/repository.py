@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_engine.checkpoint.build import load_engine_json
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent / "triton_model_repo"

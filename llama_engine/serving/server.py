@@ -27,7 +27,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-from llama_engine.engine.engine import pick_device
+from llama_engine.device import pick_device
 from llama_engine.errors import InputError, RunError
 from llama_engine.serving.repository import REPOSITORY, ServeConfig, render
 

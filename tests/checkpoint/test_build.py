@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_engine.checkpoint.build import build_native, load_engine_json
+from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel, model_identity
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
-from llama_engine.engine.engine import Engine
+from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear, load_weights
+from llama_engine.native import load_engine
 
 SMALL = EngineConfig(max_batch_size=4, max_seq_len=128)
 EVERY_FORM = [
@@ -41,7 +42,7 @@ def dequantized_tokens(model_dir, directory):
         weights[name] = value.float()
         if "_proj" in name:
             q, scale = quantize(value)
-            weights[name] = Linear(q, scale.half()).dequantize()
+            weights[name] = Linear(q, scale.half().float()).dequantize()
     save_file(weights, directory / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompt = torch.tensor([[5, 17, 300, 42, 8]])
@@ -50,7 +51,7 @@ def dequantized_tokens(model_dir, directory):
 
 
 def generate(engine_dir, prompt, count):
-    engine = Engine.from_dir(engine_dir, device="cpu", kernels="torch")
+    engine = load_engine(engine_dir, device="cpu", kernels="torch")
     engine.add_request(prompt, count)
     tokens = []
     while engine.has_unfinished:

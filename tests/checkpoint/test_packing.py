@@ -12,7 +12,7 @@ from llama_engine.checkpoint.packing import LAYOUTS, check_packable, layout_for,
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "layouts.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "layouts.json").read_text())
 
 
 def round_half_away(x: float) -> int:
@@ -134,7 +134,7 @@ def test_matmul_error_is_within_nvidias_own_bound(dtype, shape, name):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).to(dtype).float()
     q, scale = quantize(torch.randn(n, k, generator=generator).to(dtype) / 16)
-    scale = scale.to(dtype)
+    scale = scale.to(dtype).float()
     # Through the packed bytes, with an identity matmul, back to the reference.
     restored = (
         torch.eye(k).to(dtype).float()

@@ -4,14 +4,15 @@ import random
 
 import pytest
 import torch
-from tests.test_model import dequantized_transformers
 from transformers import AutoTokenizer
 
 from llama_engine.config import EngineConfig
-from llama_engine.engine.engine import Engine, pick_device
+from llama_engine.device import pick_device
 from llama_engine.errors import InputError
 from llama_engine.model.weights import WEIGHTS_FILE
+from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
+from tests.model.test_llama import dequantized_transformers
 
 PROMPTS = (
     "What is the capital of France? Answer briefly.",
@@ -53,7 +54,7 @@ def finish(engine, check=False):
 def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smollm2_model, smollm2_engine):
     """Up to near ties: 15-bit activations move a logit by 0.01 to 0.02 (RMS); the order of sums does the rest."""
     reference = dequantized_transformers(smollm2_model, smollm2_engine)
-    engine = Engine.from_dir(smollm2_engine, device="cpu")
+    engine = load_engine(smollm2_engine, device="cpu")
     for text in PROMPTS:
         prompt, stop = chat_ids(smollm2_model, text), engine.model.eos_token_ids
         tokens = generate(engine, prompt, 48, stop_token_ids=stop)
@@ -66,7 +67,7 @@ def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smol
 
 
 def test_paris(smollm2_model, smollm2_engine):
-    engine = Engine.from_dir(smollm2_engine, device="cpu")
+    engine = load_engine(smollm2_engine, device="cpu")
     prompt = chat_ids(smollm2_model, PROMPTS[0])
     tokens = generate(engine, prompt, 32, stop_token_ids=engine.model.eos_token_ids)
     text = AutoTokenizer.from_pretrained(smollm2_model).decode(tokens, skip_special_tokens=True)
@@ -80,9 +81,9 @@ def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
     params = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.5, top_k=20)] * 2
     alone = []
     for prompt, param in zip(prompts, params):
-        engine = Engine.from_dir(tiny_engine, device="cpu", kernels=kernels)
+        engine = load_engine(tiny_engine, device="cpu", kernels=kernels)
         alone.append(generate(engine, prompt, 40, params=param))
-    engine = Engine.from_dir(tiny_engine, device="cpu", kernels=kernels)
+    engine = load_engine(tiny_engine, device="cpu", kernels=kernels)
     ids = [engine.add_request(prompt, 40, params=param) for prompt, param in zip(prompts, params)]
     together = finish(engine, check=True)
     assert [together[i] for i in ids] == alone
@@ -90,10 +91,10 @@ def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
 
 def test_preemption_recomputes_the_same_tokens(tiny_engine):
     prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
-    roomy = Engine.from_dir(tiny_engine, device="cpu")
+    roomy = load_engine(tiny_engine, device="cpu")
     expected = [roomy.add_request(prompt, 100) for prompt in prompts]
     expected_tokens = finish(roomy)
-    tight = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=18)
+    tight = load_engine(tiny_engine, device="cpu", num_kv_blocks=18)
     ids = [tight.add_request(prompt, 100) for prompt in prompts]
     tokens = finish(tight, check=True)
     assert tight.scheduler.preemptions > 0
@@ -151,20 +152,20 @@ def random_load(engine, steps, seed):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_random_load_keeps_every_invariant_and_every_answer(tiny_engine, asynchronous):
-    engine = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=16)
+    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=16)
     if asynchronous:
         engine.executor = DelayedExecutor(engine.executor)
     finished = random_load(engine, 1500, seed=5)
     assert engine.scheduler.preemptions > 0
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
-    alone = Engine.from_dir(tiny_engine, device="cpu")
+    alone = load_engine(tiny_engine, device="cpu")
     for (prompt, new, params, stops), tokens in random.Random(0).sample(sorted(finished.values(), key=str), 25):
         assert generate(alone, prompt, new, params=params, stop_token_ids=stops) == tokens
 
 
 def test_stop_token_ends_a_request_and_reason_says_so(tiny_engine):
-    engine = Engine.from_dir(tiny_engine, device="cpu")
+    engine = load_engine(tiny_engine, device="cpu")
     free = generate(engine, [1, 2, 3], 20)
     engine.add_request([1, 2, 3], 20, stop_token_ids=(free[4],))
     outputs = []
@@ -190,27 +191,27 @@ def test_stop_token_ends_a_request_and_reason_says_so(tiny_engine):
     ],
 )
 def test_requests_that_can_never_run_are_refused_with_the_numbers(tiny_engine, prompt, new, message):
-    engine = Engine.from_dir(tiny_engine, device="cpu")
+    engine = load_engine(tiny_engine, device="cpu")
     with pytest.raises(InputError, match=message):
         engine.add_request(prompt, new)
     assert not engine.has_unfinished
 
 
 def test_request_larger_than_the_cache_is_refused(tiny_engine):
-    engine = Engine.from_dir(tiny_engine, device="cpu", num_kv_blocks=4)
+    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=4)
     with pytest.raises(InputError, match="need 4 KV blocks of 16 tokens; the cache has 3"):
         engine.add_request([1] * 40, 24)
 
 
 def test_damaged_engines_and_absent_devices_are_one_clear_error(tiny_engine, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"build_engine\.sh"):
-        Engine.from_dir(tmp_path)
+        load_engine(tmp_path)
     for file in tiny_engine.iterdir():
         if file.is_file() and file.name != WEIGHTS_FILE:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / WEIGHTS_FILE).write_bytes(b"short")
     with pytest.raises(InputError, match="does not belong"):
-        Engine.from_dir(tmp_path)
+        load_engine(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--device cpu"):
         pick_device("cuda")
@@ -220,10 +221,10 @@ def test_damaged_engines_and_absent_devices_are_one_clear_error(tiny_engine, tmp
 
 def test_without_a_compiler_the_engine_runs_on_torch_and_agrees(tiny_engine, monkeypatch):
     monkeypatch.setattr("llama_engine.cpu.fused.compile_library", lambda directory: None)
-    fallback = Engine.from_dir(tiny_engine, device="cpu")
+    fallback = load_engine(tiny_engine, device="cpu")
     assert fallback.executor.kernels == "torch"
     monkeypatch.undo()
-    fused = Engine.from_dir(tiny_engine, device="cpu")
+    fused = load_engine(tiny_engine, device="cpu")
     assert fused.executor.kernels.startswith("cpu-")
     tokens = [generate(engine, [5, 6, 7], 30) for engine in (fallback, fused)]
     # Random weights make near-ties, which the two roundings may break differently later on.
@@ -232,7 +233,7 @@ def test_without_a_compiler_the_engine_runs_on_torch_and_agrees(tiny_engine, mon
 
 
 def test_max_batch_size_bounds_the_running_set(tiny_engine):
-    engine = Engine.from_dir(tiny_engine, device="cpu")
+    engine = load_engine(tiny_engine, device="cpu")
     assert engine.config.max_batch_size == 4
     for i in range(9):
         engine.add_request([i + 1], 8)

@@ -3,9 +3,9 @@ import time
 
 import pytest
 
-from llama_engine.engine.engine import Engine
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import InputError, RunError
+from llama_engine.native import load_engine
 
 
 class Client:
@@ -27,13 +27,13 @@ class Client:
 
 @pytest.fixture
 def loop(tiny_engine):
-    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"), max_queue=4)
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu"), max_queue=4)
     yield loop
     loop.shutdown(drain_s=0)
 
 
 def test_many_threads_get_the_answers_they_would_get_alone(tiny_engine, loop):
-    engine = Engine.from_dir(tiny_engine, device="cpu")
+    engine = load_engine(tiny_engine, device="cpu")
     clients = [Client() for _ in range(8)]
     for i, client in enumerate(clients):
         loop.submit([i + 1, 2 * i], 30, on_tokens=client)
@@ -123,7 +123,7 @@ def test_a_failing_step_is_reported_to_everyone_in_it_and_the_loop_lives(loop, m
 
 
 def test_shutdown_drains_then_refuses(tiny_engine):
-    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"))
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu"))
     client = Client()
     loop.submit([1], 100, on_tokens=client)
     loop.shutdown(drain_s=30)
@@ -133,7 +133,7 @@ def test_shutdown_drains_then_refuses(tiny_engine):
 
 
 def test_shutdown_without_drain_cancels(tiny_engine):
-    loop = EngineLoop(Engine.from_dir(tiny_engine, device="cpu"))
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu"))
     client = Client()
     loop.submit([1], 250, on_tokens=client)
     started = time.monotonic()

@@ -194,10 +194,9 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kernels", ["auto", "stream"])
 def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernels):
-    from tests.test_engine import generate, random_load
-
     from llama_engine.engine.engine import Engine
     from llama_engine.gpu.executor import CudaExecutor
+    from tests.engine.test_engine import generate, random_load
 
     config = ModelConfig(512, 1024, 2048, 2, 8, 2, 128, 512)
     # A preempted answer is not compared: its recomputed keys come from prefill, which rounds differently.

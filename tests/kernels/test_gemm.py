@@ -130,7 +130,7 @@ def test_misfit_operands_are_refused(device):
     with pytest.raises(InputError, match="do not fit"):
         gemm(a[:, :8], a_scale, linear, torch.empty((5, 64), device=device), 5, STORE, Tile(), Workspace(device))
     with pytest.raises(InputError, match="multiple of 16"):
-        fit(Tile(), Linear(torch.zeros((8, 24), dtype=torch.int8)), 1)
+        fit(Tile(), Linear(torch.zeros((8, 24), dtype=torch.int8), torch.zeros(8)), 1)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import torch
 
 from llama_engine.measure import accuracy
 from llama_engine.measure.generation import GenerationRun
+from llama_engine.native import load_engine
 
 GOOD = {"tokens": 20_000, "perplexity_ratio": 1.005, "kl_mean": 0.004}
 
@@ -69,10 +70,9 @@ def test_greedy_agreement_counts_up_to_the_first_difference():
 
 def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
     """Chunks of 5 cross a block boundary; each row's argmax is what the engine generates next."""
-    from llama_engine.engine.engine import Engine
 
     monkeypatch.setattr(accuracy, "CHUNK_TOKENS", 5)
-    engine = Engine.from_dir(tiny_engine, device="cpu", kernels="torch")
+    engine = load_engine(tiny_engine, device="cpu", kernels="torch")
     engine.add_request([3, 1, 4, 1, 5], 20)
     tokens = [
         token for _ in iter(lambda: engine.has_unfinished, False) for out in engine.step() for token in out.token_ids
@@ -83,10 +83,9 @@ def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
 
 
 def test_the_error_of_served_logits(tiny_engine):
-    from llama_engine.engine.engine import Engine
 
-    engine = Engine.from_dir(tiny_engine, device="cpu")
-    reference = Engine.from_dir(tiny_engine, device="cpu", kernels="torch")
+    engine = load_engine(tiny_engine, device="cpu")
+    reference = load_engine(tiny_engine, device="cpu", kernels="torch")
 
     def logits(ids):
         return accuracy.engine_logits(reference, ids)

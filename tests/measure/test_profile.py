@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from llama_engine.engine.engine import Engine
 from llama_engine.measure import nsight, profile
 from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
+from llama_engine.native import load_engine
 from llama_engine.runner import ModelRunner
 from tests.conftest import ROOT
 
@@ -34,7 +34,7 @@ def ranges(monkeypatch):
 
 
 def test_engine_steps_are_marked(ranges, tiny_engine):
-    stack = EngineStack(Engine.from_dir(tiny_engine, device="cpu", kernels="torch"))
+    stack = EngineStack(load_engine(tiny_engine, device="cpu", kernels="torch"))
     with profile.marked(stack):
         stack.generate(list(range(70)), 5)  # more than one prefill chunk: max_num_tokens is 64
     assert ranges == ["prefill"] * 2 + ["decode"] * 4

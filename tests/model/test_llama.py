@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_engine.checkpoint.build import load_engine_json
 from llama_engine.config import EngineConfig
 from llama_engine.cpu import fused
-from llama_engine.model.llama import TorchModel, rope_frequencies
+from llama_engine.engine_dir import load_engine_json
+from llama_engine.model.llama import TorchModel
+from llama_engine.model.rope import rope_frequencies
 from llama_engine.model.weights import load_weights
 
 BLOCK = 16

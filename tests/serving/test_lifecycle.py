@@ -21,7 +21,7 @@ from llama_engine.serving import server as server_module
 from llama_engine.serving.client import connect
 from llama_engine.serving.server import ServeConfig, TritonServer, render
 from tests.conftest import ROOT
-from tests.serving import alone, ask, assert_idle, post, some_prompts, tensors
+from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PARIS = "The capital of France is Paris."

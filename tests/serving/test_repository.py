@@ -21,7 +21,7 @@ from llama_engine.serving import server as server_module
 from llama_engine.serving.server import ServeConfig
 from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def load_model(name, monkeypatch):

@@ -16,7 +16,7 @@ import tritonclient.grpc as grpc_client
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.server import ServeConfig, TritonServer
-from tests.serving import alone, ask, assert_idle, post, some_prompts, tensors, url
+from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")

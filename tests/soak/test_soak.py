@@ -14,7 +14,7 @@ import pytest
 
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.server import ServeConfig, TritonServer
-from tests.serving import alone, assert_idle
+from tests.serving.tools import alone, assert_idle
 
 SOAK_S = float(os.environ.get("SOAK_S", 60))
 MAX_GROWTH = 100e6

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from llama_engine.engine.engine import Engine
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import InputError, RunError
+from llama_engine.native import load_engine
 from llama_engine.serving.request import GenerationRequest, parse, scalar
 
 FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL: the stub adds its own names only after this import
@@ -67,7 +67,7 @@ class TritonPythonModel:
         self.timeout_s = float(options["request_timeout_s"]) or None
         self.drain_s = float(options["drain_s"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
-        engine = Engine.from_dir(options["engine_dir"], device=options["device"])
+        engine = load_engine(options["engine_dir"], device=options["device"])
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}

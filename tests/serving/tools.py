@@ -9,9 +9,9 @@ import urllib.request
 
 import numpy as np
 
-from llama_engine.engine.engine import Engine
+from llama_engine.native import load_engine
 from llama_engine.serving.client import RequestFailed, connect
-from tests.test_engine import generate
+from tests.engine.test_engine import generate
 
 
 def assert_idle(server, seconds=10):
@@ -52,7 +52,7 @@ def ask(server, prompts, new_tokens, protocol="grpc", streaming=True, **options)
 
 
 def alone(engine_dir, prompts, new_tokens):
-    engine = Engine.from_dir(engine_dir, device="cpu", threads=1)
+    engine = load_engine(engine_dir, device="cpu", threads=1)
     return [generate(engine, prompt, new_tokens) for prompt in prompts]
 
 

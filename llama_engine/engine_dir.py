@@ -1,0 +1,64 @@
+"""An engine directory: ``engine.json``, which says what was built and for which backend, beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.errors import InputError
+from llama_engine.files import read_json
+
+ENGINE_JSON = "engine.json"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "engine.safetensors"
+WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}  # the backends, and the file each loads
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256."""
+
+    backend: str
+    model: ModelConfig
+    engine: EngineConfig
+    checkpoint_sha256: str
+    weights_sha256: str
+    identity: dict[str, str]
+
+
+def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
+    """Read and check ``engine.json``; ``backend`` auto takes any.
+
+    Raises :class:`InputError` for another backend and a damaged directory.
+    """
+    path = Path(engine_dir) / ENGINE_JSON
+    if not path.is_file():
+        raise InputError(f"{engine_dir} is not an engine ({ENGINE_JSON} is missing): run scripts/build_engine.sh")
+    data = read_json(path)
+    found = data.get("backend")
+    if found not in WEIGHTS:
+        raise InputError(f"{path}: unknown backend {found!r}: build the engine again")
+    if backend not in ("auto", found):
+        raise InputError(
+            f"{engine_dir} is an engine of backend {found}, but this needs one of backend {backend}: build one with "
+            f"scripts/build_engine.sh --backend {backend}"
+        )
+    if data.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
+        )
+    keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
+    if set(data) != keys:
+        raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
+    weights = Path(engine_dir) / WEIGHTS[found]
+    if not weights.is_file() or weights.stat().st_size != data["weights"]["bytes"]:
+        raise InputError(f"{weights} is missing or does not belong to {path}: build the engine again")
+    return EngineInfo(
+        backend=found,
+        model=ModelConfig.from_dict(data["model"]),
+        engine=EngineConfig.from_dict(data["engine"]),
+        checkpoint_sha256=data["checkpoint_sha256"],
+        weights_sha256=data["weights"]["sha256"],
+        identity=data["model_identity"],
+    )

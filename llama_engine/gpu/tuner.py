@@ -1,0 +1,127 @@
+"""Choose tiles on the GPU at hand, by the time of whole steps, and store them in the engine directory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from llama_engine.engine_dir import load_engine_json
+from llama_engine.errors import InputError, RunError
+from llama_engine.files import write_text
+from llama_engine.gpu.chain import GpuModel
+from llama_engine.kernels.gemm import Tile, fit
+from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
+from llama_engine.model.weights import load_weights
+
+TUNED_ROWS = {8: 8, 16: 16, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
+
+
+def candidates(name: str, bucket: int) -> list[Tile]:
+    """Tiles worth timing for a matrix and a row bucket, the default first."""
+    tiles = [default_tile(name, bucket)]
+    if bucket == 128:
+        tiles += [Tile(m, n, 128, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4))]
+    elif name == "lm_head":
+        tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
+    else:
+        splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
+        shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
+        tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
+    return tiles
+
+
+def time_graph(run: Callable[[], None], repeats: int = 3) -> float:
+    """Milliseconds of one replay of ``run`` captured into a CUDA graph: the fastest of ``repeats``."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    times = []
+    with torch.cuda.stream(stream):
+        run()
+        stream.synchronize()
+        graph.capture_begin()
+        run()
+        graph.capture_end()
+        graph.replay()
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return min(times)
+
+
+def tune(
+    model: GpuModel,
+    progress: Callable[[str], None] = lambda _: None,
+    choices: Callable[[str, int], Iterable[Tile]] = candidates,
+) -> dict[str, Any]:
+    """Choose the tiles of every matrix and row bucket; the dict of tuning.json.
+
+    One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
+    fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
+    """
+    work: dict[int, dict[str, list[Tile]]] = {}
+    prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
+    for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
+        rows = TUNED_ROWS[bucket]
+        if (
+            rows > model.x.shape[0]
+            or model.streams(name, rows)
+            or (name == "lm_head" and (bucket == 8 or prefill[bucket]))
+        ):
+            continue  # another kernel's; lm_head has no tiles of 8 rows, and a prefill needs it for one row
+        linear = model.linears(name)[0]
+        tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
+        work.setdefault(bucket, {})[name] = list(tiles)
+    progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for bucket, names in work.items():
+            for name, tiles in names.items():
+                for tile in tiles:
+                    model.run_linear(name, 0, TUNED_ROWS[bucket], tile)
+    best: dict[str, Any] = {}
+    for bucket, names in work.items():
+        run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])
+        for name, tiles in names.items():
+            timed = []
+            for tile in tiles:
+                model.tiles.set(name, bucket, tile)
+                try:
+                    timed.append((time_graph(run), tile))
+                except (triton.runtime.OutOfResources, triton.CompilationError):
+                    continue  # too large for this GPU's shared memory or registers
+            fastest, tile = min(timed, key=lambda pair: pair[0])
+            model.tiles.set(name, bucket, tile)
+            best[f"{name}/{bucket}"] = asdict(tile)
+            progress(f"{name}, {TUNED_ROWS[bucket]} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
+    model.position.zero_()
+    return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
+
+
+def tune_engine(engine_dir: Path) -> str:
+    """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it."""
+    started = time.perf_counter()
+    info = load_engine_json(engine_dir)
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        weights = load_weights(engine_dir, info.model, device)
+        model = GpuModel(info.model, replace(info.engine, num_kv_blocks=2), weights, Tiles(None, ""))
+        tuning = tune(model)
+    except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
+        return f"GPU kernels: not tuned ({' '.join(str(error).split())})"
+    write_text(engine_dir / TUNING_FILE, json.dumps(tuning, indent=1))
+    count, seconds = len(tuning["tiles"]), time.perf_counter() - started
+    return f"GPU kernels: {count} tiles tuned for {tuning['gpu']} in {seconds:.0f} s"
