@@ -17,7 +17,7 @@ import numpy as np
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
 
-REPOSITORY = Path(__file__).resolve().parent.parent / "triton_model_repo"
+REPOSITORY = Path(__file__).resolve().parents[2] / "triton_model_repo"
 CONTAINER = "nvcr.io/nvidia/tritonserver:24.11-trtllm-python-py3"
 BACKEND = Path("/opt/tritonserver/backends/tensorrtllm")
 

@@ -23,7 +23,7 @@ def open_engine(tiny_model, tiny_engine, monkeypatch):
     def from_dir(*_, **__):
         raise Loaded
 
-    monkeypatch.setattr(protocol.Engine, "from_dir", from_dir)
+    monkeypatch.setattr(protocol, "load_engine", from_dir)
     return run
 
 
