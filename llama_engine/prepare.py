@@ -85,11 +85,14 @@ def prepare_default(models_dir: Path, *, force: bool = False) -> Path:
 
 
 def prepare_local(model_dir: Path) -> Path:
-    """Check every header and every value of a Hugging Face directory; it is used where it lies."""
+    """Check every header and every value of a Hugging Face directory; it is used where it lies.
+
+    A value may need bfloat16: whether fp16 holds it is for the conversion to say.
+    """
     model = HFModel(model_dir)
     chunks = _chunks(model.shapes)
     total = 2 * sum(map(math.prod, model.shapes.values()))
-    parallel(lambda item: model.read(*item, torch.float16).nbytes, chunks, "checking", total)
+    parallel(lambda item: model.read(*item, torch.bfloat16).nbytes, chunks, "checking", total)
     return model.dir
 
 
