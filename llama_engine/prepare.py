@@ -125,7 +125,7 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
         "pad_token_id": int(meta["tokenizer.ggml.padding_token_id"]),
     }
     specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
-    with atomic_dir(target, force=True) as out:
+    with atomic_dir(target, own_names, inputs=[gguf], force=True) as out:
         writer = TensorFileWriter(out / SINGLE, specs)
 
         def write(key: str) -> int:
@@ -165,7 +165,7 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
         max_shard_size=SHARD_BYTES,
     )
     residual_std = 1 / math.sqrt(2 * config.num_layers)
-    with atomic_dir(target, force=True) as out:
+    with atomic_dir(target, own_names, force=True) as out:
         writers = {
             file: TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys})
             for file, keys in split.filename_to_tensors.items()
@@ -203,6 +203,15 @@ def is_intact(model_dir: Path) -> bool:
     if not files or not all(path.is_file() for path in paths):
         return False
     return sha256_files(paths) == {name: entry["sha256"] for name, entry in files.items()}
+
+
+def own_names(path: Path) -> tuple[str, ...]:
+    """The names of the files in a model directory that was written here; nothing for any other directory."""
+    try:
+        files = read_json(path / PREPARED).get("files")
+    except InputError:
+        files = None
+    return (PREPARED, *files) if isinstance(files, dict) else ()
 
 
 def _record(out: Path, name: str, source: str, detail: str) -> None:
