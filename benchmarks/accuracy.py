@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="score an eighth of 20,000 tokens")
     parser.set_defaults(backend="native")
     args = parser.parse_args()
-    result.check_output(args.output, args.force)
+    result.check_output(args.output, args.force, args.model_dir, args.engine_dir)
     if not args.text.is_file():
         raise InputError(f"--text {args.text} does not exist")
     device = protocol.prepare(args)

@@ -74,7 +74,7 @@ def main() -> int:
         raise InputError(f"{longest} input and output tokens exceed this engine's max_seq_len {limit}")
     args.slo = parse_slo(args.slo)
     name = f"triton-{info.backend}{'' if args.streaming else '-whole'}.json"
-    output = check_output(args.output or Path("results/local") / name, args.force)
+    output = check_output(args.output or Path("results/local") / name, args.force, args.engine_dir)
     device = pick_device(args.device).type
     with console.status("measuring this machine's ceilings"):
         environment = fingerprint(device) | ceilings(device)

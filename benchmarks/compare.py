@@ -26,7 +26,7 @@ def main() -> None:
     backend = load_engine_json(args.engine_dir, backend=args.backend).backend
     names = ("baseline.json", f"optimized-{backend}.json", "comparison.json")
     folder = result.check_folder(args.output)
-    paths = [result.check_output(folder / name, args.force) for name in names]
+    paths = [result.check_output(folder / name, args.force, args.model_dir, args.engine_dir) for name in names]
     engine = protocol.open_engine(args, device)
     measured = protocol.measure([TransformersStack(args.model_dir, device), engine], args, device)
     before, after = measured["transformers"], measured[engine.name]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from llama_engine.errors import InputError, RunError
 
 T = TypeVar("T")
+# Tells what this product wrote from anything else: the names (patterns) that such a directory holds, or nothing.
+Own = Callable[[Path], Iterable[str]]
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a file: name to dtype and shape
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
@@ -30,19 +33,63 @@ TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_templ
 SAFE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-@contextlib.contextmanager
-def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty directory beside ``target`` that takes its place when the block ends without an error.
+def check_apart(output: Path | str, inputs: Iterable[Path | str]) -> Path:
+    """Where an output really lies: its path with every link followed.
 
-    What a killed run left behind is removed by the next one. Raises :class:`InputError` when ``target`` exists and
-    ``force`` is false, or when another process is writing it.
+    Raises :class:`InputError` when that equals, contains or lies inside an input, or a place that a link in an input
+    directory leads to.
     """
-    target = Path(target).absolute()
-    if target.exists() and not force:
-        raise InputError(f"{target} already exists: give --force to replace it, or another directory")
+    try:
+        target = Path(output).resolve()
+        for given in map(Path, inputs):
+            entries = given.iterdir() if given.is_dir() else ()
+            for place in {given.resolve(), *(entry.resolve() for entry in entries)}:
+                if target == place or target in place.parents or place in target.parents:
+                    raise InputError(
+                        f"the output {output} overlaps the input {given} (is it, holds it or lies in it): "
+                        "choose another place"
+                    )
+    except (OSError, RuntimeError) as error:  # a loop of links is either, depending on Python's version
+        raise InputError(f"{output} cannot be written: {error}") from None
+    return target
+
+
+def check_replaceable(target: Path, own: Own) -> None:
+    """Raise :class:`InputError` unless ``target`` is absent, empty, or holds nothing but what ``own`` knows."""
     if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file, not a directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"{target} is a file, not a directory: choose another directory")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if target.is_mount():
+        raise InputError(f"{target} is a mount point, which cannot be replaced: choose a directory inside it")
+    patterns = list(own(target))
+    if not patterns:
+        raise InputError(
+            f"{target} was not written by this command, so it is never replaced: choose another directory, or remove it"
+        )
+    names = sorted(path.name for path in target.iterdir())
+    if foreign := [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]:
+        raise InputError(
+            f"{target} also holds {foreign[0]}, which this command did not write: move that away, "
+            "or choose another directory"
+        )
+
+
+@contextlib.contextmanager
+def atomic_dir(
+    output: Path | str, own: Own, *, inputs: Iterable[Path | str] = (), force: bool = False
+) -> Iterator[Path]:
+    """Yield an empty directory that takes ``output``'s place, links followed, when the block ends without an error.
+
+    What a killed run left behind is mended by the next one. Raises :class:`InputError` when ``output`` overlaps one of
+    ``inputs``, when it holds anything and ``force`` is false, when ``own`` does not know it, or when another process is
+    writing it.
+    """
+    target = check_apart(output, inputs)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{target.parent} is not a directory: choose another place for {target.name}") from None
     partial, old, lock_path = (target.parent / f".{target.name}.{kind}" for kind in ("partial", "old", "lock"))
     with open(lock_path, "w") as lock:
         try:
@@ -50,6 +97,11 @@ def atomic_dir(target: Path, *, force: bool = False) -> Iterator[Path]:
         except BlockingIOError:
             raise InputError(f"another process is writing {target}: wait for it, or choose another directory") from None
         try:
+            if old.exists() and not target.exists():  # a run was killed between its two renames
+                os.replace(old, target)
+            if target.is_dir() and any(target.iterdir()) and not force:
+                raise InputError(f"{target} already exists: give --force to replace it, or another directory")
+            check_replaceable(target, own)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
@@ -113,7 +165,8 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: a reader sees the old file or the new one."""
+    """Write beside ``path``, links followed, then rename: a reader sees the old file or the new one."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llama_engine.checkpoint.build import complete
+from llama_engine.checkpoint.build import complete, own_names
 from llama_engine.checkpoint.packing import layout_for, visible_arch
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig, check_request
@@ -69,7 +69,7 @@ def build(
                 f"{source.dir} is packed as {source.layout.name}, but {arch} and TensorRT-LLM {version} need "
                 f"{needed.name}: convert with --target_arch {arch} --trtllm_version {version}, or --quantize_at_build"
             )
-    with atomic_dir(output_dir, force=force) as out:
+    with atomic_dir(output_dir, own_names, inputs=[checkpoint_dir], force=force) as out:
         code = subprocess.run(build_command(checkpoint_dir, out, engine, flags), check=False).returncode
         if code:
             raise RunError(f"trtllm-build failed with exit code {code}; its own messages are above")

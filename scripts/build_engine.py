@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--max_seq_len", type=int, help="prompt and answer (default: 2048, or the model's positions)")
     parser.add_argument("--max_num_tokens", type=int, help="tokens of one step (default: 2048; tensorrt_llm 8192)")
     parser.add_argument("--tokens_per_block", type=int, default=64, help="of the paged KV cache (default: 64)")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
     own = parser.add_argument_group("native only")
     precisions = {"choices": ["checkpoint", "int8"], "default": "checkpoint"}
     own.add_argument("--lm_head", **precisions, help="precision of lm_head (default: checkpoint)")

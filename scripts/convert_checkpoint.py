@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--trtllm_version", help="whose byte layout (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
     parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
-    parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
     args = parser.parse_args()
 
     if args.weight_only_precision and not args.use_weight_only:

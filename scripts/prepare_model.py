@@ -24,7 +24,7 @@ def main() -> None:
     source.add_argument("--synthetic", choices=sorted(prepare.GEOMETRIES), help="seeded random weights, this geometry")
     parser.add_argument("--output-root", type=Path, default=Path("models"), help="where to write (default: models)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic weights (default: 0)")
-    parser.add_argument("--force", action="store_true", help="write again even if the model lies there unharmed")
+    parser.add_argument("--force", action="store_true", help="write the model again even if it lies there unharmed")
     args = parser.parse_args()
     if args.model_dir:
         path = prepare.prepare_local(args.model_dir)

@@ -25,7 +25,7 @@ from rich.console import Console
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import atomic_dir
-from llama_engine.serving.repository import ServeConfig, render, serve_command
+from llama_engine.serving.repository import ServeConfig, own_names, render, serve_command
 from llama_engine.serving.server import TritonServer, listening
 
 MAX_RESTARTS = 5
@@ -99,7 +99,7 @@ def serve_native(server: TritonServer) -> None:
 def serve_tensorrtllm(args: argparse.Namespace, config: ServeConfig, listen: list[str]) -> None:
     """Render for NVIDIA's C++ backend and become the server, or the container that holds it."""
     models = (args.run_dir or Path("build/triton")) / "models"
-    with atomic_dir(models, force=True) as scratch:
+    with atomic_dir(models, own_names, inputs=[args.engine_dir], force=True) as scratch:
         render(args.engine_dir, scratch, config, "tensorrt_llm")
     command = serve_command(args.engine_dir, models, ["--disable-auto-complete-config", *listen])
     print(shlex.join(command))

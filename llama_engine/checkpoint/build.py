@@ -18,11 +18,13 @@ from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
 from llama_engine.files import (
+    TOKENIZER_FILES,
     Specs,
     TensorFileWriter,
     atomic_dir,
     copy_tokenizer,
     parallel,
+    read_json,
     row_chunks,
     sha256_file,
     write_json,
@@ -73,7 +75,7 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
         for i, part in enumerate(sources):
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
 
-    with atomic_dir(output_dir, force=force) as out:
+    with atomic_dir(output_dir, own_names, inputs=[checkpoint_dir], force=force) as out:
         writer = TensorFileWriter(out / WEIGHTS_FILE, specs)
 
         def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
@@ -92,6 +94,16 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
 
         parallel(write, jobs, "building", writer.nbytes)
         complete(out, "native", source, engine_config)
+
+
+def own_names(path: Path) -> tuple[str, ...]:
+    """What an engine directory of either backend holds, as patterns; nothing for any other directory."""
+    try:
+        ours = {"format_version", "backend", "weights"} <= read_json(path / ENGINE_JSON).keys()
+    except InputError:
+        ours = False
+    added = ("config.json", "kernels", "tuning.json")  # trtllm-build's; what this machine compiled and tuned
+    return (ENGINE_JSON, WEIGHTS_FILE, "rank*.engine", *added, *TOKENIZER_FILES) if ours else ()
 
 
 def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:

@@ -18,6 +18,7 @@ from llama_engine.checkpoint.unified import (
     Target,
     check_tp,
     config_json,
+    own_names,
     scale_name,
     targets,
     tensor_specs,
@@ -54,20 +55,23 @@ class ConvertOptions:
 
 
 def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force: bool = False) -> None:
-    """Write the checkpoint. Raises :class:`InputError` for bad input; a failed or killed run leaves no output."""
+    """Write the checkpoint. Raises :class:`InputError` for bad input; a failed or killed run leaves no output.
+
+    ``force`` replaces an earlier checkpoint at ``output_dir``, never anything else.
+    """
     model = HFModel(model_dir)
     config, dtype, layout = model.config, DTYPES[options.dtype], options.layout
     check_tp(config, options.tp_size)
     ranks = [list(targets(config, rank, options.tp_size)) for rank in range(options.tp_size)]
     specs = [tensor_specs(rank, dtype, layout) for rank in ranks]
-    record = {
-        "layout": layout.name if layout else None,
-        "target_arch": options.target_arch if layout else None,
-        "trtllm_version": options.trtllm_version,
-        "source_sha256": model_identity(model_dir)["sha256"],
-        "model": config.to_dict(),
-    }
-    with atomic_dir(output_dir, force=force) as out:
+    with atomic_dir(output_dir, own_names, inputs=[model_dir], force=force) as out:
+        record = {
+            "layout": layout.name if layout else None,
+            "target_arch": options.target_arch if layout else None,
+            "trtllm_version": options.trtllm_version,
+            "source_sha256": model_identity(model_dir)["sha256"],
+            "model": config.to_dict(),
+        }
         jobs: list[Job] = []
         for rank, spec in enumerate(specs):
             metadata = {"llama_engine": json.dumps(record)}

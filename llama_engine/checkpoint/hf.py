@@ -6,14 +6,17 @@ Accepts ``model.safetensors`` or shards with ``model.safetensors.index.json``, i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import checked, combined_sha256, open_tensors, read_json, sha256_files
+from llama_engine.files import checked, combined_sha256, open_tensors, read_json, row_chunks, sha256_files
 
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ADAPTER = "adapter_config.json"
 PREPARED = "prepared.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,7 +25,7 @@ SINGLE = "model.safetensors"
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Hugging Face Llama; ``lm_head.weight`` only where it is not tied to the embedding."""
     hidden, inter = config.hidden_size, config.intermediate_size
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield EMBEDDING, (config.vocab_size, hidden)
     for i in range(config.num_layers):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (hidden,)
@@ -36,11 +39,14 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{layer}.mlp.down_proj.weight", (hidden, inter)
     yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
+        yield LM_HEAD, (config.vocab_size, hidden)
 
 
 class HFModel:
-    """A Hugging Face Llama directory. Construction reads and checks every header; values are read on demand.
+    """A Hugging Face Llama directory, with the weights that transformers would load from it.
+
+    Construction reads and checks every header; values are read on demand. ``config.tie_word_embeddings`` says whether
+    the embedding is the head: a file with a head of its own goes before the flag.
 
     Raises :class:`InputError` for a missing or half directory, pickled weights, a missing or misshapen tensor, an
     unsupported configuration or dtype; reading raises it for NaN, Inf or a value that fp16 cannot hold.
@@ -48,29 +54,49 @@ class HFModel:
 
     def __init__(self, model_dir: Path | str) -> None:
         self.dir = Path(model_dir)
-        if not self.dir.is_dir():
-            raise InputError(f"model directory {self.dir} does not exist: run scripts/prepare_model.py or give another")
+        self._check_kind()
         hf_config = read_json(self.dir / "config.json")
         if hf_config.get("quantization_config"):
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")
         prepared = read_json(self.dir / PREPARED) if (self.dir / PREPARED).is_file() else {}
-        name, source = prepared.get("name", self.dir.resolve().name), prepared.get("source", "pretrained")
+        name, source = prepared.get("name", directory_name(self.dir)), prepared.get("source", "pretrained")
         with checked(self.dir / "config.json"):
             self.config = ModelConfig.from_hf(hf_config, name=name, source=source)
         self.files = self._weight_files()
-        self.shapes = dict(tensor_shapes(self.config))
-        self._where: dict[str, Path] = {}
+        self.shapes = dict(tensor_shapes(replace(self.config, tie_word_embeddings=False)))
+        self._where: dict[str, tuple[Path, str]] = {}  # of each tensor: its file, and its name there
         self._check_headers()
+        self._tie()
+        if missing := [name for name in self.shapes if name not in self._where]:
+            raise InputError(f"{self.dir} is incomplete: {len(missing)} tensors missing, first {missing[0]}")
+
+    def _check_kind(self) -> None:
+        """Name what the directory is, where it is not a model's."""
+        wanted = "give a directory in Hugging Face format (config.json and .safetensors)"
+        if self.dir.is_file():
+            raise InputError(f"{self.dir} is a {'GGUF ' if self.dir.suffix.lower() == '.gguf' else ''}file: {wanted}")
+        if not self.dir.is_dir():
+            raise InputError(f"model directory {self.dir} does not exist: run scripts/prepare_model.py or give another")
+        if (self.dir / ADAPTER).is_file():
+            adapter = read_json(self.dir / ADAPTER)
+            kind, base = adapter.get("peft_type", "PEFT"), adapter.get("base_model_name_or_path")
+            raise InputError(
+                f"{self.dir} is a {kind} adapter of {base}, not a model: merge the two (PEFT's merge_and_unload), save "
+                "that and give its directory"
+            )
+        if not (self.dir / "config.json").is_file() and any(self.dir.glob("*.gguf")):
+            raise InputError(f"{self.dir} holds a model as a GGUF file: {wanted}")
 
     def _weight_files(self) -> list[Path]:
+        """In transformers' order: the single file, then the index."""
         names: list[str] = []
-        if (self.dir / INDEX).is_file():
+        if (self.dir / SINGLE).is_file():
+            names = [SINGLE]
+        elif (self.dir / INDEX).is_file():
             weight_map = read_json(self.dir / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
                 raise InputError(f"{self.dir / INDEX}: weight_map must map tensors to file names without a path")
             names = sorted(set(weight_map.values()))
-        elif (self.dir / SINGLE).is_file():
-            names = [SINGLE]
         elif any(self.dir.glob("*.bin")) or any(self.dir.glob("*.pt")):
             raise InputError(
                 f"{self.dir} holds pickled weights (.bin), which can run code when opened: "
@@ -93,9 +119,20 @@ class HFModel:
                         raise InputError(f"{path}: {name} has shape {entry.get_shape()}, expected {shape}")
                     if entry.get_dtype() not in ("F16", "BF16", "F32"):
                         raise InputError(f"{path}: {name} is {entry.get_dtype()}; fp16, bf16 or fp32 is needed")
-                    self._where[name] = path
-        if missing := [name for name in self.shapes if name not in self._where]:
-            raise InputError(f"{self.dir} is incomplete: {len(missing)} tensors missing, first {missing[0]}")
+                    self._where[name] = path, name
+
+    def _tie(self) -> None:
+        """Tie embedding and head as transformers does: not where both are in the files and differ."""
+        if not self.config.tie_word_embeddings:
+            return
+        if LM_HEAD in self._where and EMBEDDING not in self._where:
+            self._where[EMBEDDING] = self._where[LM_HEAD]
+        elif LM_HEAD in self._where:
+            for rows in row_chunks(*self.shapes[LM_HEAD]):
+                if not torch.equal(*(self.read(name, rows, torch.float32) for name in (EMBEDDING, LM_HEAD))):
+                    self.config = replace(self.config, tie_word_embeddings=False)
+                    return
+        del self.shapes[LM_HEAD]
 
     def read(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, columns: tuple[int, int] | None = None
@@ -104,20 +141,32 @@ class HFModel:
 
         The file is opened anew each time: a mapping kept open would count every page ever read as used memory.
         """
-        with open_tensors(self._where[name]) as file:
-            entry = file.get_slice(name)
+        path, stored = self._where[name]
+        with open_tensors(path) as file:
+            entry = file.get_slice(stored)
             part = entry[slice(*rows)] if columns is None else entry[slice(*rows), slice(*columns)]
             out = part.to(dtype, copy=True)
             if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-                what = "NaN or Inf" if not torch.isfinite(part).all() else f"a value that {dtype} cannot hold"
+                if not torch.isfinite(part).all():
+                    raise InputError(f"{path}: {stored} contains NaN or Inf: the weights are damaged")
+                kind, advice = str(dtype).removeprefix("torch."), "convert with --dtype bfloat16"
                 raise InputError(
-                    f"{self._where[name]}: {name} contains {what}: the weights are damaged or not for this dtype"
+                    f"{path}: {stored} contains {part.abs().max():.4g}, which {kind} cannot hold: "
+                    + (advice if dtype == torch.float16 else "the weights are damaged")
                 )
         return out
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole tensor in ``dtype``."""
         return self.read(name, (0, self.shapes[name][0]), dtype)
+
+
+def directory_name(model_dir: Path) -> str:
+    """What to call a model: its directory's name, or the repository's for a snapshot in Hugging Face's cache."""
+    path = model_dir.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
 
 
 def model_identity(model_dir: Path | str) -> dict[str, str]:

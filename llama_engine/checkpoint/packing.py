@@ -82,8 +82,8 @@ def check_packable(n: int, k: int, layout: Layout, name: str) -> None:
     k_multiple = 64 if layout.interleaved else 32
     if k % k_multiple or n % 32:
         raise InputError(
-            f"{name} is {k} x {n} (in x out): layout {layout.name} needs multiples of {k_multiple} x 32. "
-            "Use --quantize_at_build, another --tp_size or the native engine"
+            f"{name} is {k} x {n} (in x out), but layout {layout.name} packs multiples of {k_multiple} x 32 alone: "
+            "convert with --quantize_at_build, which the native engine builds from"
         )
 
 

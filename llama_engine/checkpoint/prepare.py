@@ -85,11 +85,14 @@ def prepare_default(models_dir: Path, *, force: bool = False) -> Path:
 
 
 def prepare_local(model_dir: Path) -> Path:
-    """Check every header and every value of a Hugging Face directory; it is used where it lies."""
+    """Check every header and every value of a Hugging Face directory; it is used where it lies.
+
+    A value may need bfloat16: whether fp16 holds it is for the conversion to say.
+    """
     model = HFModel(model_dir)
     chunks = _chunks(model.shapes)
     total = 2 * sum(map(math.prod, model.shapes.values()))
-    parallel(lambda item: model.read(*item, torch.float16).nbytes, chunks, "checking", total)
+    parallel(lambda item: model.read(*item, torch.bfloat16).nbytes, chunks, "checking", total)
     return model.dir
 
 
@@ -122,7 +125,7 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
         "pad_token_id": int(meta["tokenizer.ggml.padding_token_id"]),
     }
     specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
-    with atomic_dir(target, force=True) as out:
+    with atomic_dir(target, own_names, inputs=[gguf], force=True) as out:
         writer = TensorFileWriter(out / SINGLE, specs)
 
         def write(key: str) -> int:
@@ -162,7 +165,7 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
         max_shard_size=SHARD_BYTES,
     )
     residual_std = 1 / math.sqrt(2 * config.num_layers)
-    with atomic_dir(target, force=True) as out:
+    with atomic_dir(target, own_names, force=True) as out:
         writers = {
             file: TensorFileWriter(out / file, {key: (torch.float16, shapes[key]) for key in keys})
             for file, keys in split.filename_to_tensors.items()
@@ -200,6 +203,15 @@ def is_intact(model_dir: Path) -> bool:
     if not files or not all(path.is_file() for path in paths):
         return False
     return sha256_files(paths) == {name: entry["sha256"] for name, entry in files.items()}
+
+
+def own_names(path: Path) -> tuple[str, ...]:
+    """The names of the files in a model directory that was written here; nothing for any other directory."""
+    try:
+        files = read_json(path / PREPARED).get("files")
+    except InputError:
+        files = None
+    return (PREPARED, *files) if isinstance(files, dict) else ()
 
 
 def _record(out: Path, name: str, source: str, detail: str) -> None:

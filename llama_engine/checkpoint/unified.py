@@ -17,7 +17,16 @@ import torch
 from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, unpack
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import SAFE_DTYPES, Specs, checked, combined_sha256, open_tensors, read_json, sha256_files
+from llama_engine.files import (
+    SAFE_DTYPES,
+    TOKENIZER_FILES,
+    Specs,
+    checked,
+    combined_sha256,
+    open_tensors,
+    read_json,
+    sha256_files,
+)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
@@ -233,6 +242,16 @@ class Checkpoint:
         """Per-channel scales ``[out]`` of a quantized matrix, in the checkpoint's dtype."""
         with open_tensors(self.files[rank]) as file:
             return file.get_tensor(scale_name(name))
+
+
+def own_names(path: Path) -> tuple[str, ...]:
+    """What a checkpoint that ``convert`` wrote holds, as patterns; nothing for any other directory."""
+    try:
+        with open_tensors(path / "rank0.safetensors") as file:
+            ours = "llama_engine" in (file.metadata() or {})
+    except InputError:
+        ours = False
+    return ("config.json", "rank*.safetensors", *TOKENIZER_FILES) if ours else ()
 
 
 def scale_name(weight: str) -> str:

@@ -44,7 +44,7 @@ def main(doc: str | None, *, engine: bool) -> None:
     parser.set_defaults(output_tokens=64, warmup=1, runs=1, prefill_tokens=0, batch=[])
     parser.add_argument("--torch-profiler", action="store_true", help="profile with PyTorch, for where nsys is missing")
     args = parser.parse_args()
-    check_output(args.output, args.force)
+    check_output(args.output, args.force, args.model_dir, *([args.engine_dir] if engine else []))
     device = protocol.prepare(args)
     stack = protocol.open_engine(args, device) if engine else TransformersStack(args.model_dir, device)
     prompt = make_prompts(args.model_dir, args.prompt, args.input_tokens)[0]

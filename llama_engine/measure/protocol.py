@@ -98,7 +98,7 @@ def main(doc: str | None, *, engine: bool) -> None:
     if args.output is None:
         backend = load_engine_json(args.engine_dir, backend=args.backend).backend
         args.output = Path(f"results/local/optimized-{backend}.json")
-    check_output(args.output, args.force)
+    check_output(args.output, args.force, args.model_dir, *([args.engine_dir] if engine else []))
     device = prepare(args)
     stack = open_engine(args, device) if engine else TransformersStack(args.model_dir, device)
     measured = measure([stack], args, device)

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 
 from llama_engine.errors import InputError
-from llama_engine.files import read_json, write_text
+from llama_engine.files import check_apart, read_json, write_text
 from llama_engine.measure import validity
 
 SCHEMA_VERSION = "1.0"
@@ -57,14 +57,28 @@ def validate(result: Result, where: str = "result") -> None:
         raise InputError(f"{where}: {'/'.join(map(str, error.absolute_path)) or 'top level'}: {error.message[:300]}")
 
 
-def check_output(path: str | Path, force: bool) -> Path:
-    """Refuse, before a long run, an output that exists already or is a directory. Raises :class:`InputError`."""
+def check_output(path: str | Path, force: bool, *inputs: Path) -> Path:
+    """Refuse, before a long run, an output that lies in an input directory, is a directory, or exists already.
+
+    ``force`` allows to replace a measurement, never another file. Raises :class:`InputError`.
+    """
     path = Path(path)
+    check_apart(path, inputs)
     if path.is_dir():
         raise InputError(f"{path} is a directory: give --output a file's name")
     if path.exists() and not force:
         raise InputError(f"{path} already exists: give --force to replace it, or another --output")
+    if path.exists() and path.stat().st_size and not _is_measurement(path):
+        raise InputError(f"{path} is no measurement, so --force does not replace it: give another --output")
     return path
+
+
+def _is_measurement(path: Path) -> bool:
+    """Whether a file is a result, or what the profiled scripts hand to the profile's reader."""
+    try:
+        return {"model", "workload", "environment"} <= read_json(path).keys()
+    except InputError:
+        return False
 
 
 def check_folder(path: str | Path) -> Path:

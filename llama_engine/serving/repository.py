@@ -45,6 +45,13 @@ class ServeConfig:
             raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
 
 
+def own_names(models_dir: Path) -> tuple[str, ...]:
+    """What a repository that :func:`render` wrote holds; nothing for any other directory."""
+    config = models_dir / "tensorrt_llm/config.pbtxt"
+    ours = config.is_file() and config.read_bytes().startswith(b"# Template: ")
+    return ("tensorrt_llm", "null_model", "preprocessing", "postprocessing", "ensemble") if ours else ()
+
+
 def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backend: str = "native") -> None:
     """Write the model repository for an engine of ``backend``. Raises :class:`InputError` for any other directory."""
     info = load_engine_json(engine_dir, backend=backend)

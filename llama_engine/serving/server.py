@@ -29,7 +29,8 @@ from types import TracebackType
 
 from llama_engine.device import pick_device
 from llama_engine.errors import InputError, RunError
-from llama_engine.serving.repository import REPOSITORY, ServeConfig, render
+from llama_engine.files import check_apart, check_replaceable
+from llama_engine.serving.repository import REPOSITORY, ServeConfig, own_names, render
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Linux on x86-64 or arm64)"
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
@@ -58,6 +59,11 @@ def link_backend(root: Path, backends: Path) -> Path:
     for part in (parts / "libtriton_python.so", parts / "triton_python_backend_utils.py", stub):
         (backends / "python" / part.name).symlink_to(part)
     return stub
+
+
+def _own_backends(backends: Path) -> tuple[str, ...]:
+    """What :func:`link_backend` writes; nothing for any other directory."""
+    return ("python",) if (backends / "python/libtriton_python.so").is_symlink() else ()
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -154,7 +160,9 @@ class TritonServer:
     def start(self) -> None:
         """Render, start, wait until ready."""
         models, backends = self.run_dir / "models", self.run_dir / "backends"
-        for folder in (models, backends):
+        for folder, own in ((models, own_names), (backends, _own_backends)):
+            check_apart(folder, [self.engine_dir])
+            check_replaceable(folder, own)
             shutil.rmtree(folder, ignore_errors=True)
         render(self.engine_dir, models, self.config)
         stub = link_backend(self._root, backends)

@@ -198,6 +198,34 @@ def test_the_script_says_which_backend_and_which_flags_do_not_apply(tiny_checkpo
     assert "--force" in done.stderr
 
 
+@pytest.mark.parametrize("output", ["c", ".", "c/e", "link"])
+def test_the_script_never_writes_over_its_input(tiny_checkpoint, tmp_path, run_script, output):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "c")
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    args = ("--checkpoint_dir", checkpoint, "--output_dir", tmp_path / output, "--backend", "native", "--force")
+    done = run_script("scripts/build_engine.py", *args)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "overlaps the input" in done.stderr
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "link"]
+
+
+def test_only_an_engine_is_replaced_with_all_that_its_machine_added(engine, tiny_model, tiny_checkpoint, tmp_path):
+    (engine / "kernels").mkdir()
+    (engine / "kernels/cpu.so").write_text("")
+    (engine / "tuning.json").write_text("{}")
+    build_native(tiny_checkpoint, engine, SMALL, force=True)
+    assert load_engine_json(engine).engine == SMALL
+    (engine / "other-engine").mkdir()
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for kept, message in ((engine, "also holds other-engine"), (model, "not written by this command")):
+        with pytest.raises(InputError, match=message):
+            build_native(tiny_checkpoint, kept, SMALL, force=True)
+    assert (engine / "other-engine").is_dir()
+    HFModel(model)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

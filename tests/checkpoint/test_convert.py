@@ -10,15 +10,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel, model_identity, tensor_shapes
 from llama_engine.checkpoint.packing import LAYOUTS, quantize, unpack
 from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.checkpoint.unified import Checkpoint, targets
-from llama_engine.config import ModelConfig
+from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.files import TensorFileWriter
+from llama_engine.native import load_engine
 from tests.conftest import ROOT
 
 INT8 = ConvertOptions(int8=True)
@@ -98,6 +101,16 @@ def test_tied_models_get_an_lm_head(tmp_path):
     convert(model, tmp_path / "c", INT8)
     tensors = read_rank(tmp_path / "c" / "rank0.safetensors")
     assert torch.equal(tensors["lm_head.weight"], tensors["transformer.vocab_embedding.weight"])
+
+
+def test_a_head_in_the_file_goes_before_the_tied_flag(tmp_path):
+    model = write_model(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    convert(model, tmp_path / "c", INT8)
+    head = read_rank(tmp_path / "c" / "rank0.safetensors")["lm_head.weight"]
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).lm_head.weight)
+    assert not Checkpoint(tmp_path / "c").config.tie_word_embeddings
 
 
 def test_the_layout_and_source_are_recorded(tiny_model, tmp_path):
@@ -201,7 +214,12 @@ def test_conversion_does_not_depend_on_chunks(tiny_model, tiny_checkpoint, tmp_p
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"hidden_size": 96, "head_dim": 24}, {}, r"96 x 192 \(in x out\): layout column_major_interleaved .*64 x 32"),
+        (
+            {"hidden_size": 96, "head_dim": 24},
+            {},
+            r"^transformer.layers.0.attention.qkv.weight is 96 x 192 \(in x out\), but layout column_major_interleaved "
+            "packs multiples of 64 x 32 alone: convert with --quantize_at_build, which the native engine builds from$",
+        ),
         ({}, {"tp_size": 3}, "--tp_size 3 does not fit 4 heads"),
         ({}, {"tp_size": 0}, "--tp_size 0"),
     ],
@@ -211,6 +229,61 @@ def test_what_cannot_be_packed_or_split_is_refused(tmp_path, changes, options, m
     with pytest.raises(InputError, match=message):
         convert(model, tmp_path / "c", ConvertOptions(int8=True, **options))
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_cannot_be_packed_converts_and_builds_as_advised(tmp_path):
+    model = write_model(tmp_path / "m", intermediate_size=200)
+    with pytest.raises(InputError, match="with --quantize_at_build, which the native engine builds from"):
+        convert(model, tmp_path / "c", INT8)
+    convert(model, tmp_path / "c", ConvertOptions(int8=True, quantize_at_build=True))
+    build_native(tmp_path / "c", tmp_path / "e", EngineConfig(max_seq_len=64))
+    engine = load_engine(tmp_path / "e", device="cpu")
+    engine.add_request([1, 2, 3], 4)
+    assert sum(len(output.token_ids) for _ in range(8) if engine.has_unfinished for output in engine.step()) == 4
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("output", ["m", ".", "m/c", "link", "link/c"])
+def test_the_script_never_writes_over_its_input(tmp_path, run_script, output):
+    model = write_model(tmp_path / "m")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = content(tmp_path)
+    done = run_script(
+        "scripts/convert_checkpoint.py", "--model_dir", model, "--output_dir", tmp_path / output, "--force"
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "overlaps the input" in done.stderr
+    assert content(tmp_path) == before
+
+
+def test_the_script_replaces_earlier_checkpoints_alone(tiny_model, tiny_engine, tiny_checkpoint, tmp_path, run_script):
+    args = ("scripts/convert_checkpoint.py", "--model_dir", tiny_model, "--force", "--output_dir")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
+    foreign = shutil.copytree(tiny_checkpoint, tmp_path / "foreign")
+    save_file(read_rank(foreign / "rank0.safetensors"), foreign / "rank0.safetensors")
+    for kept in (other, engine, foreign):
+        before = content(kept)
+        done = run_script(*args, kept)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert "was not written by this command, so it is never replaced" in done.stderr
+        assert content(kept) == before
+
+
+def test_a_linked_output_is_followed_on_every_run(tiny_model, tmp_path, run_script):
+    args = ("scripts/convert_checkpoint.py", "--model_dir", tiny_model, "--force", "--output_dir", tmp_path / "c")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c").symlink_to("disk/c")
+    for run in range(3):
+        done = run_script(*args, *(["--use_weight_only"] if run == 1 else []))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "c").is_symlink()
+        assert (Checkpoint(tmp_path / "disk/c").layout is not None) == (run == 1)
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"c"}
 
 
 @pytest.mark.parametrize(

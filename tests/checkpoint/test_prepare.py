@@ -43,6 +43,16 @@ def test_preparing_twice_does_nothing_and_damage_is_repaired(tmp_path):
     assert sha256_file(weights) == digest
 
 
+def test_only_a_prepared_model_is_replaced(tiny_model, tmp_path, run_script):
+    own = shutil.copytree(tiny_model, tmp_path / "synthetic-tiny")
+    (own / "prepared.json").unlink()
+    (own / "model.safetensors").write_bytes(b"the user's weights")
+    done = run_script("scripts/prepare_model.py", "--synthetic", "tiny", "--output-root", tmp_path, "--force")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "was not written by this command, so it is never replaced" in done.stderr
+    assert (own / "model.safetensors").read_bytes() == b"the user's weights"
+
+
 def test_the_record_holds_every_file(tiny_model):
     record = json.loads((tiny_model / "prepared.json").read_text())
     assert record["source"] == "synthetic"

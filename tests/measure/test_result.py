@@ -31,6 +31,23 @@ def test_existing_output_needs_force(tmp_path):
         result.check_output(tmp_path, force=True)
 
 
+def test_force_replaces_a_measurement_alone_and_not_in_an_input(tmp_path):
+    path = tmp_path / "in" / "config.json"
+    path.parent.mkdir()
+    path.write_text('{"model": {}}')
+    with pytest.raises(InputError, match="is no measurement, so --force does not replace it"):
+        result.write_result(path, make(), force=True)
+    assert path.read_text() == '{"model": {}}'
+    for output in (path, path.parent / "new.json"):
+        with pytest.raises(InputError, match="overlaps the input"):
+            result.check_output(output, True, path.parent)
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    for _ in range(2):
+        result.write_result(tmp_path / "link.json", make(), force=True)
+    assert (tmp_path / "link.json").is_symlink()
+    assert result.load_result(tmp_path / "a.json") == make()
+
+
 def test_a_file_is_no_folder_of_results(tmp_path):
     assert result.check_folder(tmp_path / "new") == tmp_path / "new"
     assert result.check_folder(tmp_path) == tmp_path
