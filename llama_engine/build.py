@@ -16,18 +16,9 @@ import torch
 from llama_engine.checkpoint import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, RunError
-from llama_engine.files import (
-    Specs,
-    TensorFileWriter,
-    atomic_dir,
-    copy_tokenizer,
-    parallel,
-    read_json,
-    row_chunks,
-    sha256_file,
-    write_json,
-)
+from llama_engine.files import atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
 from llama_engine.quantization import quantize
+from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 from llama_engine.weights import LINEARS, WEIGHTS_FILE, tensor_names
 
 ENGINE_JSON = "engine.json"

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from llama_engine.checkpoint import DTYPES, Piece, Target, check_tp, config_json, scale_name, targets, tensor_specs
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
+from llama_engine.files import atomic_dir, copy_tokenizer, write_json
 from llama_engine.hf import HFModel, model_identity
 from llama_engine.quantization import Layout, layout_for, pack, quantize
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
 Job = tuple[TensorFileWriter, Target, Piece, tuple[int, int]]  # some of a piece's rows, to write into a rank's file
 

@@ -12,7 +12,8 @@ import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import checked, combined_sha256, open_tensors, read_json, sha256_files
+from llama_engine.files import checked, combined_sha256, read_json, sha256_files
+from llama_engine.tensor_files import open_tensors
 
 PREPARED = "prepared.json"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import open_tensors
+from llama_engine.tensor_files import open_tensors
 
 WEIGHTS_FILE = "engine.safetensors"
 LINEARS = ("qkv", "o", "gate_up", "down")

@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_engine.errors import InputError, run_cli
-from llama_engine.measure.result import Result, load_folder
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
 from llama_engine.measure.stats import bootstrap_ratio
-from llama_engine.measure.story import MEASUREMENTS, dig
 
 REGRESSION, NOT_COMPARABLE = 3, 4
 METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower is better

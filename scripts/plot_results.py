@@ -17,16 +17,12 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.files import write_text
-from llama_engine.measure import definitions
-from llama_engine.measure.plots import draw_all
-from llama_engine.measure.report import readme_block, render, replace_block
-from llama_engine.measure.result import load_folder
-from llama_engine.measure.story import Story
+from llama_engine.report.plots import draw_all
+from llama_engine.report.render import readme_block, render, replace_block
+from llama_engine.report.story import Story
 
 REPORT = "PERFORMANCE_REPORT.md"
 
@@ -38,15 +34,10 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=Path("results/local"))
     parser.add_argument("--headline", metavar="NAME", help="publish results/NAME as the headline, into results/ too")
     parser.add_argument("--check", action="store_true", help="fail when a committed page or picture is stale")
-    parser.add_argument(
-        "--definitions", metavar="TOOL", help="print the samples as ours, vllm, aiperf, ... define them"
-    )
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository")
     args = parser.parse_args()
     results, readme = args.root / "results", args.root / "README.md"
-    if args.definitions:
-        print_definitions(args.results_dir, args.definitions)
-    elif args.check:
+    if args.check:
         check(results, readme)
     elif args.headline:
         publish(results, readme, args.headline)
@@ -55,22 +46,6 @@ def main() -> None:
         write_text(args.results_dir / REPORT, render(story))
         for path in [args.results_dir / REPORT, *draw_all(story, args.results_dir)]:
             print(path)
-
-
-def print_definitions(folder: Path, tool: str) -> None:
-    """Every result's samples, levels included, under another tool's names."""
-    if tool not in definitions.DEFINITIONS:
-        raise InputError(f"--definitions knows {', '.join(definitions.DEFINITIONS)}, not {tool!r}")
-    out, columns = Console(), ("mean", "p50", "p90", "p99")
-    for name, result in load_folder(folder).items():
-        loads = {f"{name}, {x.get('concurrency', '?')} at once": x for x in result.get("levels", [])}
-        for title, load in ({name: result} | loads).items():
-            if {"ttft_ms", "latency_s", "output_tokens"} <= set(load.get("samples", ())):
-                title = f"{title}, as {tool} defines it"
-                table = Table("metric", "formula", *columns, title=title, title_justify="left")
-                for metric, formula, figures in definitions.table(tool, load["samples"]):
-                    table.add_row(metric, formula, *(f"{figures[key]:.2f}" for key in columns))
-                out.print(table)
 
 
 def published(results: Path, headline: str, front: str | None = None) -> list[Story]:

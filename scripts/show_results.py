@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama_engine.errors import run_cli
 from llama_engine.measure.result import load_folder
-from llama_engine.measure.show import show
+from llama_engine.report.show import show
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from llama_engine.checkpoint import Checkpoint, targets
 from llama_engine.config import ModelConfig
 from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter
 from llama_engine.hf import HFModel, model_identity, tensor_shapes
 from llama_engine.prepare import GEOMETRIES
 from llama_engine.quantization import LAYOUTS, quantize, unpack
+from llama_engine.tensor_files import TensorFileWriter
 from tests.conftest import ROOT
 
 INT8 = ConvertOptions(int8=True)
@@ -193,7 +193,7 @@ def test_scales_are_taken_after_splitting(tmp_path):
 
 
 def test_conversion_does_not_depend_on_chunks(tiny_model, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_engine.files.CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("llama_engine.tensor_files.CHUNK_ELEMENTS", 1000)
     convert(tiny_model, tmp_path / "c", INT8)
     assert Checkpoint(tmp_path / "c").sha256() == Checkpoint(tiny_checkpoint).sha256()
 

@@ -17,7 +17,7 @@ from llama_engine.convert import ConvertOptions, convert
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure import protocol, report
 from llama_engine.measure.result import load_result
-from llama_engine.measure.story import Story
+from llama_engine.report.story import Story
 from llama_engine.runner import ModelRunner
 
 STANDIN = Path(__file__).parent / "standin"

@@ -7,7 +7,8 @@ import pytest
 
 from llama_engine.engine import Engine
 from llama_engine.measure import nsight, profile
-from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.generation import EngineStack, RunnerStack, TransformersStack
 from llama_engine.runner import ModelRunner
 from tests.conftest import ROOT
 

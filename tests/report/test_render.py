@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from llama_engine.errors import InputError
-from llama_engine.measure import plots, report
 from llama_engine.measure.result import new_result, write_result
 from llama_engine.measure.stats import bootstrap_ratio, summary
-from llama_engine.measure.story import Story, best_load
+from llama_engine.report import plots
+from llama_engine.report import render as report
+from llama_engine.report.story import Story, best_load
 
 ENVIRONMENT = {
     "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20},

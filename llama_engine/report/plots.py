@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
-from llama_engine.measure.story import Story, best_load, roofline_points, waterfall_steps
+from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
 COLOURS = {"base": BASE, "engine": ENGINE, "triton": TRITON}

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_engine.measure.environment import LIBRARIES
-from llama_engine.measure.story import STACK_NAMES, Story, roofline_points, waterfall_steps
-from llama_engine.prepare import DEFAULT_MODEL
+from llama_engine.config import DEFAULT_MODEL
+from llama_engine.report.story import STACK_NAMES, Story, roofline_points, waterfall_steps
 
-TEMPLATE = Path(__file__).with_name("report.md")
+TEMPLATE = Path(__file__).with_name("report.md.j2")
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 NONE = "not measured"
 CONVERSIONS = {
@@ -58,7 +57,7 @@ class Page(string.Formatter):
         labels = {"base": STACK_NAMES["transformers"], "engine": STACK_NAMES[story.backend]}
         labels = {x: f"{y} (INVALID)" if story.aliases[x] in invalid else y for x, y in labels.items()}
         accuracy, withheld = story.aliases["accuracy"] in story.files, story.withheld()
-        versions = {name: story.get("any", f"environment.software.{name}") for name in ("python", *LIBRARIES)}
+        versions = story.get("any", "environment.software") or {}
         reasons = "; ".join(filter(None, [story.quick_gate, *(story.get("accuracy", "gate.reasons") or [])]))
         levels = [
             {
@@ -110,7 +109,9 @@ class Page(string.Formatter):
             "triton_missing": ""
             if story.levels("triton")
             else "Triton Inference Server was not measured on this machine.",
-            "software": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+            "software": ", ".join(
+                f"{name} {version}" for name, version in versions.items() if version and name not in ("os", "cuda")
+            ),
             "local_changes": " with local changes" if story.get("any", "environment.git.dirty") else "",
             "profile_missing": ""
             if "profile.json" in story.files

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_engine.errors import InputError
-from llama_engine.measure.accuracy import MIN_TOKENS
-from llama_engine.measure.generation import Cost
-from llama_engine.measure.result import Result, load_folder
-
-MEASUREMENTS = ("baseline", "optimized", "triton")
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
+from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 
 
 class _StackNames(dict[str, str]):
@@ -24,16 +22,6 @@ class _StackNames(dict[str, str]):
 
 
 STACK_NAMES = _StackNames(transformers="Baseline", native="Native INT8 engine", tensorrt_llm="TensorRT-LLM engine")
-
-
-def dig(data: Any, path: str) -> Any:
-    """``dig(result, "summary.ttft_ms.p50")``; None where a step is missing. A number indexes a list."""
-    for key in path.split("."):
-        if isinstance(data, list):
-            data = dict(enumerate(data)).get(int(key))
-        else:
-            data = data.get(key) if isinstance(data, dict) else None
-    return data
 
 
 @dataclass
@@ -159,7 +147,8 @@ class Story:
         """
         if self.synthetic or not self.get("accuracy", "gate.quick"):
             return ""
-        return f"quick gate: {self.get('accuracy', 'summary.tokens'):,} tokens scored, a full one takes {MIN_TOKENS:,}"
+        scored = self.get("accuracy", "summary.tokens")
+        return f"quick gate: {scored:,} tokens scored, a full one takes {MIN_ACCURACY_TOKENS:,}"
 
     def speedup(self, metric: str) -> dict[str, Any] | None:
         """``{"ratio", "ci95", "verdict"}``, or None while :meth:`withheld`."""
