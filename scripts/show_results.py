@@ -18,7 +18,8 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path)
     folder = parser.parse_args().results_dir
     show(load_folder(folder).values())
-    print(f"report: {folder / 'PERFORMANCE_REPORT.md'}")
+    if (report := folder / "PERFORMANCE_REPORT.md").is_file():
+        print(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,14 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
+def result_files(folder: str | Path) -> list[Path]:
+    """The JSON of one machine's folder, sorted, without the sources of its report."""
+    return sorted(path for path in Path(folder).glob("*.json") if not path.name.endswith(".sources.json"))
+
+
 def load_folder(folder: str | Path) -> dict[str, Result]:
     """All result files of one machine's folder, by file stem. Raises :class:`InputError` when there is none."""
-    paths = sorted(Path(folder).glob("*.json"))
+    paths = result_files(folder)
     if not paths:
         raise InputError(f"{folder} holds no result files: run the benchmarks first (scripts/run_all.sh)")
     return {path.stem: load_result(path) for path in paths}
