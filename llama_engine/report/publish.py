@@ -27,7 +27,7 @@ def draw(folder: Path) -> list[Path]:
     story = Story.load(folder)
     for name, text in zip((REPORT, SOURCES), render(story)):
         write_text(folder / name, text)
-    return [folder / REPORT, *draw_all(story, folder)]
+    return [folder / REPORT, folder / SOURCES, *draw_all(story, folder)]
 
 
 def publish(results: Path, readme: Path, headline: str) -> list[Path]:
