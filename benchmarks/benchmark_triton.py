@@ -26,15 +26,17 @@ from rich.console import Console
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
-from llama_engine.measure.generation import Cost, add_device, progress_bar
+from llama_engine.measure.generation import add_device, progress_bar
 from llama_engine.measure.load import Generator, Length, Load, level, parse_slo
 from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.show import show
 from llama_engine.measure.telemetry import Telemetry
+from llama_engine.report.show import show
 from llama_engine.serving.client import connect
-from llama_engine.serving.server import ServeConfig, TritonServer, read_metrics
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer, read_metrics
 
 NULL_S = 2.0
 OWN_PROCESSES = 3  # on the GPU: this one, tritonserver, the engine

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from llama_engine.errors import InputError
 
+DEFAULT_MODEL = "smollm2-135m-instruct"  # what a script takes when no model is named
 C = TypeVar("C", bound="_Config")
 FLOAT32_MAX = 3.4e38
 

@@ -22,7 +22,8 @@ import uvicorn
 from rich.console import Console
 
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.serving.server import ServeConfig, TritonServer
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer
 from llm_demo.gateway import Gateway, create_app
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

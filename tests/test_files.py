@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_engine import files
+from llama_engine import files, tensor_files
 from llama_engine.errors import InputError, RunError
-from llama_engine.files import TensorFileWriter, atomic_dir, check_apart, parallel, row_chunks
+from llama_engine.files import atomic_dir, check_apart
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
 
 def own(path):
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "posix_fallocate", full)
+    monkeypatch.setattr(tensor_files.os, "posix_fallocate", full)
     with (
         pytest.raises(RunError, match=r"cannot write .*t.safetensors .*No space left on device"),
         atomic_dir(tmp_path / "out", own) as out,
@@ -222,4 +223,4 @@ def test_row_chunks_cover_all_rows_from_even_starts(rows, columns):
     chunks = list(row_chunks(rows, columns))
     assert [row for start, stop in chunks for row in range(start, stop)] == list(range(rows))
     assert all(start % 2 == 0 for start, _ in chunks)
-    assert all((stop - start) * columns <= max(files.CHUNK_ELEMENTS, 2 * columns) for start, stop in chunks)
+    assert all((stop - start) * columns <= max(tensor_files.CHUNK_ELEMENTS, 2 * columns) for start, stop in chunks)

@@ -15,9 +15,10 @@ from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.measure import protocol, report
+from llama_engine.measure import protocol
 from llama_engine.measure.result import load_result
-from llama_engine.measure.story import Story
+from llama_engine.report.render import render
+from llama_engine.report.story import Story
 from llama_engine.runner import ModelRunner
 
 STANDIN = Path(__file__).parent / "standin"
@@ -205,7 +206,7 @@ def test_an_engine_is_measured_under_the_name_of_its_backend(engine, tiny_model,
     common = ("--engine-dir", engine, "--model-dir", tiny_model, "--device", "cpu", "--threads", 1, *tokens)
     done = run_script("benchmarks/compare.py", *common, "--output", tmp_path / "box")
     assert done.returncode == 0, done.stderr
-    page = report.render(Story.load(tmp_path / "box"))
+    page = render(Story.load(tmp_path / "box"))[0]
     assert "| TensorRT-LLM engine: TPOT, ms |" in page
     assert "the accuracy gate was not run on this engine (benchmarks/accuracy.py, which takes native ones)" in page
     assert "faster" not in page

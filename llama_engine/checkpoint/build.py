@@ -17,20 +17,10 @@ from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HE
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.files import (
-    TOKENIZER_FILES,
-    Specs,
-    TensorFileWriter,
-    atomic_dir,
-    copy_tokenizer,
-    parallel,
-    read_json,
-    row_chunks,
-    sha256_file,
-    write_json,
-)
+from llama_engine.files import TOKENIZER_FILES, atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
 from llama_engine.model.schemes import INT8, scheme_for
 from llama_engine.model.weights import LINEARS, tensor_names
+from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 
 # The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
 SOURCES = {"embedding": (EMBEDDING,), "final_norm": (FINAL_NORM,), "lm_head": (LM_HEAD,)}

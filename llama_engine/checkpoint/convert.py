@@ -24,7 +24,8 @@ from llama_engine.checkpoint.unified import (
     tensor_specs,
 )
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
+from llama_engine.files import atomic_dir, copy_tokenizer, write_json
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
 Job = tuple[TensorFileWriter, Target, Piece, tuple[int, int]]  # some of a piece's rows, to write into a rank's file
 

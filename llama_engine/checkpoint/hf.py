@@ -13,7 +13,8 @@ import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import checked, combined_sha256, open_tensors, read_json, row_chunks, sha256_files
+from llama_engine.files import checked, combined_sha256, read_json, sha256_files
+from llama_engine.tensor_files import open_tensors, row_chunks
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"

@@ -17,16 +17,8 @@ import torch
 from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, unpack
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import (
-    SAFE_DTYPES,
-    TOKENIZER_FILES,
-    Specs,
-    checked,
-    combined_sha256,
-    open_tensors,
-    read_json,
-    sha256_files,
-)
+from llama_engine.files import TOKENIZER_FILES, checked, combined_sha256, read_json, sha256_files
+from llama_engine.tensor_files import SAFE_DTYPES, Specs, open_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"

@@ -15,17 +15,16 @@ from llama_engine.checkpoint.hf import model_identity
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import WEIGHTS, EngineInfo, load_engine_json
 from llama_engine.errors import InputError
+from llama_engine.measure.cost import Cost, linear_weights
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,
-    Cost,
     EngineStack,
     GenerationRun,
     RunnerStack,
     Stack,
     TransformersStack,
     add_device,
-    linear_weights,
     make_prompts,
     mfu,
     progress_bar,
@@ -34,10 +33,10 @@ from llama_engine.measure.generation import (
     summarize,
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.show import show
 from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.native import load_engine
+from llama_engine.report.show import show
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (

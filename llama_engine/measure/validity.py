@@ -22,6 +22,7 @@ MAX_FAILED_REQUESTS = 0  # failed requests are often the slow ones: leaving them
 MAX_PREFIX_CACHE_HITS = 0  # a cached prompt is no prefill: TTFT would measure a lookup
 MAX_DISTINCT_OUTPUTS = 1  # an engine whose sums do not depend on their order repeats itself, or something is wrong
 MIN_NULL_HEADROOM = 1.25  # a client that takes hardly more from a null model than from the engine measures itself
+MIN_ACCURACY_TOKENS = 20_000  # of text behind an accuracy gate; below this the perplexity of a window decides
 THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
 
 

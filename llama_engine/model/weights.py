@@ -16,8 +16,8 @@ import torch
 from llama_engine.config import ModelConfig
 from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.files import open_tensors
 from llama_engine.model.schemes import Scheme, scheme_of
+from llama_engine.tensor_files import open_tensors
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from llama_engine.config import EngineConfig
 from llama_engine.device import pick_device
+from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.model.weights import WEIGHTS_FILE
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 from tests.model.test_llama import dequantized_transformers

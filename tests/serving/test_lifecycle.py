@@ -19,7 +19,8 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving import server as server_module
 from llama_engine.serving.client import connect
-from llama_engine.serving.server import ServeConfig, TritonServer, render
+from llama_engine.serving.repository import ServeConfig, render
+from llama_engine.serving.server import TritonServer
 from tests.conftest import ROOT
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
 

@@ -18,7 +18,7 @@ from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError
 from llama_engine.serving import repository
 from llama_engine.serving import server as server_module
-from llama_engine.serving.server import ServeConfig
+from llama_engine.serving.repository import ServeConfig
 from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]

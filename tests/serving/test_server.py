@@ -15,7 +15,8 @@ import tritonclient.grpc as grpc_client
 
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving.client import RequestFailed, connect
-from llama_engine.serving.server import ServeConfig, TritonServer
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
