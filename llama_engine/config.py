@@ -199,11 +199,11 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope_type != "llama3":
         raise InputError(f"config.json: rope_type {rope_type!r} is not supported (only 'default' and 'llama3')")
     original = "original_max_position_embeddings"
-    values = {**rope, **{name: hf[name] for name in (original,) if name in hf}}
+    beside = {original: hf[original]} if original in hf else {}
     names = ("factor", "low_freq_factor", "high_freq_factor", original)
-    if missing := [name for name in names if name not in values]:
+    if missing := [name for name in names if (beside | rope).get(name) is None]:
         raise InputError(f"config.json: {key} of rope_type 'llama3' lacks {', '.join(missing)}")
-    return float(theta), RopeScaling(*map(values.get, names))  # type: ignore[arg-type]
+    return float(theta), RopeScaling(*map((rope | beside).get, names))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -28,29 +28,32 @@ def check_apart(output: Path | str, inputs: Iterable[Path | str]) -> Path:
     Raises :class:`InputError` when that equals, contains or lies inside an input, or a place that a link in an input
     directory leads to.
     """
-    try:
-        target = Path(output).resolve()
-        for given in map(Path, inputs):
-            entries = given.iterdir() if given.is_dir() else ()
-            for place in {given.resolve(), *(entry.resolve() for entry in entries)}:
-                if target == place or target in place.parents or place in target.parents:
-                    raise InputError(
-                        f"the output {output} overlaps the input {given} (is it, holds it or lies in it): "
-                        "choose another place"
-                    )
-    except (OSError, RuntimeError) as error:  # a loop of links is either, depending on Python's version
-        raise InputError(f"{output} cannot be written: {error}") from None
+    target = _real(output)
+    if target.is_symlink():
+        raise InputError(f"{output} cannot be written: its links lead in a circle")
+    for given in map(Path, inputs):
+        for place in {_real(given), *map(_real, given.iterdir() if given.is_dir() else ())}:
+            if target == place or target in place.parents or place in target.parents:
+                raise InputError(
+                    f"the output {output} overlaps the input {given} (is it, holds it or lies in it): "
+                    "choose another place"
+                )
     return target
+
+
+def _real(path: Path | str) -> Path:
+    """With every link followed; Path.resolve fails on a circle of links in some versions of Python."""
+    return Path(os.path.realpath(path))
 
 
 def check_replaceable(target: Path, own: Own) -> None:
     """Raise :class:`InputError` unless ``target`` is absent, empty, or holds nothing but what ``own`` knows."""
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a directory: choose another directory")
-    if not target.exists() or not any(target.iterdir()):
-        return
     if target.is_mount():
         raise InputError(f"{target} is a mount point, which cannot be replaced: choose a directory inside it")
+    if not target.exists() or not any(target.iterdir()):
+        return
     patterns = list(own(target))
     if not patterns:
         raise InputError(
@@ -155,7 +158,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside ``path``, links followed, then rename: a reader sees the old file or the new one."""
-    path = path.resolve()
+    path = _real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -63,6 +63,13 @@ def test_round_trip_through_json_types():
         ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
         ({"rope_scaling": "llama3"}, "rope_scaling must be an object or null, got 'llama3'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters for each type of layer"),
+        (
+            {
+                "rope_scaling": LLAMA3 | {"rope_type": "llama3", "original_max_position_embeddings": None},
+                "original_max_position_embeddings": 4096,
+            },
+            "lacks original_max_position_embeddings",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights is not supported"),
         ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config is not supported"),

@@ -115,10 +115,12 @@ def test_places_that_cannot_be_written_are_one_clear_error(tmp_path, monkeypatch
         write(tmp_path / "file/out", "")
     with pytest.raises(InputError, match="loop cannot be written"):
         write(tmp_path / "loop", "")
-    write(tmp_path / "out", "1")
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(InputError, match="is a mount point, which cannot be replaced: choose a directory inside it"):
-        write(tmp_path / "out", "2", force=True)
+    write(tmp_path / "full", "1")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    for name in ("full", "empty"):
+        with pytest.raises(InputError, match="is a mount point, which cannot be replaced: choose a directory inside"):
+            write(tmp_path / name, "2", force=True)
     assert (tmp_path / "file").read_text() == "kept"
 
 

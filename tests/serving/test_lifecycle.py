@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -128,6 +129,23 @@ def test_starting_errors_are_one_line(tiny_engine, tmp_path, monkeypatch):
         TritonServer(tiny_engine)
 
 
+@pytest.mark.parametrize("folder", ["models", "backends"])
+def test_a_run_directory_keeps_what_the_user_has_there(tiny_engine, tmp_path, folder):
+    kept = tmp_path / folder / "smollm2/model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weights")
+    with pytest.raises(InputError, match=f"{folder} was not written by this command, so it is never replaced"):
+        TritonServer(tiny_engine, run_dir=tmp_path).start()
+    assert kept.read_text() == "weights"
+
+
+def test_a_run_directory_is_never_in_the_engine(tiny_engine, tmp_path):
+    engine = shutil.copytree(tiny_engine, tmp_path / "models")
+    with pytest.raises(InputError, match="overlaps the input"):
+        TritonServer(engine, run_dir=tmp_path).start()
+    assert (engine / "engine.json").is_file()
+
+
 def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
     def broken(engine_dir, models_dir, config):
         render(engine_dir, models_dir, config)
@@ -138,6 +156,8 @@ def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="no such thing"):
         server.start()
     assert not server.alive
+    with pytest.raises(RunError, match="no such thing"):
+        server.start()  # over what it wrote before
 
 
 @pytest.mark.skipif(not TEXT, reason="needs NumPy 1")

@@ -140,6 +140,14 @@ def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tm
     where = ("--engine-dir", trt_engine, "--run-dir", tmp_path / "run")
     done = run_script("scripts/serve_triton.py", *where, "--text", "--print")
     assert done.returncode == 0, done.stderr
+    kept = tmp_path / "mine/models/smollm2/model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weights")
+    refused = run_script("scripts/serve_triton.py", *where[:3], tmp_path / "mine", "--print")
+    assert (refused.returncode, kept.read_text()) == (2, "weights")
+    assert "models was not written by this command, so it is never replaced" in refused.stderr
+    done = run_script("scripts/serve_triton.py", *where, "--text", "--print")  # over what the first call wrote
+    assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
     assert words[:2] == ["docker", "run"]
     assert f"{trt_engine}:/engine:ro" in words
