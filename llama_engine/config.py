@@ -110,8 +110,16 @@ class ModelConfig(_Config):
         return self.q_size + 2 * self.kv_size
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
-        """Build from a Hugging Face ``config.json`` (transformers 4 and 5 spellings of RoPE)."""
+    def from_hf(
+        cls,
+        hf: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        *,
+        name: str = "llama",
+        source: str = "pretrained",
+    ) -> ModelConfig:
+        """Build from a Hugging Face ``config.json`` (transformers 4 and 5 spellings of RoPE) and, where there is one,
+        ``generation_config.json``, whose end-of-sequence ids come first."""
         architectures = hf.get("architectures") or []
         if "LlamaForCausalLM" not in architectures:
             raise InputError(f"config.json: architectures is {architectures!r}; only 'LlamaForCausalLM' is supported")
@@ -131,7 +139,6 @@ class ModelConfig(_Config):
             scaling = None if rope_type == "default" else RopeScaling(rope_type=rope_type, **rope)
         except TypeError as error:
             raise InputError(f"config.json: rope_type {rope_type!r} is not supported ({error})") from None
-        eos = hf.get("eos_token_id")
         heads = hf["num_attention_heads"]
         return cls(
             vocab_size=hf["vocab_size"],
@@ -146,10 +153,23 @@ class ModelConfig(_Config):
             rope_theta=float(theta),
             rope_scaling=scaling,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=_eos_ids({"generation_config.json": generation or {}, "config.json": hf}),
             name=name,
             source=source,
         )
+
+
+def _eos_ids(files: dict[str, dict[str, Any]]) -> tuple[int, ...]:
+    """``eos_token_id`` of the first file that has it, an id (0 is one) or a list of ids, each once."""
+    for name, data in files.items():
+        eos = data.get("eos_token_id")
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise InputError(f"{name}: eos_token_id must be a token id or a list of them, got {eos!r}")
+        return tuple(dict.fromkeys(ids))
+    return ()
 
 
 @dataclass(frozen=True)
