@@ -13,9 +13,9 @@ import openai
 import psutil
 import pytest
 
+from llama_engine.tokenizer import ChatTokenizer
 from llama_engine.triton_server import free_port
 from llm_demo.gateway import Gateway, create_app
-from llm_demo.text import ChatTokenizer
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 
