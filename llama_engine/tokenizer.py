@@ -30,7 +30,8 @@ class ChatTokenizer:
     """The tokenizer and chat template that lie in a directory.
 
     ``eos_token_ids`` are all ids that end an answer: those of ``engine.json``, then the tokenizer's own. Raises
-    :class:`InputError` for a directory without a ``tokenizer.json``. Methods may be called from any thread.
+    :class:`InputError` for a directory without a ``tokenizer.json`` and for damaged files. Methods may be called from
+    any thread.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -39,14 +40,18 @@ class ChatTokenizer:
             raise InputError(f"{directory} has no tokenizer.json: give the directory of an engine that has one")
         from transformers import AutoTokenizer
 
-        self._renderer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            self._renderer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            engine_json = directory / "engine.json"
+            engine = json.loads(engine_json.read_text("utf-8")) if engine_json.is_file() else {}
+            listed = engine["model"]["eos_token_ids"] if engine else []
+        except Exception as error:  # the libraries raise what they like
+            raise InputError(f"{directory}: a tokenizer file or engine.json is damaged: {error}") from None
         self.backend: Tokenizer = self._renderer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.template: str = self._renderer.get_chat_template() if self._renderer.chat_template else ""
         self.pad_token_id: int | None = self._renderer.pad_token_id
-        engine_json = directory / "engine.json"
-        listed = json.loads(engine_json.read_text("utf-8"))["model"]["eos_token_ids"] if engine_json.is_file() else []
         own = self._renderer.eos_token_id
         self.eos_token_ids = tuple(dict.fromkeys([*listed, *([] if own is None else [own])]))
 

@@ -151,3 +151,14 @@ def test_several_end_ids_are_an_end_id_and_stop_words():
 def test_a_directory_without_a_tokenizer_is_refused(tiny_engine):
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         ChatTokenizer(tiny_engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer.json", "{"), ("tokenizer_config.json", "["), ("engine.json", '{"model": 1}'), ("engine.json", "x")],
+)
+def test_damaged_files_are_one_line(tmp_path, name, text):
+    directory = SHAPES["smollm2"](tmp_path)
+    (directory / name).write_text(text)
+    with pytest.raises(InputError, match=r"a tokenizer file or engine\.json is damaged"):
+        ChatTokenizer(directory)

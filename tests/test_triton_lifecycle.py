@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ import tritonclient.http as http_client
 from llama_engine import triton_server
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure.load import Generator, Length
+from llama_engine.tokenizer import ChatTokenizer
 from llama_engine.triton_client import connect
 from llama_engine.triton_server import ServeConfig, TritonServer, render
 from tests.conftest import ROOT
@@ -140,15 +142,23 @@ def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not TEXT, reason="needs NumPy 1")
-def test_text_in_text_out(smollm2_engine):
+def test_text_in_text_out(smollm2_engine, tmp_path):
+    """Of a model whose answers end at a full stop, too."""
+    engine = tmp_path / "engine"
+    shutil.copytree(smollm2_engine, engine, symlinks=True)
+    info = json.loads((engine / "engine.json").read_text())
+    info["model"]["eos_token_ids"] = [2, 3, *ChatTokenizer(engine).encode(".")]
+    (engine / "engine.json").write_text(json.dumps(info))
     question = {"text_input": "What is the capital of France? Answer briefly.", "max_tokens": 32}
-    with TritonServer(smollm2_engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
+    with TritonServer(engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
         _, whole = post(server, "/v2/models/ensemble/generate", question)
-        assert json.loads(whole)["text_output"] == PARIS
+        assert json.loads(whole)["text_output"] == PARIS[:-1]
+        _, whole = post(server, "/v2/models/ensemble/generate", question | {"end_id": 2})
+        assert json.loads(whole)["sequence_length"] > len(PARIS.split())
         _, stream = post(server, "/v2/models/ensemble/generate_stream", question | {"stream": True})
         pieces = [json.loads(line[5:])["text_output"] for line in stream.splitlines() if line.startswith(b"data:")]
         assert len(pieces) > 1
-        assert "".join(pieces) == PARIS
+        assert "".join(pieces) == PARIS[:-1]
         assert_idle(server)
 
 
