@@ -123,8 +123,16 @@ class ModelConfig(_Config):
         return 2 * self.num_layers * self.kv_size * element_nbytes
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
-        """Build from a Hugging Face ``config.json``: what transformers 5 makes of it, or :class:`InputError`.
+    def from_hf(
+        cls,
+        hf: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        *,
+        name: str = "llama",
+        source: str = "pretrained",
+    ) -> ModelConfig:
+        """Build from a Hugging Face ``config.json`` and, where there is one, ``generation_config.json``, whose
+        end-of-sequence ids come first: what transformers 5 makes of them, or :class:`InputError`.
 
         Keys that are absent take the defaults of its ``LlamaConfig``, not this class's.
         """
@@ -154,7 +162,6 @@ class ModelConfig(_Config):
         if hidden % heads:
             raise InputError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         theta, scaling = _rope(hf)
-        eos = hf.get("eos_token_id")
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hidden,
@@ -168,10 +175,23 @@ class ModelConfig(_Config):
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=_eos_ids({"generation_config.json": generation or {}, "config.json": hf}),
             name=name,
             source=source,
         )
+
+
+def _eos_ids(files: dict[str, dict[str, Any]]) -> tuple[int, ...]:
+    """``eos_token_id`` of the first file that has it, an id (0 is one) or a list of ids, each once."""
+    for name, data in files.items():
+        eos = data.get("eos_token_id")
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise InputError(f"{name}: eos_token_id must be a token id or a list of them, got {eos!r}")
+        return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:

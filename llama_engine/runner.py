@@ -38,6 +38,7 @@ class ModelRunner:
         max_new_tokens: int = 1,
         end_id: int,
         pad_id: int,
+        stop_words_list: list[list[list[int]]] | None = None,
         temperature: float = 1.0,
         top_k: int = 1,
         top_p: float = 1.0,
@@ -46,12 +47,13 @@ class ModelRunner:
         return_dict: bool = False,
         output_sequence_lengths: bool = False,
     ) -> Any:
-        """Generate for each prompt, a 1-D int tensor, until ``end_id`` or ``max_new_tokens``.
+        """Generate for each prompt, a 1-D int tensor, until ``end_id``, a stop word or ``max_new_tokens``.
 
         Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``, prompt included, padded with ``end_id``; with
         ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
-        pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`.
+        pass an ``end_id`` that cannot occur, such as -1. ``stop_words_list`` has for each prompt the words, each a list
+        of ids, that end its answer too; the native engine takes words of one id. Raises :class:`InputError`.
         """
         for name, value in (("end_id", end_id), ("pad_id", pad_id)):
             if type(value) is not int:
@@ -60,30 +62,43 @@ class ModelRunner:
         if not prompts:
             raise InputError("batch_input_ids is empty")
         params = SamplingParams(temperature, top_k, top_p, random_seed)
-        self._check(prompts, max_new_tokens)
-        steps = self._steps(prompts, max_new_tokens, params, end_id, pad_id, streaming)
+        words = [[] for _ in prompts] if stop_words_list is None else stop_words_list
+        if len(words) != len(prompts):
+            raise InputError(f"stop_words_list has words for {len(words)} prompts, but there are {len(prompts)}")
+        self._check(prompts, max_new_tokens, words)
+        steps = self._steps(prompts, max_new_tokens, params, end_id, pad_id, words, streaming)
         results = (_result(*step, return_dict, output_sequence_lengths) for step in steps)
         if streaming:
             return results
         *_, last = results
         return last
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, stop_words: list[list[list[int]]]) -> None:
+        if any(len(word) != 1 for words in stop_words for word in words):
+            raise InputError("stop_words_list: the native engine stops at words of one token only")
         for prompt in prompts:
             self.engine.validate(prompt, max_new_tokens)
 
     def _steps(
-        self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams, end_id: int, *_: object
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        params: SamplingParams,
+        end_id: int,
+        pad_id: int,
+        stop_words: list[list[list[int]]],
+        streaming: bool,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """``output_ids`` and sequence lengths after each step; unless ``streaming``, the last pair will do."""
-        stop = (end_id,) if end_id >= 0 else ()
+        end = (end_id,) if end_id >= 0 else ()
+        stops = [(*end, *(word[0] for word in words)) for words in stop_words]
         width = max(map(len, prompts)) + max_new_tokens
         output_ids = torch.full((len(prompts), 1, width), end_id, dtype=torch.int32)
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], dtype=torch.int32)
         row_of = {}
         for row, prompt in enumerate(prompts):
             output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-            row_of[self.engine.add_request(prompt, max_new_tokens, params=params, stop_token_ids=stop)] = row
+            row_of[self.engine.add_request(prompt, max_new_tokens, params=params, stop_token_ids=stops[row])] = row
         try:
             while row_of:
                 outputs = [output for output in self.engine.step() if output.request_id in row_of]

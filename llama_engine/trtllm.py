@@ -99,7 +99,7 @@ class TensorRTRunner(ModelRunner):
         except (AssertionError, RuntimeError) as error:
             raise RunError(f"TensorRT-LLM could not load {engine_dir}: {error}") from error
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, stop_words: list[list[list[int]]]) -> None:
         limit = self.info.engine.max_batch_size
         if len(prompts) > limit:
             raise InputError(f"{len(prompts)} prompts, but the engine was built for {limit} at once")
@@ -113,6 +113,7 @@ class TensorRTRunner(ModelRunner):
         params: SamplingParams,
         end_id: int,
         pad_id: int,
+        stop_words: list[list[list[int]]],
         streaming: bool,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # ModelRunnerCpp drops keywords it does not know without a word; these are all among those it accepts.
@@ -121,6 +122,7 @@ class TensorRTRunner(ModelRunner):
             max_new_tokens=max_new_tokens,
             end_id=end_id,  # -1 cannot occur, so EOS is ignored
             pad_id=pad_id,
+            stop_words_list=stop_words,
             temperature=float(params.temperature),
             top_k=int(params.top_k),
             top_p=float(params.top_p),

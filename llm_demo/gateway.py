@@ -25,9 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.serving.client import GrpcClient
+from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
-from llm_demo.text import ChatTokenizer, TextStream
+from llm_demo.text import TextStream
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -93,20 +94,20 @@ class Gateway:
 
     async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:
         """New ids from the model the request names, cut before an end-of-sequence id. Leaving early cancels."""
-        eos = {*self.info.model.eos_token_ids, *filter(None, [self.tokenizer.eos_token_id])}
+        eos = self.tokenizer.eos_token_ids
         seed = request.seed % (1 << 64)
         if request.model == self.name:
-            options: dict[str, Any] = {"end_id": min(eos)} if eos else {}
+            options = stop_inputs(eos)
             if request.temperature > 0:
                 options |= {"temperature": request.temperature, "runtime_top_p": request.top_p, "random_seed": seed}
             source = self.client.generate(prompt, max_tokens, streaming=True, **options)
         else:
             sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": seed}
-            source = self.baseline.generate(prompt, max_tokens, eos=sorted(eos), **sampling)
+            source = self.baseline.generate(prompt, max_tokens, eos=list(eos), **sampling)
         async with contextlib.aclosing(source):
             async for new in source:
                 yield list(itertools.takewhile(lambda token: token not in eos, new))
-                if not eos.isdisjoint(new):
+                if any(token in eos for token in new):
                     return
 
     async def answer(self, request: Sampling) -> AsyncIterator[Piece]:

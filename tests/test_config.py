@@ -41,6 +41,31 @@ def test_round_trip_through_json_types():
     assert config.eos_token_ids == (1, 2)
 
 
+LLAMA31_ENDS = {"eos_token_id": [128001, 128008, 128009]}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 128001}, LLAMA31_ENDS, (128001, 128008, 128009)),
+        ({"eos_token_id": 1}, {"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": None}, (2, 0)),
+        ({"eos_token_id": 0}, None, (0,)),
+        ({"eos_token_id": None}, {}, ()),
+    ],
+)
+def test_end_of_sequence_ids_come_from_the_generation_config_first(config, generation, expected):
+    assert ModelConfig.from_hf(HF | config, generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", ["2", [1, -1], [1, 2.0], True])
+def test_bad_end_of_sequence_ids_name_their_file(eos):
+    with pytest.raises(InputError, match=r"^config\.json: eos_token_id"):
+        ModelConfig.from_hf(HF | {"eos_token_id": eos})
+    with pytest.raises(InputError, match=r"^generation_config\.json: eos_token_id"):
+        ModelConfig.from_hf(HF, {"eos_token_id": eos})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

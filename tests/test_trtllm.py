@@ -154,6 +154,22 @@ def test_generation_stops_at_end_id(engine):
     assert result[0, 0].tolist() == [*toy([5], 2), *[end] * 7]
 
 
+def test_each_answer_ends_at_its_own_stop_words_too(engine):
+    rows = [toy([5], 6), toy([9], 6)]
+    result = ModelRunner.from_dir(engine).generate(
+        [torch.tensor([5]), torch.tensor([9])],
+        max_new_tokens=6,
+        end_id=rows[0][4],
+        pad_id=0,
+        stop_words_list=[[[600], [rows[0][2]]], [[rows[1][3]]]],
+        return_dict=True,
+        output_sequence_lengths=True,
+    )
+    assert result["sequence_lengths"].tolist() == [[3], [4]]
+    with pytest.raises(InputError, match="words for 1 prompts, but there are 2"):
+        ModelRunner.from_dir(engine).generate([torch.tensor([5])] * 2, end_id=-1, pad_id=0, stop_words_list=[[]])
+
+
 def test_the_runner_is_opened_with_memory_fraction_and_cuda_graphs(engine):
     from tensorrt_llm.runtime import ModelRunnerCpp
 

@@ -61,8 +61,10 @@ class HFModel:
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")
         prepared = read_json(self.dir / PREPARED) if (self.dir / PREPARED).is_file() else {}
         name, source = prepared.get("name", directory_name(self.dir)), prepared.get("source", "pretrained")
+        generation = self.dir / "generation_config.json"
+        generation_config = read_json(generation) if generation.is_file() else {}
         with checked(self.dir / "config.json"):
-            self.config = ModelConfig.from_hf(hf_config, name=name, source=source)
+            self.config = ModelConfig.from_hf(hf_config, generation_config, name=name, source=source)
         self.files = self._weight_files()
         self.shapes = dict(tensor_shapes(replace(self.config, tie_word_embeddings=False)))
         self._where: dict[str, tuple[Path, str]] = {}  # of each tensor: its file, and its name there

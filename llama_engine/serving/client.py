@@ -59,7 +59,7 @@ class GrpcClient:
         inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
         for name, value in values.items():
             dtype = np.bool_ if isinstance(value, bool) else DTYPES.get(name, np.int32)
-            inputs.append(_tensor(name, np.array([[value]], dtype)))
+            inputs.append(_tensor(name, np.array([value] if isinstance(value, list) else [[value]], dtype)))
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
@@ -112,7 +112,11 @@ class HttpClient:
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
     ) -> AsyncIterator[list[int]]:
         body = {"input_ids": prompt, "request_output_len": new_tokens, "streaming": streaming}
-        body |= {"exclude_input_in_output": True, **options}
+        body |= {"exclude_input_in_output": True}
+        # Triton takes lists flat and shapes them itself
+        body |= {
+            name: np.ravel(value).tolist() if isinstance(value, list) else value for name, value in options.items()
+        }
         path = f"/v2/models/{model}/{'generate_stream' if streaming else 'generate'}"
         try:
             async with self._session.post(path, json=body) as response:

@@ -88,11 +88,15 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
 
 def serve_command(engine_dir: Path | str, models_dir: Path, arguments: list[str]) -> list[str]:
     """How to start Triton over :func:`render`'s repository for TensorRT-LLM: directly where the backend is installed,
-    else in NVIDIA's container, which sees the engine at /engine and the repository at /models."""
+    else in NVIDIA's container, which sees the engine at /engine, the repository at /models and this package, for the
+    text models, in /package."""
+    package = Path(__file__).resolve().parent
     if BACKEND.is_dir():
-        return ["/opt/tritonserver/bin/tritonserver", f"--model-repository={models_dir}", *arguments]
+        server = ["env", f"PYTHONPATH={package.parent}", "/opt/tritonserver/bin/tritonserver"]
+        return [*server, f"--model-repository={models_dir}", *arguments]
     docker = ["docker", "run", "--rm", "--gpus", "all", "--network", "host", "--shm-size", "2g"]
-    docker += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro", CONTAINER]
+    docker += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro"]
+    docker += ["-v", f"{package}:/package/{package.name}:ro", "-e", "PYTHONPATH=/package", CONTAINER]
     return [*docker, "tritonserver", "--model-repository=/models", *arguments]
 
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from llama_engine.serving.server import free_port
+from llama_engine.tokenizer import ChatTokenizer
 from llm_demo.gateway import Gateway, create_app
-from llm_demo.text import ChatTokenizer
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 

@@ -22,6 +22,7 @@ from llama_engine.serving import server as server_module
 from llama_engine.serving.client import connect
 from llama_engine.serving.repository import ServeConfig, render
 from llama_engine.serving.server import TritonServer
+from llama_engine.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
 
@@ -161,15 +162,23 @@ def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not TEXT, reason="needs NumPy 1")
-def test_text_in_text_out(smollm2_engine):
+def test_text_in_text_out(smollm2_engine, tmp_path):
+    """Of a model whose answers end at a full stop, too."""
+    engine = tmp_path / "engine"
+    shutil.copytree(smollm2_engine, engine, symlinks=True)
+    info = json.loads((engine / "engine.json").read_text())
+    info["model"]["eos_token_ids"] = [2, 3, *ChatTokenizer(engine).encode(".")]
+    (engine / "engine.json").write_text(json.dumps(info))
     question = {"text_input": "What is the capital of France? Answer briefly.", "max_tokens": 32}
-    with TritonServer(smollm2_engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
+    with TritonServer(engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
         _, whole = post(server, "/v2/models/ensemble/generate", question)
-        assert json.loads(whole)["text_output"] == PARIS
+        assert json.loads(whole)["text_output"] == PARIS[:-1]
+        _, whole = post(server, "/v2/models/ensemble/generate", question | {"end_id": 2})
+        assert json.loads(whole)["sequence_length"] > len(PARIS.split())
         _, stream = post(server, "/v2/models/ensemble/generate_stream", question | {"stream": True})
         pieces = [json.loads(line[5:])["text_output"] for line in stream.splitlines() if line.startswith(b"data:")]
         assert len(pieces) > 1
-        assert "".join(pieces) == PARIS
+        assert "".join(pieces) == PARIS[:-1]
         assert_idle(server)
 
 

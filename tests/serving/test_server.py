@@ -17,6 +17,7 @@ from llama_engine.measure.load import Generator, Length
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer
+from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
@@ -269,3 +270,13 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert (result["validity"]["status"] == "VALID") == (done.returncode == 0)
     assert run_script(*command).returncode == 2
     assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_answer_ends_at_any_of_several_ids(server, tiny_engine, protocol, streaming):
+    greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
+    unseen = next(token for token in range(512) if token not in greedy)
+    for ends in ([unseen, greedy[5]], [greedy[5], unseen], [unseen, unseen + 1, greedy[5]]):
+        ids = ask(server, [[1, 2, 3]], 20, protocol, streaming, **stop_inputs(ends))[0]
+        assert ids == greedy[: greedy.index(greedy[5]) + 1]
