@@ -249,8 +249,10 @@ class TritonServer:
             # connections of its own: a shared one waits longer after each refusal
             options = [("grpc.use_local_subchannel_pool", 1)]
             client = grpc_client.InferenceServerClient(self.grpc_url, channel_args=options)
-            with client, contextlib.suppress(InferenceServerException):
+            with client, contextlib.suppress(InferenceServerException, OSError):
                 if client.is_server_ready(client_timeout=2):
+                    for port in filter(None, (self.http_port, self.metrics_port)):  # they open after gRPC's
+                        socket.create_connection((self.host, port), timeout=2).close()
                     return
             time.sleep(0.1)
         raise RunError(f"tritonserver was not ready within {READY_TIMEOUT_S} s (log: {self.log})")
