@@ -26,7 +26,7 @@ def demo(smollm2_engine):
     demo, seen = psutil.Popen([*command, "--device", "cpu"], cwd=ROOT, env=env), []
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: demo.poll() is not None or healthy(url), "the demo")
+        wait_for(lambda: demo.poll() is not None or healthy(url), "the demo", 200)
         seen = demo.children(recursive=True)
         yield demo, url
         seen += demo.children(recursive=True) if demo.poll() is None else []
