@@ -2,7 +2,8 @@ r"""Ask a served engine one question and print its answer.
 
 Purpose: the smallest complete client; also a check that a server answers.
 Method:  the question goes through the tokenizer and chat template of the engine directory, the ids over gRPC or HTTP.
-Output:  the text, as it is made unless --no-streaming; timings on standard error.
+Output:  the text, as it is made unless --no-streaming; timings on standard error. A server that was started with a
+         secret in LLAMA_ENGINE_TRITON_KEY needs the same here.
 
     python benchmarks/triton_client.py --engine-dir engines/smollm2-135m-instruct \
         --prompt "What is the capital of France? Answer briefly."

@@ -59,10 +59,15 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def _same(given: Any, accepted: Any) -> bool:
+    """0 is not False and True is not 1, though Python has them equal; 0.0 is 0."""
+    return given == accepted and isinstance(given, bool) == isinstance(accepted, bool)
+
+
 class StreamOptions(BaseModel):
     """``continuous_usage_stats`` puts the usage so far into every chunk."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -70,7 +75,7 @@ class StreamOptions(BaseModel):
 class Sampling(BaseModel):
     """What both kinds of completion take. ``temperature`` 0 is greedy; without a seed every call draws anew."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -87,7 +92,7 @@ class Sampling(BaseModel):
         if not isinstance(data, dict):
             raise ApiError(400, "the request body must be a JSON object")
         for name, accepted in NEUTRAL.items():
-            if name in data and data[name] not in accepted:
+            if name in data and not any(_same(data[name], value) for value in accepted):
                 raise ApiError(400, f"{name}={data[name]!r} is not supported by this engine", param=name)
         data = {k: v for k, v in data.items() if v is not None and k not in NEUTRAL and k not in IGNORED}
         if isinstance(data.get("stop"), str):
@@ -103,7 +108,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "user", "assistant"]
     content: Text | list[Part]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from llama_engine.errors import RunError
+from llama_engine.errors import InputError, RunError
 
 # inputs that are neither BOOL nor INT32
 DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
@@ -31,6 +33,18 @@ CHANNEL = [
 ]
 
 
+KEY_VARIABLE = "LLAMA_ENGINE_TRITON_KEY"
+KEY_NAME = "inference-key"  # the HTTP header; over gRPC it has a prefix
+
+
+def inference_key() -> str | None:
+    """The secret that inference needs, from ``LLAMA_ENGINE_TRITON_KEY``. Raises :class:`InputError`."""
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key and not re.fullmatch(r"[\w.~-]+", key, re.ASCII):
+        raise InputError(f"{KEY_VARIABLE} may hold letters, digits and -._~ only: it becomes a header")
+    return key
+
+
 class RequestFailed(RunError):
     """The server refused or dropped one request."""
 
@@ -39,9 +53,12 @@ class GrpcClient:
     """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server.
 
     ``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`.
+    Both clients send :func:`inference_key`.
     """
 
     def __init__(self, url: str) -> None:
+        key = inference_key()
+        self._headers = {f"triton-grpc-protocol-{KEY_NAME}": key} if key else None
         self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL)
 
     async def ready(self, model: str = "tensorrt_llm") -> bool:
@@ -64,7 +81,7 @@ class GrpcClient:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
 
-        responses, ended = self._client.stream_infer(requests()), False
+        responses, ended = self._client.stream_infer(requests(), headers=self._headers), False
         try:
             async for result, error in responses:
                 response = None if error else result.get_response()
@@ -94,8 +111,10 @@ class HttpClient:
     """The same over HTTP/1.1 connections, one a concurrent request; streams are server-sent events."""
 
     def __init__(self, url: str) -> None:
+        key = inference_key()
         self._session = aiohttp.ClientSession(
             f"http://{url}",
+            headers={KEY_NAME: key} if key else None,
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         )

@@ -1,17 +1,21 @@
 """The real Triton Inference Server from start to end: faults, kill -9, draining, the scripts around it."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
@@ -19,9 +23,9 @@ import tritonclient.http as http_client
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving import server as server_module
-from llama_engine.serving.client import connect
+from llama_engine.serving.client import KEY_VARIABLE, connect
 from llama_engine.serving.repository import ServeConfig, render
-from llama_engine.serving.server import TritonServer
+from llama_engine.serving.server import TritonServer, free_port
 from llama_engine.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
@@ -182,21 +186,106 @@ def test_text_in_text_out(smollm2_engine, tmp_path):
         assert_idle(server)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_inference_needs_the_secret_when_one_is_set(keyed, tiny_engine, monkeypatch, protocol):
+    asked = [[1, 2, 3]], 8, protocol
+    assert ask(keyed, *asked) == alone(tiny_engine, [[1, 2, 3]], 8)
+    assert ask(keyed, *asked, streaming=False) == alone(tiny_engine, [[1, 2, 3]], 8)
+    for wrong in ("", "hush-hus", "hush-hush-"):
+        monkeypatch.setenv(KEY_VARIABLE, wrong)
+        for streaming in (True, False):
+            # a gRPC stream may end before it has told why
+            refusal = "restricted|Internal error from Core" if protocol == "grpc" else "restricted"
+            assert re.search(refusal, str(ask(keyed, *asked, streaming=streaming)[0]))
+    for path in ("infer", "generate", "generate_stream"):
+        status, _ = post(keyed, f"/v2/models/tensorrt_llm/{path}", {"input_ids": [1], "request_output_len": 2})
+        assert status == 403
+    assert post(keyed, "/v2/repository/index", {})[0] == 403
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny_engine):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "hush-hush")
+        with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD) as server:
+            yield server
+
+
+@pytest.fixture(autouse=True)
+def secret(request, monkeypatch):
+    if "keyed" in request.fixturenames:
+        monkeypatch.setenv(KEY_VARIABLE, "hush-hush")
+
+
+def test_a_secret_that_no_header_can_hold_is_refused(tiny_engine, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "two,words:=")
+    with pytest.raises(InputError, match=f"{KEY_VARIABLE} may hold letters, digits"):
+        TritonServer(tiny_engine).start()
+
+
+def test_without_http_grpc_is_the_only_way_in(tiny_engine):
+    with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD, http=False) as server:
+        assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+        listening = psutil.Process(server.process.pid).net_connections("inet")
+        ports = {connection.laddr.port for connection in listening if connection.status == psutil.CONN_LISTEN}
+        assert ports == {server.grpc_port, server.metrics_port}
+
+
+def test_a_dead_backend_is_a_dead_server(tiny_engine):
+    with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD) as server:
+        assert server.alive
+        (backend,) = psutil.Process(server.process.pid).children()
+        backend.kill()
+        psutil.wait_procs([backend], timeout=5)
+        assert not server.alive
+        server.kill()
+        server.start()
+        assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+
+
+def test_nothing_survives_a_starter_that_is_killed(tiny_engine):
+    ports = [part for name in ("http", "grpc", "metrics") for part in (f"--{name}-port", str(free_port()))]
+    starter = subprocess.Popen(
+        [sys.executable, "scripts/serve_triton.py", "--engine-dir", str(tiny_engine), *ports],
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    family = []
+    try:
+        assert any(line.startswith("ready") for line in starter.stdout)
+        family = psutil.Process(starter.pid).children(recursive=True)
+        assert {"tritonserver", "triton_python_backend_stub"} <= {process.name() for process in family}
+        starter.kill()
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+        assert not list(Path("/dev/shm").glob(f"llama_engine_{starter.pid}_*"))
+    finally:
+        for process in [starter, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        starter.communicate()
+
+
 class FakeServer:
-    """Stands in for one that lives until it is asked whether it does for the ``lives``-th time."""
+    """Stands in for one that dies when it has been asked whether it lives: so often after each start."""
 
     host, http_url, grpc_url, metrics_port, log = "h", "h:1", "h:2", 3, "triton.log"
 
-    def __init__(self, lives=0):
-        self.lives, self.starts, self.stopped = lives, 0, False
+    def __init__(self, *lives):
+        self.lives, self.left, self.starts, self.stopped = iter(lives), 0, 0, False
 
     def start(self):
         self.starts += 1
+        self.left = next(self.lives, 0)
+        if isinstance(self.left, Exception):
+            self.left, error = 0, self.left
+            raise error
 
     @property
     def alive(self):
-        self.lives -= 1
-        return self.lives >= 0
+        self.left -= 1
+        return self.left >= 0
 
     def kill(self):
         pass
@@ -206,13 +295,14 @@ class FakeServer:
 
 
 @pytest.fixture
-def serve_native(kept_handlers):
+def serve_native(kept_handlers, monkeypatch):
+    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 0, 0, 0, 0), raising=False)
     return runpy.run_path(str(ROOT / "scripts/serve_triton.py"))["serve_native"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_ends_in_order_at_ctrl_c_and_term(serve_native, number):
-    server = FakeServer(lives=100)
+    server = FakeServer(100)
     threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
     serve_native(server)
     assert (server.starts, server.stopped) == (1, True)
@@ -220,6 +310,35 @@ def test_serving_ends_in_order_at_ctrl_c_and_term(serve_native, number):
 
 def test_a_server_that_dies_is_started_again_five_times(serve_native):
     server = FakeServer()
-    with pytest.raises(RunError, match="ended 5 times by itself"):
+    with pytest.raises(RunError, match="ended 6 times in a row"):
         serve_native(server)
     assert (server.starts, server.stopped) == (6, True)
+
+
+def test_a_fifth_restart_that_works_goes_on_serving(serve_native):
+    server = FakeServer(0, 0, 0, 0, 0, 100)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    serve_native(server)
+    assert (server.starts, server.stopped) == (6, True)
+    assert server.left > 90
+
+
+def test_a_restart_that_fails_is_tried_again(serve_native):
+    server = FakeServer(0, RunError("not now"), RunError("not now"), 100)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    serve_native(server)
+    assert server.starts == 4
+
+
+def test_pauses_grow_and_a_server_that_served_a_while_starts_anew(monkeypatch):
+    waited, ended = [], threading.Event()
+    monkeypatch.setattr(ended, "wait", waited.append)
+    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 1, 4))
+    with pytest.raises(RunError, match="ended 4 times in a row"):
+        server_module.supervise(FakeServer(), lambda said: None, ended)
+    assert waited == [0, 1, 4]
+    monkeypatch.setattr(server_module, "STEADY_S", -1)
+    waited.clear()
+    monkeypatch.setattr(ended, "wait", lambda pause: waited.append(pause) or len(waited) == 9)
+    server_module.supervise(FakeServer(), lambda said: None, ended)
+    assert waited == [0] * 9

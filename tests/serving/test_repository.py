@@ -217,6 +217,16 @@ def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tm
     }
 
 
+def test_the_printed_command_names_the_secret_and_does_not_hold_it(trt_engine, tmp_path, run_script, monkeypatch):
+    monkeypatch.setenv("LLAMA_ENGINE_TRITON_KEY", "hush-hush")
+    where = ("--engine-dir", trt_engine, "--run-dir", tmp_path / "run")
+    done = run_script("scripts/serve_triton.py", *where, "--print")
+    assert done.returncode == 0, done.stderr
+    assert "hush" not in done.stdout
+    for flag in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        assert f'{flag}=inference:inference-key="$LLAMA_ENGINE_TRITON_KEY"' in done.stdout
+
+
 def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
     with pytest.raises(InputError, match=r"scripts/build_engine\.sh --backend tensorrt_llm"):
         repository.render(tiny_engine, tmp_path / "models", ServeConfig(), "tensorrt_llm")
