@@ -10,7 +10,7 @@ import torch
 
 from llama_engine.build import load_engine_json
 from llama_engine.engine import Engine
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.sampling import SamplingParams
 
 
@@ -50,7 +50,8 @@ class ModelRunner:
         Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``, prompt included, padded with ``end_id``; with
         ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
-        pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`.
+        pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`, :class:`RunError` where the
+        logits of a prompt are not finite.
         """
         for name, value in (("end_id", end_id), ("pad_id", pad_id)):
             if type(value) is not int:
@@ -93,6 +94,8 @@ class ModelRunner:
                         lengths[row, 0] += 1
                     if output.finished:
                         del row_of[output.request_id]
+                    if isinstance(output.reason, RunError):
+                        raise output.reason
                 if outputs:
                     yield output_ids.clone(), lengths.clone()
         finally:

@@ -6,9 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_engine.build import load_engine_json
 from llama_engine.config import EngineConfig
+from llama_engine.host_executor import HostExecutor
 from llama_engine.kernels import cpu
 from llama_engine.model import TorchModel, rope_frequencies
 from llama_engine.weights import load_weights
+from tests import overflow
 
 BLOCK = 16
 
@@ -103,3 +105,18 @@ def test_unsupported_geometry_falls_back(tiny_engine):
     weights = load_weights(tiny_engine, info.model, "cpu")
     assert cpu.supported(info.model, EngineConfig(tokens_per_block=16), weights)
     assert not cpu.supported(info.model, EngineConfig(tokens_per_block=8), weights)
+
+
+@pytest.mark.parametrize("int8_head", [False, True])
+@pytest.mark.parametrize("kernels", ["fused", "torch"])
+def test_values_beyond_fp16_end_their_own_request_with_an_error(tmp_path, kernels, int8_head):
+    weights = overflow.overflowing("cpu", int8_head)
+    if kernels == "torch":
+        model = TorchModel(overflow.CONFIG, overflow.ENGINE, weights)
+    else:
+        assert cpu.supported(overflow.CONFIG, overflow.ENGINE, weights)
+        library = cpu.compile_library(tmp_path)
+        if library is None:
+            pytest.skip("no C++ compiler on this machine")
+        model = cpu.CpuModel(library, overflow.CONFIG, overflow.ENGINE, weights, 2)
+    overflow.check_overflow_ends_its_own_request(HostExecutor(model, overflow.CONFIG, overflow.ENGINE, weights))
