@@ -17,8 +17,8 @@ from llama_engine.weights import EngineWeights, Linear, random_weights
 CONFIG = ModelConfig(96, 64, 96, 2, 4, 2, 32, 128)
 ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
 UP, DOWN = 7, 8  # tokens whose values overflow to infinity and to -infinity; one after the other they give NaN
-BAD = ([UP], [UP, DOWN], [20, 21, UP, DOWN, 22])
-GOOD = ([1, 2, 3], list(range(20, 50)), [90])
+BAD = ([UP], [20, UP, DOWN, 21])
+GOOD = ([1, 2, 3], list(range(20, 50)))
 
 
 def overflowing(device: torch.device, int8_head: bool) -> EngineWeights:
@@ -28,6 +28,7 @@ def overflowing(device: torch.device, int8_head: bool) -> EngineWeights:
     weights.embedding[UP, 3], weights.embedding[DOWN, 3] = 100, -100
     first = weights.layers[0]
     first.input_norm[3] = 60000
+    first.qkv.weight[:, 3] = 0
     first.qkv.weight[-CONFIG.head_size :, 3] = 127
     first.qkv.scale[-CONFIG.head_size :] = 0.002
     weights.lm_head.weight[[UP, DOWN]] = 0  # so that nobody says them
@@ -38,7 +39,7 @@ def overflowing(device: torch.device, int8_head: bool) -> EngineWeights:
 
 def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[tuple[list[int], object]]:
     """All requests at once: the tokens of each, and how it ended."""
-    ids = [engine.add_request(prompt, 10, params=params) for prompt, params in requests]
+    ids = [engine.add_request(prompt, 4, params=params) for prompt, params in requests]
     tokens: dict[int, list[int]] = {i: [] for i in ids}
     reasons = {}
     while engine.has_unfinished:
@@ -54,7 +55,7 @@ def check_overflow_ends_its_own_request(executor: Executor) -> None:
     engine = Engine(CONFIG, dataclasses.replace(ENGINE, num_kv_blocks=executor.num_kv_blocks), executor)
     for params in (SamplingParams(), SamplingParams(0.9, seed=4)):
         alone = [run(engine, [(prompt, params)])[0] for prompt in GOOD]
-        assert all(len(tokens) == 10 and reason == "length" for tokens, reason in alone)
+        assert all(len(tokens) == 4 and reason == "length" for tokens, reason in alone)
         for bad in BAD:
             (tokens, reason), *others = run(engine, [(prompt, params) for prompt in (bad, *GOOD)])
             assert tokens == []
