@@ -1,6 +1,6 @@
 """Unified checkpoint to native engine directory.
 
-engine.json         configuration, hashes, where it came from
+engine.json         configuration, hashes, where it came from, what integer activations lose in each layer
 engine.safetensors  the tensors of llama_engine/weights.py: any checkpoint layout undone, qkv and gate_up stacked
 tokenizer files     so that the directory alone can serve text
 """
@@ -8,11 +8,13 @@ tokenizer files     so that the directory alone can serve text
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llama_engine.calibration import BUDGET, activation_losses, calibration_ids
 from llama_engine.checkpoint import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, RunError
@@ -31,7 +33,7 @@ from llama_engine.quantization import quantize
 from llama_engine.weights import LINEARS, WEIGHTS_FILE, tensor_names
 
 ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}
 # The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
 SOURCES = {"embedding": (EMBEDDING,), "final_norm": (FINAL_NORM,), "lm_head": (LM_HEAD,)}
@@ -47,7 +49,8 @@ LAYER_SOURCES = {
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256."""
+    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256; ``activation_losses`` what
+    :func:`llama_engine.calibration.activation_losses` found, empty for matrices that no integer kernel runs."""
 
     backend: str
     model: ModelConfig
@@ -55,6 +58,12 @@ class EngineInfo:
     checkpoint_sha256: str
     weights_sha256: str
     identity: dict[str, str]
+    activation_losses: list[float]
+
+    @property
+    def needs_float_activations(self) -> bool:
+        """Whether some layer loses more than the budget in the fused kernels, so that PyTorch's must run."""
+        return max(self.activation_losses, default=0.0) > BUDGET
 
 
 def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineConfig, *, force: bool = False) -> None:
@@ -106,10 +115,13 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        finish(out, "native", source, engine_config)
+        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if int8 else []
+        finish(out, "native", source, engine_config, losses)
 
 
-def finish(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:
+def finish(
+    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = ()
+) -> None:
     """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
@@ -123,6 +135,7 @@ def finish(out: Path, backend: str, source: Checkpoint, engine_config: EngineCon
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
+            "activation_losses": list(losses),
         },
     )
 
@@ -134,6 +147,8 @@ def prepare_machine(engine_dir: Path) -> list[str]:
     """
     from llama_engine.kernels import cpu
 
+    if load_engine_json(engine_dir).needs_float_activations:
+        return ["PyTorch operations: a layer's activations hold channels too large for integers with one scale a token"]
     try:
         library = cpu.compile_library(engine_dir / "kernels")
         lines = [f"CPU kernel: {library.name if library else 'no C++ compiler, PyTorch operations'}"]
@@ -168,6 +183,7 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
         )
     keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
+    keys |= {"activation_losses"}
     if set(data) != keys:
         raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
     weights = Path(engine_dir) / WEIGHTS[found]
@@ -180,4 +196,5 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
         checkpoint_sha256=data["checkpoint_sha256"],
         weights_sha256=data["weights"]["sha256"],
         identity=data["model_identity"],
+        activation_losses=data["activation_losses"],
     )

@@ -64,13 +64,19 @@ class Engine:
         **changes: Any,
     ) -> Engine:
         """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-        a GPU also stream or triton (:class:`llama_engine.cuda_executor.CudaExecutor`). ``changes`` replace fields of
-        the :class:`EngineConfig` it was built with.
+        a GPU also stream or triton (:class:`llama_engine.cuda_executor.CudaExecutor`). auto is torch where the build
+        found that a layer's activations do not bear the fused kernels' integers. ``changes`` replace fields of the
+        :class:`EngineConfig` it was built with.
 
         Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
         """
         info = load_engine_json(Path(engine_dir))
         config = replace(info.engine, **changes)
+        if kernels == "auto" and info.needs_float_activations:
+            worst = max(info.activation_losses)
+            where = f"integer activations lose {worst:.1%} in layer {info.activation_losses.index(worst)}"
+            print(f"note: {where}, running on PyTorch operations, which are slower", file=sys.stderr)
+            kernels = "torch"
         executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
         return cls(info.model, config, executor)
 
