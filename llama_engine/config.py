@@ -197,7 +197,7 @@ def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int
     if not prompt:
         raise InputError("the prompt is empty: give at least one token id")
     if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+        raise InputError(f"max_new_tokens must be at least 1 and an integer, got {max_new_tokens!r}")
     if len(prompt) + max_new_tokens > engine.max_seq_len:
         raise InputError(
             f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
