@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llama_engine.errors import InputError
+from llama_engine.errors import ErrorCode, InputError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # what a script takes when no model is named
 C = TypeVar("C", bound="_Config")
@@ -270,13 +270,14 @@ def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int
     """Raise :class:`InputError`, with the numbers, unless a request fits the engine's limits."""
     if not prompt:
         raise InputError("the prompt is empty: give at least one token id")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1 and an integer, got {max_new_tokens!r}")
     if len(prompt) + max_new_tokens > engine.max_seq_len:
         raise InputError(
             f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
-            f"max_seq_len {engine.max_seq_len}"
+            f"max_seq_len {engine.max_seq_len}",
+            ErrorCode.CONTEXT_LENGTH,
         )
-    bad = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
-    if bad is not None:
-        raise InputError(f"token id {bad} is outside the vocabulary of {model.vocab_size}")
+    bad = [token for token in prompt if type(token) is not int or not 0 <= token < model.vocab_size]
+    if bad:
+        raise InputError(f"token id {bad[0]!r} is outside the vocabulary of {model.vocab_size}")

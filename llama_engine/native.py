@@ -26,13 +26,19 @@ def load_engine(
     engine_dir: str | Path, *, device: str = "auto", kernels: str = "auto", threads: int | None = None, **changes: Any
 ) -> Engine:
     """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). ``changes`` replace fields of
-    the :class:`EngineConfig` it was built with.
+    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
+    found that a layer's activations do not bear the fused kernels' integers. ``changes`` replace fields of the
+    :class:`EngineConfig` it was built with.
 
     Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
     """
     info = load_engine_json(Path(engine_dir))
     config = replace(info.engine, **changes)
+    if kernels == "auto" and info.needs_float_activations:
+        worst = max(info.activation_losses)
+        where = f"integer activations lose {worst:.1%} in layer {info.activation_losses.index(worst)}"
+        print(f"note: {where}, running on PyTorch operations, which are slower", file=sys.stderr)
+        kernels = "torch"
     executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
     return Engine(info.model, config, executor)
 
@@ -69,6 +75,8 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
     An engine moved to another machine compiles at its first load, or runs untuned.
     """
+    if load_engine_json(engine_dir).needs_float_activations:
+        return ["PyTorch operations: a layer's activations hold channels too large for integers with one scale a token"]
     try:
         library = fused.compile_library(engine_dir / "kernels")
         lines = [f"CPU kernel: {library.name if library else 'no C++ compiler, PyTorch operations'}"]

@@ -10,7 +10,7 @@ import torch
 
 from llama_engine.engine.engine import Engine
 from llama_engine.engine_dir import load_engine_json
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 
@@ -53,7 +53,8 @@ class ModelRunner:
         ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
         pass an ``end_id`` that cannot occur, such as -1. ``stop_words_list`` has for each prompt the words, each a list
-        of ids, that end its answer too; the native engine takes words of one id. Raises :class:`InputError`.
+        of ids, that end its answer too; the native engine takes words of one id. Raises :class:`InputError`, and
+        :class:`RunError` where the logits of a prompt are not finite.
         """
         for name, value in (("end_id", end_id), ("pad_id", pad_id)):
             if type(value) is not int:
@@ -109,6 +110,8 @@ class ModelRunner:
                         lengths[row, 0] += 1
                     if output.finished:
                         del row_of[output.request_id]
+                    if isinstance(output.reason, RunError):
+                        raise output.reason
                 if outputs:
                     yield output_ids.clone(), lengths.clone()
         finally:

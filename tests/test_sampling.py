@@ -1,17 +1,42 @@
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama_engine.errors import InputError
-from llama_engine.sampling import SamplingParams, sample, uniform
+from llama_engine.sampling import NOT_FINITE, SamplingParams, sample, uniform
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, allow_infinity=False),
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**64 - 1),
+)
 
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}],
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": 10**400},
+        {"temperature": "1"},
+        {"top_k": -1},
+        {"top_k": math.nan},
+        {"top_k": 1.5},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"top_p": None},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"seed": 1 << 64},
+    ],
 )
 def test_bad_parameters_are_named(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -48,3 +73,19 @@ def test_frequencies_follow_the_distribution():
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**31))
 def test_uniform_stays_in_range(seed, position):
     assert 0 <= uniform(seed, position) < 1
+
+
+@given(PARAMS, st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+@example(SamplingParams(1e-45), [0.0, 3.0, 1.0])
+@example(SamplingParams(1.0, top_p=1e-300), [0.0, 3.0, 1.0])
+@example(SamplingParams(1.7e308), [0.0, -3.4e38, 3.4e38])
+def test_any_accepted_parameters_pick_an_id_of_any_finite_logits(params, logits):
+    token = sample(torch.tensor(logits), params, 5)
+    assert 0 <= token < len(logits)
+    if params.temperature < 1e-37 or params.top_p < 1e-37:
+        assert logits[token] == max(logits)
+
+
+@given(PARAMS, st.sampled_from([[0.0, math.nan, 1.0], [0.0, math.inf], [-math.inf] * 3, [math.nan] * 2]))
+def test_logits_without_a_finite_maximum_pick_nothing(params, logits):
+    assert sample(torch.tensor(logits), params, 5) == NOT_FINITE

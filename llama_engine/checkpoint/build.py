@@ -1,6 +1,6 @@
 """Unified checkpoint to native engine directory.
 
-engine.json         configuration, hashes, where it came from
+engine.json         configuration, hashes, where it came from, what integer activations lose in each layer
 engine.safetensors  the tensors of llama_engine/model/weights.py: any checkpoint layout undone, qkv and gate_up stacked
 tokenizer files     so that the directory alone can serve text
 """
@@ -8,10 +8,12 @@ tokenizer files     so that the directory alone can serve text
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from llama_engine.checkpoint.calibration import activation_losses, calibration_ids
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
 from llama_engine.config import EngineConfig
@@ -83,7 +85,8 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        complete(out, "native", source, engine_config)
+        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if int8 else []
+        complete(out, "native", source, engine_config, losses)
 
 
 def own_names(path: Path) -> tuple[str, ...]:
@@ -96,7 +99,9 @@ def own_names(path: Path) -> tuple[str, ...]:
     return (ENGINE_JSON, WEIGHTS_FILE, "rank*.engine", *added, *TOKENIZER_FILES) if ours else ()
 
 
-def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:
+def complete(
+    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = ()
+) -> None:
     """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
@@ -110,5 +115,6 @@ def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineC
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
+            "activation_losses": list(losses),
         },
     )

@@ -11,7 +11,7 @@ from llama_engine.cpu.fused import CpuModel
 from llama_engine.engine.executor import ReadyHandle, Step
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import SamplingParams, sample
+from llama_engine.sampling import NOT_FINITE, SamplingParams, sample
 
 
 class HostExecutor:
@@ -56,9 +56,14 @@ class HostExecutor:
             torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots, rows)
         )
         logits = self._model.forward(ids, positions, slots, self._tables, rows)
-        sampled = []
+        sampled: list[int | Exception] = []
         for chunk, row in zip((chunk for chunk in step.chunks if chunk.samples), last_rows):
             index = row if step.logits == "all" else len(sampled)
-            self._last[chunk.slot] = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
-            sampled.append(self._last[chunk.slot])
+            try:
+                token = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
+            except Exception as error:  # this row's request ends, the others go on
+                token = error
+            # an id in any case, for whoever decodes on before the engine has read this step
+            self._last[chunk.slot] = token if isinstance(token, int) and token != NOT_FINITE else 0
+            sampled.append(token)
         return ReadyHandle(sampled, None if step.logits == "none" else logits)

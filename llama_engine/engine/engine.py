@@ -12,19 +12,19 @@ from llama_engine.engine.executor import Executor, Step, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
 from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler
 from llama_engine.engine.scheduler import Sequence as RunningSequence
-from llama_engine.errors import InputError
-from llama_engine.sampling import SamplingParams
+from llama_engine.errors import ErrorCode, InputError, RunError
+from llama_engine.sampling import NOT_FINITE, SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Output:
-    """New tokens of one request, and why it ended, if it did."""
+    """New tokens of one request, and why it ended, if it did: a word, or the error that this request alone met."""
 
     request_id: int
     token_ids: list[int]
-    reason: FinishReason | None = None
+    reason: FinishReason | RunError | None = None
 
     @property
     def finished(self) -> bool:
@@ -82,7 +82,8 @@ class Engine:
         if blocks.blocks_for(total) > blocks.usable:
             raise InputError(
                 f"{total} tokens need {blocks.blocks_for(total)} KV blocks of {self.config.tokens_per_block} tokens; "
-                f"the cache has {blocks.usable}"
+                f"the cache has {blocks.usable}",
+                ErrorCode.CONTEXT_LENGTH,
             )
 
     def cancel(self, request_id: int) -> bool:
@@ -127,15 +128,27 @@ class Engine:
         for sequence, token in zip(sampling, handle.tokens()):
             if sequence.finished:
                 continue  # cancelled, or stopped while this step was already on its way
-            sequence.output.append(token)
-            self.tokens_generated += 1
-            reason: FinishReason | None = None
-            if token in sequence.stop_token_ids:
-                reason = "stop"
-            elif len(sequence.output) == sequence.max_new_tokens:
-                reason = "length"
+            reason: FinishReason | RunError | None = None
+            tokens = []
+            if isinstance(token, Exception):
+                reason = RunError(f"no token could be sampled: {type(token).__name__}: {token}")
+            elif token == NOT_FINITE:
+                made = len(sequence.output)
+                reason = RunError(
+                    f"the model's logits are not finite after {len(sequence.prompt)} prompt and {made} new tokens: its "
+                    "activations, or keys and values in the fp16 cache, overflow on this text",
+                    ErrorCode.NOT_FINITE,
+                )
+            else:
+                tokens = [token]
+                sequence.output.append(token)
+                self.tokens_generated += 1
+                if token in sequence.stop_token_ids:
+                    reason = "stop"
+                elif len(sequence.output) == sequence.max_new_tokens:
+                    reason = "length"
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, [token], reason))
+            outputs.append(Output(sequence.request_id, tokens, reason))
         return outputs

@@ -46,8 +46,12 @@ class Step:
 class StepHandle(Protocol):
     """A submitted step. Both methods wait for the device if they must."""
 
-    def tokens(self) -> list[int]:
-        """Sampled ids, one for each chunk with ``samples``, in chunk order."""
+    def tokens(self) -> list[int | Exception]:
+        """Sampled ids, one for each chunk with ``samples``, in chunk order.
+
+        :data:`llama_engine.sampling.NOT_FINITE` where the logits are not finite; the exception where sampling a row
+        raised one.
+        """
         ...
 
     def logits(self) -> torch.Tensor:
@@ -81,10 +85,10 @@ class Executor(Protocol):
 class ReadyHandle:
     """The handle of an executor that has already finished."""
 
-    sampled: list[int]
+    sampled: list[int | Exception]
     step_logits: torch.Tensor | None = field(default=None)
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list[int | Exception]:
         return self.sampled
 
     def logits(self) -> torch.Tensor:

@@ -55,7 +55,7 @@ class CudaHandle:
         if self._event is not None:
             self._event.synchronize()
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list[int | Exception]:
         self._wait()
         found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
         return [token for _, token in found]
@@ -293,4 +293,4 @@ class CudaExecutor:
         if drawn:
             index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
             self._sampled[index] = ids.int()
-            self.model.last_token[slots[index].long()] = ids.int()
+            self.model.last_token[slots[index].long()] = ids.int().clamp(min=0)

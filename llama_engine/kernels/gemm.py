@@ -82,7 +82,8 @@ def _epilogue(
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
         if EPILOGUE == _LOGITS:
             axis: tl.constexpr = 0 if SWAP else 1
-            best, index = tl.max(tl.where(mask, y, float("-inf")), axis=axis, return_indices=True)
+            judged = tl.where(y == y, y, float("inf"))  # a maximum may drop NaN, but not infinity
+            best, index = tl.max(tl.where(mask, judged, float("-inf")), axis=axis, return_indices=True)
             tiles = tl.cdiv(N, BN)
             tl.store(best_ptr + offs_m * tiles + pid_n, best, mask=offs_m < M)
             tl.store(index_ptr + offs_m * tiles + pid_n, index + pid_n * BN, mask=offs_m < M)
@@ -249,7 +250,8 @@ def gemm(
     ``a``: digits int8 ``[2, capacity, K]`` with ``a_scale`` float32 ``[capacity]`` for INT8 weights, else fp16
     ``[capacity, K]``; capacity must be ``num_rows`` rounded up to ``tile.m`` or more. ``out``: ``[*, N]``, or
     ``[*, N / 2]`` for SILU_MUL over stacked ``[gate; up]`` rows; RESIDUAL adds to what it holds. LOGITS also writes the
-    maximum of each tile and its column to ``partials`` (float32 and int32 ``[rows, tiles]``, tiles = ceil(N / tile.n)).
+    maximum of each tile (infinity where there is NaN) and its column to ``partials`` (float32 and int32 ``[rows,
+    tiles]``, tiles = ceil(N / tile.n)).
     """
     n, k = linear.weight.shape
     if linear.scheme not in (INT8, FP16):

@@ -19,8 +19,11 @@ LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
 
 @triton.jit
 def store_digits(x, digits_ptr, scale_ptr, row, offs, mask, K, plane):
-    """Quantize the row ``x`` (float32, zero where masked; element ``offs``) and store its digits and scale."""
-    amax = tl.max(tl.abs(x))
+    """Quantize the row ``x`` (float32, zero where masked; element ``offs``) and store its digits and scale.
+
+    The scale is NaN or infinite where the row holds such a value: then so is every product with the row."""
+    # magnitudes by their bits: the order of floats, NaN above infinity, where a float's maximum drops NaN
+    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     inverse = 32512.0 / tl.maximum(amax, 1e-30)
     magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
     a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)

@@ -151,6 +151,8 @@ class EngineStack:
             outputs = self.engine.step()
             stamp = now()
             for output in outputs:
+                if isinstance(output.reason, RunError):
+                    raise output.reason
                 runs[output.request_id].add(output.token_ids, stamp)
         return list(runs.values())
 

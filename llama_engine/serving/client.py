@@ -20,7 +20,7 @@ import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import ErrorCode, InputError, RunError, split_code
 
 # inputs that are neither BOOL nor INT32
 DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
@@ -46,7 +46,11 @@ def inference_key() -> str | None:
 
 
 class RequestFailed(RunError):
-    """The server refused or dropped one request."""
+    """The server refused or dropped one request. ``code`` is the engine's own, or else that it is unavailable."""
+
+    def __init__(self, text: str) -> None:
+        message, code = split_code(text)
+        super().__init__(message, code or ErrorCode.UNAVAILABLE)
 
 
 class GrpcClient:

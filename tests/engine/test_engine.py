@@ -1,9 +1,12 @@
 """The engine end to end: tokens equal transformers', batches change nothing, blocks never leak."""
 
+import math
 import random
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llama_engine.config import EngineConfig
@@ -87,6 +90,49 @@ def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
     ids = [engine.add_request(prompt, 40, params=param) for prompt, param in zip(prompts, params)]
     together = finish(engine, check=True)
     assert [together[i] for i in ids] == alone
+
+
+@pytest.fixture(scope="module")
+def innocents(tiny_engine):
+    """An engine, and requests with the answers it gives each of them alone."""
+    engine = load_engine(tiny_engine, device="cpu")
+    requests = [([5, 6], SamplingParams()), ([9] * 20, SamplingParams(0.8, seed=3)), ([1], SamplingParams(1.5, 20))]
+    return engine, [(prompt, params, generate(engine, prompt, 12, params=params)) for prompt, params in requests]
+
+
+ANY = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.none(), st.text(max_size=2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    params=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 2) | st.floats(0, 1e-30) | st.floats(1e30) | ANY,
+            "top_k": st.integers(0, 600) | ANY,
+            "top_p": st.floats(0, 1) | st.floats(0, 1e-30) | ANY,
+            "seed": st.integers(0, 2**64 - 1) | ANY,
+        },
+    ),
+    new=st.integers(-2, 20) | ANY,
+    prompt=st.lists(st.integers(0, 511), max_size=20) | st.lists(ANY, max_size=3),
+)
+@example({"temperature": 1e-45}, 12, [3])
+@example({"temperature": 1.0, "top_p": 1e-300}, 12, [3])
+@example({"temperature": 1.0, "seed": 0.5}, 12, [3])
+@example({}, math.nan, [3])
+@example({}, 12, [3, 4.5])
+def test_whatever_one_request_asks_for_the_others_get_the_answers_they_get_alone(innocents, params, new, prompt):
+    engine, requests = innocents
+    ids = [engine.add_request(prompt, 12, params=params) for prompt, params, _ in requests]
+    try:
+        ids.append(engine.add_request(prompt, new, params=SamplingParams(**params)))
+    except InputError:
+        new = 0
+    tokens = finish(engine)
+    assert [tokens[i] for i in ids[:3]] == [expected for _, _, expected in requests]
+    assert len(tokens.get(ids[-1], [])) == (new or 12)
+    assert engine.scheduler.blocks.used == 0
 
 
 def test_preemption_recomputes_the_same_tokens(tiny_engine):

@@ -10,6 +10,7 @@ from llama_engine.engine.executor import Chunk, Step
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.weights import Linear, random_weights
 from llama_engine.sampling import SamplingParams
+from tests import overflow
 
 pytest.importorskip("triton")
 
@@ -210,3 +211,11 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
     if kernels == "stream":  # the persistent kernel rounds differently, so its answers depend on the batch's size
         for (prompt, new, params, stops), tokens in list(finished.values())[::10]:
             assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens
+
+
+@pytest.mark.parametrize("int8_head", [False, True])
+def test_values_beyond_fp16_end_their_own_request_with_an_error(int8_head):
+    from llama_engine.gpu.executor import CudaExecutor
+
+    weights = overflow.overflowing(DEVICE, int8_head)
+    overflow.check_overflow_ends_its_own_request(CudaExecutor(overflow.CONFIG, overflow.ENGINE, weights))

@@ -13,8 +13,11 @@ import openai
 import psutil
 import pytest
 
+from llama_engine.errors import ErrorCode, RunError, with_code
+from llama_engine.serving.client import RequestFailed
 from llama_engine.serving.server import free_port
 from llama_engine.tokenizer import ChatTokenizer
+from llm_demo.api import ApiError
 from llm_demo.gateway import Gateway, create_app
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
@@ -259,3 +262,28 @@ def test_demo_script_starts_answers_and_stops_everything(smollm2_model):
     assert f"ready: {url}" in said
     assert said.rstrip().endswith("stopped")
     assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (ErrorCode.INVALID, 400),
+        (ErrorCode.CONTEXT_LENGTH, 400),
+        (ErrorCode.QUEUE_FULL, 429),
+        (ErrorCode.CANCELLED, 499),
+        (ErrorCode.NOT_FINITE, 500),
+        (ErrorCode.INTERNAL, 500),
+        (ErrorCode.SHUTTING_DOWN, 503),
+        (ErrorCode.UNAVAILABLE, 503),
+        (ErrorCode.TIMEOUT, 504),
+    ],
+)
+def test_the_status_is_the_error_codes_whatever_the_message_says(code, status):
+    for said in ("the request", "queue is full", "max_seq_len"):
+        over_triton = RequestFailed(with_code(RunError(said, code)))
+        wrapped = RequestFailed(f"[StatusCode.INTERNAL] in ensemble 'x': [{code.value}] {said}")
+        for error in (RunError(said, code), over_triton, wrapped):
+            answer = ApiError.of(error)
+            assert (answer.status, answer.code) == (status, code.value)
+        assert str(over_triton) == said
+    assert ApiError.of(RequestFailed("failed to connect: queue is full")).status == 503

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
+from llama_engine.errors import ErrorCode
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.repository import ServeConfig
@@ -91,6 +92,23 @@ def test_malformed_json_values_are_refused_one_by_one(server, changes, message):
     status, answer = post(server, "/v2/models/tensorrt_llm/generate", body)
     assert status >= 400
     assert message in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_the_engines_error_codes_reach_every_client(server, protocol, streaming):
+    def refusal(prompt, **options):
+        (error,) = ask(server, [prompt], 4, protocol, streaming, **options)
+        return error.code, str(error)
+
+    assert refusal([512]) == (ErrorCode.INVALID, "token id 512 is outside the vocabulary of 512")
+    assert refusal([1], temperature=-1.0) == (ErrorCode.INVALID, "temperature must be a finite number >= 0, got -1.0")
+    assert refusal([1] * 300)[0] is ErrorCode.CONTEXT_LENGTH
+    assert refusal([1], model="null" * 2)[0] is ErrorCode.UNAVAILABLE  # Triton's own refusal
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(server, tiny_engine):
+    expected = alone(tiny_engine, [[1, 2, 3]], 8)
+    assert ask(server, [[1, 2, 3]], 8, temperature=1e-45) == expected
 
 
 def test_malformed_tensors_over_grpc_are_refused(server):
@@ -202,6 +220,7 @@ def test_time_out_of_one_request_is_said_and_frees_it(server):
     assert done.wait(10)
     client.stop_stream()
     assert "timed out" in str(errors[0])
+    assert RequestFailed(str(errors[0])).code is ErrorCode.TIMEOUT
 
 
 def test_impatient_clients_do_not_disturb_patient_ones(server, tiny_engine):
@@ -227,6 +246,7 @@ def test_two_hundred_more_than_the_queue_holds(server, tiny_engine):
     assert len(served) >= room
     assert refused
     assert all("queue is full" in message for message in refused)
+    assert {answer.code for answer in answers if not isinstance(answer, list)} == {ErrorCode.QUEUE_FULL}
     assert served == alone(tiny_engine, [[3, 4, 5]], 64) * len(served)
 
 
