@@ -35,6 +35,7 @@ class Output:
     request_id: int
     token_ids: list[int]
     reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     @property
     def finished(self) -> bool:
@@ -130,6 +131,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step and return what became known. On an asynchronous executor that is the step before."""
+        try:
+            return self._step()
+        except BaseException:  # whatever ended it: blocks may be registered that were never written
+            self.scheduler.reset_prefix_cache()
+            raise
+
+    def _step(self) -> list[Output]:
         outputs: list[Output] = []
         try:
             plan = self.scheduler.schedule()
@@ -168,7 +176,7 @@ class Engine:
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, [token], reason))
+            outputs.append(Output(sequence.request_id, [token], reason, sequence.cached_tokens or 0))
         return outputs
 
 
