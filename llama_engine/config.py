@@ -158,9 +158,9 @@ class EngineConfig(_Config):
 
     ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes). ``num_kv_blocks`` is 0 for
     "choose at load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of
-    what is free on a GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished requests
-    for prompts that start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on, everything
-    that measures leaves it off.
+    what is free on a GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished
+    requests for prompts that start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on,
+    what measures leaves it off.
     """
 
     max_batch_size: int = 16

@@ -221,6 +221,24 @@ def test_a_second_turn_finds_the_answer_of_the_first(asynchronous):
     assert ask(engine, second, 2)[:2] == (answer(second, 2), 16)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_answer_is_found_while_it_grows(asynchronous):
+    engine = make_engine(asynchronous=asynchronous)
+    prompt = list(range(6))
+    engine.add_request(prompt, 40)
+    said = []
+    while len(said) < 12:
+        said += [token for output in engine.step() for token in output.token_ids]
+    tokens, cached = [], set()
+    other = engine.add_request([*prompt, *said], 3)
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.request_id == other:
+                tokens += output.token_ids
+                cached.add(output.cached_tokens)
+    assert (tokens, cached) == (answer([*prompt, *said], 3), {16})
+
+
 def test_a_long_prompt_is_found_chunk_by_chunk_while_it_runs():
     engine = make_engine()
     prompt = [i % 50 for i in range(40)]
@@ -276,8 +294,7 @@ def test_after_a_failed_step_nothing_is_found():
     engine.executor.failures = 1.0
     request = engine.add_request([*prompt, 7, 7, 7, 7], 4)
     with pytest.raises(Failure):
-        while True:
-            engine.step()
+        engine.step()
     engine.cancel(request)
     engine.executor.failures = 0.0
     assert ask(engine, [*prompt, 7, 7, 7, 7], 4)[:2] == (answer([*prompt, 7, 7, 7, 7], 4), 0)
