@@ -143,11 +143,13 @@ def check_invariants(engine):
 
 
 def random_prompt(rng, past):
-    """New, or like an earlier one up to somewhere, or a chat's next turn."""
+    """New, or like an earlier one up to somewhere, or a chat's next turn, or like those but for the first token."""
     new = [rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 20))]
     if past and rng.random() < 0.7:
         old = rng.choice(past)
         new = old[: rng.choice((len(old), rng.randint(1, len(old))))] + new
+        if rng.random() < 0.2:
+            new[0] = (new[0] + 1) % MODEL.vocab_size  # all later blocks hold the same tokens after another
     return new[:44]
 
 
