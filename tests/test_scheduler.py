@@ -8,16 +8,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.engine import Engine
 from llama_engine.executor import ReadyHandle
 
-MODEL = ModelConfig(
-    vocab_size=50,
-    hidden_size=4,
-    intermediate_size=4,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_size=4,
-    max_position_embeddings=64,
-)
+MODEL = ModelConfig(50, 4, 4, 1, 1, 1, 4, 64)
 SIZE = 4
 
 
