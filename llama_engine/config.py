@@ -232,7 +232,9 @@ class EngineConfig(_Config):
 
     ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes). ``num_kv_blocks`` is 0 for
     "choose at load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of
-    what is free on a GPU, never more than can be used.
+    what is free on a GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished
+    requests for prompts that start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on,
+    what measures leaves it off.
     """
 
     max_batch_size: int = 16
@@ -242,6 +244,7 @@ class EngineConfig(_Config):
     num_kv_blocks: int = 0
     kv_cache_free_gpu_memory_fraction: float = 0.9
     lm_head: str = "checkpoint"
+    enable_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         self._check_integers("engine config")
@@ -255,6 +258,8 @@ class EngineConfig(_Config):
             raise InputError("engine config: kv_cache_free_gpu_memory_fraction must be in (0, 1]")
         if self.lm_head not in ("checkpoint", "int8"):
             raise InputError(f"engine config: lm_head must be 'checkpoint' or 'int8', got {self.lm_head!r}")
+        if type(self.enable_prefix_cache) is not bool:
+            raise InputError(f"engine config: enable_prefix_cache must be a bool, got {self.enable_prefix_cache!r}")
 
     @property
     def max_blocks_per_sequence(self) -> int:

@@ -55,6 +55,12 @@ def main() -> None:
     parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
     parser.add_argument("--drain-s", type=float, default=10, help="seconds running requests get at shutdown")
     parser.add_argument("--exclude-input-in-output", action="store_true", help="answer with new tokens only")
+    parser.add_argument(
+        "--no-prefix-cache",
+        dest="enable_prefix_cache",
+        action="store_false",
+        help="compute every prompt whole, though one that starts alike was answered before (native engines)",
+    )
     parser.add_argument("--null-model", action="store_true", help="also serve null_model, the load generator's ceiling")
     parser.add_argument("--run-dir", type=Path, help="model repository and log (default: a temporary one)")
     args = parser.parse_args()

@@ -119,6 +119,7 @@ def test_missing_keys_are_named():
         ({"max_num_tokens": 2}, "max_num_tokens"),
         ({"kv_cache_free_gpu_memory_fraction": 0}, "fraction"),
         ({"lm_head": "fp4"}, "lm_head"),
+        ({"enable_prefix_cache": 1}, "enable_prefix_cache must be a bool"),
     ],
 )
 def test_bad_engine_settings_are_named(change, message):

@@ -25,6 +25,7 @@ class Output:
     request_id: int
     token_ids: list[int]
     reason: FinishReason | RunError | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
     @property
     def finished(self) -> bool:
@@ -100,6 +101,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step and return what became known. On an asynchronous executor that is the step before."""
+        try:
+            return self._step()
+        except BaseException:  # whatever ended it: blocks may be registered that were never written
+            self.scheduler.reset_prefix_cache()
+            raise
+
+    def _step(self) -> list[Output]:
         outputs: list[Output] = []
         try:
             plan = self.scheduler.schedule()
@@ -139,6 +147,7 @@ class Engine:
                     "activations, or keys and values in the fp16 cache, overflow on this text",
                     ErrorCode.NOT_FINITE,
                 )
+                self.scheduler.reset_prefix_cache()  # its blocks may hold what is not finite
             else:
                 tokens = [token]
                 sequence.output.append(token)
@@ -150,5 +159,5 @@ class Engine:
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, tokens, reason))
+            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0))
         return outputs

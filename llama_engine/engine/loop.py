@@ -81,7 +81,7 @@ class EngineLoop:
         self._inbox.put(partial(self._drop, request_id, _cancelled()))
 
     def stats(self) -> dict[str, Any]:
-        """Counters for metrics: queue depth, running, KV blocks, preemptions, tokens."""
+        """Counters for metrics: queue depth, running, KV blocks, prefix cache, preemptions, tokens."""
         scheduler = self._engine.scheduler
         return {
             "requests": len(self._requests),
@@ -89,6 +89,8 @@ class EngineLoop:
             "waiting": len(self._requests) - len(scheduler.running),
             "kv_blocks_used": scheduler.blocks.used,
             "kv_blocks_total": scheduler.blocks.usable,
+            "prefix_cache_query_tokens": scheduler.prefix_cache_query_tokens,
+            "prefix_cache_hit_tokens": scheduler.prefix_cache_hit_tokens,
             "preemptions": scheduler.preemptions,
             "tokens_generated": self._engine.tokens_generated,
             "tokens_per_s": self._tokens_per_s,

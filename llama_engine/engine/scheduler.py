@@ -2,6 +2,10 @@
 
 Decodes go first, then prefills that are under way, then new admissions, all within ``max_num_tokens``. When blocks run
 out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what it has said.
+
+With ``enable_prefix_cache`` a sequence starts behind the longest prefix whose full blocks are registered. A block is
+registered when a step that fills it has been planned and the host knows its tokens. Steps run in the order of their
+planning, so what a later step finds is there when it reads.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
 from llama_engine.engine.executor import Chunk
-from llama_engine.engine.kv_cache import BlockManager
+from llama_engine.engine.kv_cache import BlockManager, block_key
 from llama_engine.sampling import SamplingParams
 
 
@@ -35,6 +39,15 @@ class Sequence:
     sampled: int = 0
     last_on_device: bool = False  # the slot holds this sequence's newest token
     finished: bool = False
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks, each computed once
+    registered: int = 0  # blocks of the table that are registered, or have an equal that is
+    doubtful: bool = False  # a step failed: what the table holds must not be registered
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The ids at positions ``start .. end - 1``, as far as the host knows them."""
+        n = len(self.prompt)
+        return self.prompt[start:end] + self.output[max(0, start - n) : max(0, end - n)]
 
     @property
     def known(self) -> int:
@@ -64,7 +77,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self._slots = list(range(config.max_batch_size - 1, -1, -1))
+        self._grown: list[Sequence] = []  # kept over a DrainFirst, which ends a schedule half-way
         self.preemptions = 0
+        self.prefix_cache_query_tokens = 0  # prompt tokens looked up, once a request
+        self.prefix_cache_hit_tokens = 0
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -82,11 +98,16 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all that is cached, and what the running sequences hold: after a step that failed, it may be wrong."""
+        self.blocks.forget_all()
+        for sequence in self.running:
+            sequence.doubtful = True
+
     def schedule(self) -> Plan | None:
         """The next step, or None when there is nothing to run. Raises :class:`DrainFirst`."""
         budget = self._config.max_num_tokens
         work: list[tuple[Sequence, Chunk]] = []
-        grown: list[Sequence] = []
         admitted: list[Sequence] = []
         for sequence in [s for s in self.running if s.decoding and s.sampled < s.max_new_tokens]:
             if sequence.slot < 0:
@@ -95,7 +116,8 @@ class Scheduler:
             if not self._make_room(sequence):
                 continue
             if len(sequence.table) > blocks:
-                grown.append(sequence)
+                self._grown.append(sequence)
+                self._register(sequence)
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
             budget -= 1
         for sequence in [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]:
@@ -105,7 +127,7 @@ class Scheduler:
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
             admitted.append(sequence)
-            grown.append(sequence)
+            self._grown.append(sequence)
             budget -= self._prefill(work, sequence, budget)
         # what was preempted after it was planned does not run
         work = [(sequence, chunk) for sequence, chunk in work if sequence.slot >= 0]
@@ -114,20 +136,54 @@ class Scheduler:
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
-        return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted) if work else None
+            if chunk.tokens is not None:  # decodes are seen to when their tables grow
+                self._register(sequence)
+        if not work:
+            return None
+        grown, self._grown = [sequence for sequence in self._grown if sequence.slot >= 0], []
+        return Plan(work, grown, admitted)
 
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
-        spare = self.blocks.free - self.blocks.blocks_for(sequence.known)
-        return spare >= len(self.running) and self.blocks.grow(sequence.table, sequence.known)
+        size, table = self.blocks.tokens_per_block, sequence.table
+        if self._config.enable_prefix_cache:  # the last token is computed always: its logits are wanted
+            self.blocks.match(table, self._keys(sequence, (sequence.known - 1) // size))
+        cached = len(table)
+        if self.blocks.free - (self.blocks.blocks_for(sequence.known) - cached) < len(self.running):
+            self.blocks.release(table)
+            return False
+        self.blocks.grow(table, sequence.known)
+        sequence.registered, sequence.computed, sequence.doubtful = cached, cached * size, False
+        if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
+            sequence.cached_tokens = sequence.computed
+            self.prefix_cache_hit_tokens += sequence.computed
+            self.prefix_cache_query_tokens += len(sequence.prompt) if self._config.enable_prefix_cache else 0
+        return True
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The keys of the first ``count`` full blocks."""
+        keys, size = sequence.keys, self.blocks.tokens_per_block
+        while len(keys) < count:
+            tokens = sequence.tokens(len(keys) * size, (len(keys) + 1) * size)
+            keys.append(block_key(keys[-1] if keys else b"", tokens))
+        return keys[:count]
+
+    def _register(self, sequence: Sequence) -> None:
+        """Put the full blocks whose tokens the host knows into the prefix cache."""
+        known = min(sequence.computed, len(sequence.prompt) + len(sequence.output))
+        full = known // self.blocks.tokens_per_block
+        if self._config.enable_prefix_cache and full > sequence.registered and not sequence.doubtful:
+            keys = self._keys(sequence, full)
+            for index in range(sequence.registered, full):
+                self.blocks.register(sequence.table[index], keys[index])
+            sequence.registered = full
 
     def _prefill(self, work: list[tuple[Sequence, Chunk]], sequence: Sequence, budget: int) -> int:
         """Plan the next tokens of a prompt, at most ``budget``; how many."""
-        tokens = sequence.prompt + sequence.output
-        end = min(len(tokens), sequence.computed + budget)
+        end = min(sequence.known, sequence.computed + budget)
         if end > sequence.computed:
-            part = tokens[sequence.computed : end]
-            work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == len(tokens))))
+            part = sequence.tokens(sequence.computed, end)
+            work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == sequence.known)))
         return end - sequence.computed
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -149,6 +205,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self._register(sequence)
         self.blocks.release(sequence.table)
         self._slots.append(sequence.slot)
         sequence.slot = -1

@@ -130,7 +130,7 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     if "batch" in args:  # not among the flags of accuracy.py
         check_limits(args, info)
     if info.backend == "native":
-        engine = load_engine(args.engine_dir, device=device, threads=args.threads)
+        engine = load_engine(args.engine_dir, device=device, threads=args.threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
     from llama_engine.runner import ModelRunner
 
@@ -198,6 +198,7 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> d
         if stack.about:
             part["engine"] = stack.about
         if isinstance(stack, EngineStack):
+            part["checks"]["prefix_cache_hit_tokens"] = stack.engine.scheduler.prefix_cache_hit_tokens
             part["levels"] = measure_batches(stack, args, device, environment)
         results[stack.name] = new_result(
             "optimized" if stack.about else "baseline",
@@ -257,6 +258,7 @@ def measure_batches(
                     "failed_requests": 0,
                     "distinct_outputs": len(outputs),
                     "clock_backwards": sum(run.clock_backwards for run in runs),
+                    "prefix_cache_hit_tokens": stack.engine.scheduler.prefix_cache_hit_tokens,
                     "requests_per_s": len(runs) / sum(walls),
                     "mean_latency_s": sum(samples["latency_s"]) / len(runs),
                 },

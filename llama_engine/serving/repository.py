@@ -28,7 +28,8 @@ class ServeConfig:
 
     ``decoupled`` chooses Triton's transaction policy: true serves gRPC streams and HTTP ``generate`` and
     ``generate_stream``; false serves the plain HTTP and gRPC ``infer`` calls, which Triton refuses for decoupled
-    models. ``text`` adds the ensemble, text in and text out.
+    models. ``text`` adds the ensemble, text in and text out. ``enable_prefix_cache`` is the parameter
+    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off.
     """
 
     device: str = "auto"
@@ -37,6 +38,7 @@ class ServeConfig:
     request_timeout_s: float = 0.0
     drain_s: float = 10.0
     exclude_input_in_output: bool = False
+    enable_prefix_cache: bool = True
     null_model: bool = False
     text: bool = False
 

@@ -135,6 +135,26 @@ def test_whatever_one_request_asks_for_the_others_get_the_answers_they_get_alone
     assert engine.scheduler.blocks.used == 0
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_chat_with_cached_turns_says_what_it_says_without(tiny_engine, kernels):
+    warm, cold = (
+        load_engine(tiny_engine, device="cpu", kernels=kernels, enable_prefix_cache=cached) for cached in (True, False)
+    )
+    rng, chat = random.Random(2), []
+    for turn in range(5):
+        chat += [rng.randrange(512) for _ in range(20)]
+        params = SamplingParams(temperature=0.9 if turn % 2 else 0.0, seed=turn)
+        said = generate(warm, chat, 21, params=params)
+        assert generate(cold, chat, 21, params=params) == said
+        chat += said
+    found = [
+        (engine.scheduler.prefix_cache_hit_tokens, engine.scheduler.prefix_cache_query_tokens)
+        for engine in (warm, cold)
+    ]
+    # turn t asks 41 t + 20 tokens; of those before it, all but the last one said have their keys in blocks of 16
+    assert found == [(sum((41 * t - 1) // 16 * 16 for t in (1, 2, 3, 4)), sum(41 * t + 20 for t in range(5))), (0, 0)]
+
+
 def test_preemption_recomputes_the_same_tokens(tiny_engine):
     prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
     roomy = load_engine(tiny_engine, device="cpu")
@@ -166,12 +186,15 @@ class DelayedExecutor:
 
 
 def random_load(engine, steps, seed):
-    """Arrivals, cancellations and stops at random; invariants after every step. Tokens of what finished."""
+    """Arrivals, half of them alike, cancellations and stops at random; invariants after every step. Tokens of what
+    finished."""
     rng = random.Random(seed)
+    common = [rng.randrange(512) for _ in range(100)]
     jobs, tokens, finished = {}, {}, {}
     for step in range(steps):
         if rng.random() < 0.25 and len(jobs) < 12:
             prompt = [rng.randrange(512) for _ in range(rng.choice((1, 3, 15, 16, 17, 60, 130)))]
+            prompt = [*common[: rng.choice((0, 0, 40, 100))], *prompt][:130]
             new = rng.randint(1, 60)
             params = SamplingParams(temperature=rng.choice((0.0, 0.9)), seed=step)
             stops = tuple(rng.sample(range(512), 8)) if rng.random() < 0.3 else ()
@@ -198,11 +221,12 @@ def random_load(engine, steps, seed):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_random_load_keeps_every_invariant_and_every_answer(tiny_engine, asynchronous):
-    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=16)
+    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=16, enable_prefix_cache=True)
     if asynchronous:
         engine.executor = DelayedExecutor(engine.executor)
     finished = random_load(engine, 1500, seed=5)
     assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.prefix_cache_hit_tokens > 1000
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     alone = load_engine(tiny_engine, device="cpu")

@@ -1,5 +1,7 @@
 """The CUDA executor against the PyTorch reference: on a GPU, and in Triton's interpreter where there is none."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -191,6 +193,21 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     assert preemptions > 0
 
 
+def test_a_prompt_whose_start_is_cached_is_answered_as_without():
+    from llama_engine.engine.engine import Engine
+    from tests.engine.test_engine import generate
+
+    def engine(executor, cached):
+        return Engine(TINY, dataclasses.replace(ENGINE, enable_prefix_cache=cached), executor)
+
+    (fused, host), (other, _), prompt = _pair(kernels="triton"), _pair(kernels="triton"), list(range(20, 58))
+    warm, cold, reference = engine(fused, True), engine(other, False), engine(host, False)
+    for length, new in ((33, 8), (38, 8), (38, 1), (32, 8)):
+        tokens = generate(warm, prompt[:length], new)
+        assert tokens == generate(cold, prompt[:length], new) == generate(reference, prompt[:length], new)
+    assert warm.scheduler.prefix_cache_hit_tokens == 32 + 32 + 16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kernels", ["auto", "stream"])
@@ -202,14 +219,17 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
     config = ModelConfig(512, 1024, 2048, 2, 8, 2, 128, 512)
     # A preempted answer is not compared: its recomputed keys come from prefill, which rounds differently.
     blocks = 24 if kernels == "auto" else 8 * 16 + 1
-    settings = EngineConfig(8, max_seq_len=256, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=blocks)
+    options = {"tokens_per_block": 16, "num_kv_blocks": blocks, "enable_prefix_cache": True}
+    settings = EngineConfig(8, max_seq_len=256, max_num_tokens=64, **options)
     engine = Engine(config, settings, CudaExecutor(config, settings, random_weights(config, DEVICE), kernels=kernels))
     finished = random_load(engine, 10_000 if kernels == "auto" else 1000, seed=9)
     assert (engine.scheduler.preemptions > 0) == (kernels == "auto")
+    assert engine.scheduler.prefix_cache_hit_tokens > 1000
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     if kernels == "stream":  # the persistent kernel rounds differently, so its answers depend on the batch's size
         for (prompt, new, params, stops), tokens in list(finished.values())[::10]:
+            engine.scheduler.reset_prefix_cache()
             assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens
 
 

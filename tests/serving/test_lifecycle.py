@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is fo
 
 @pytest.fixture(scope="module")
 def faulty(tiny_engine):
-    """A server that fails inside every request whose first token is 13."""
+    """A server that fails inside every request whose first token is 13, and keeps no prefix cache."""
 
     def render_with_fault(engine_dir, models_dir, config):
         render(engine_dir, models_dir, config)
@@ -55,8 +56,19 @@ def faulty(tiny_engine):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "render", render_with_fault)
-        with TritonServer(tiny_engine, ServeConfig(drain_s=20), env=ONE_THREAD) as server:
+        config = ServeConfig(drain_s=20, enable_prefix_cache=False)
+        with TritonServer(tiny_engine, config, env=ONE_THREAD) as server:
             yield server
+
+
+def test_without_a_prefix_cache_no_prompt_is_looked_up(faulty):
+    for _ in range(2):
+        ask(faulty, [list(range(40))], 2)
+    deadline = time.monotonic() + 10
+    while (metrics := faulty.metrics())["tokens_generated"] < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert metrics["prefix_cache_query_tokens"] == metrics["prefix_cache_hit_tokens"] == 0
 
 
 def test_error_inside_one_request_leaves_the_others(faulty, tiny_engine):

@@ -7,6 +7,7 @@ import random
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def test_output_holds_the_prompt_as_tensorrt_llm_has_it(server, tiny_engine):
     assert status == 200
     assert json.loads(answer)["output_ids"] == [5, 6, 7, *alone(tiny_engine, [[5, 6, 7]], 4)[0]]
     assert json.loads(answer)["sequence_length"] == 7
+
+
+def test_a_prompt_asked_again_is_found_in_the_prefix_cache(server, tiny_engine):
+    prompt = list(range(300, 340))
+    time.sleep(0.5)  # metrics are published four times a second
+    before = server.metrics()
+    answers = [ask(server, [prompt], 8)[0] for _ in range(2)]
+    assert answers == alone(tiny_engine, [prompt], 8) * 2
+    counts = {"prefix_cache_hit_tokens": 32, "prefix_cache_query_tokens": 80}
+    deadline = time.monotonic() + 10
+    while {key: server.metrics()[key] - before[key] for key in counts} != counts:
+        assert time.monotonic() < deadline, server.metrics()
+        time.sleep(0.1)
 
 
 def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
@@ -274,7 +288,7 @@ def test_listens_on_loopback_only(server):
     assert addresses == {"0100007F"}
 
 
-def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
+def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings, monkeypatch):
     output = tmp_path / "triton-native.json"
     flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
     where = ["--url", server.grpc_url, "--metrics-url", f"{server.host}:{server.metrics_port}"]
@@ -288,8 +302,17 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert result["engine"]["kernels"] != "unknown"
     assert result["levels"][0]["summary"]["mbu"] > 0
     assert (result["validity"]["status"] == "VALID") == (done.returncode == 0)
+    assert all(level["checks"]["prefix_cache_hit_tokens"] == 0 for level in result["levels"])
     assert run_script(*command).returncode == 2
     assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
+    lowest = lambda self, low, high=None: 7 if high is None else low  # noqa: E731  every token is 7
+    monkeypatch.setattr(random.Random, "randrange", lowest)
+    for asked in ([], ["--prefix-cache"]):
+        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, *asked)
+        result = json.loads(output.read_text())
+        assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] > 0
+        assert result["workload"]["prefix_cache"] == bool(asked)
+        assert any("prefix cache" in reason for reason in result["validity"]["reasons"]) == (not asked)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -49,6 +49,8 @@ GAUGES = {
 }
 COUNTERS = {
     "tokens_generated": "tokens made since start",
+    "prefix_cache_query_tokens": "prompt tokens looked up in the prefix cache",
+    "prefix_cache_hit_tokens": "prompt tokens found there",
     "preemptions": "requests put back for want of KV blocks",
     "steps": "engine steps since start",
 }
@@ -77,7 +79,8 @@ class TritonPythonModel:
         self.timeout_s = float(options["request_timeout_s"]) or None
         self.drain_s = float(options["drain_s"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
-        engine = load_engine(options["engine_dir"], device=options["device"])
+        reuse = options["enable_kv_cache_reuse"] == "true"
+        engine = load_engine(options["engine_dir"], device=options["device"], enable_prefix_cache=reuse)
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
