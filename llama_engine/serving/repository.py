@@ -92,7 +92,7 @@ def serve_command(engine_dir: Path | str, models_dir: Path, arguments: list[str]
     """How to start Triton over :func:`render`'s repository for TensorRT-LLM: directly where the backend is installed,
     else in NVIDIA's container, which sees the engine at /engine, the repository at /models and this package, for the
     text models, in /package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     if BACKEND.is_dir():
         server = ["env", f"PYTHONPATH={package.parent}", "/opt/tritonserver/bin/tritonserver"]
         return [*server, f"--model-repository={models_dir}", *arguments]

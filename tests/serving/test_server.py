@@ -189,8 +189,8 @@ def test_a_grpc_call_is_cancelled_only_before_its_last_response(server):
         client = connect("grpc", server.grpc_url)
         streams, stream_infer = [], client._client.stream_infer
 
-        def recorded(requests):
-            streams.append(stream_infer(requests))
+        def recorded(requests, **options):
+            streams.append(stream_infer(requests, **options))
             return streams[-1]
 
         client._client.stream_infer = recorded
