@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama_engine.backend import Batch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu import fused
 from llama_engine.cpu.executor import HostExecutor
@@ -87,3 +89,44 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
         lines.append(tune_engine(engine_dir))
     return lines
+
+
+class NativeBackend:
+    """Implements :class:`llama_engine.backend.Backend` over an :class:`Engine` in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def check(self, batch: Batch) -> None:
+        if any(len(word) != 1 for words in batch.stop_words for word in words):
+            raise InputError("stop_words_list: the native engine stops at words of one token only")
+        for prompt in batch.prompts:
+            self.engine.validate(prompt, batch.max_new_tokens)
+
+    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        end = (batch.end_id,) if batch.end_id >= 0 else ()
+        output_ids = torch.full((len(batch.prompts), 1, batch.width), batch.end_id, dtype=torch.int32)
+        lengths = torch.tensor([[len(prompt)] for prompt in batch.prompts], dtype=torch.int32)
+        row_of = {}
+        for row, (prompt, words) in enumerate(zip(batch.prompts, batch.stop_words)):
+            output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+            stops = (*end, *(word[0] for word in words))
+            added = self.engine.add_request(prompt, batch.max_new_tokens, params=batch.params, stop_token_ids=stops)
+            row_of[added] = row
+        try:
+            while row_of:
+                outputs = [output for output in self.engine.step() if output.request_id in row_of]
+                for output in outputs:
+                    row = row_of[output.request_id]
+                    for token in output.token_ids:
+                        output_ids[row, 0, lengths[row, 0]] = token
+                        lengths[row, 0] += 1
+                    if output.finished:
+                        del row_of[output.request_id]
+                    if isinstance(output.reason, RunError):
+                        raise output.reason
+                if outputs:
+                    yield output_ids.clone(), lengths.clone()
+        finally:
+            for request_id in row_of:  # the caller left the iterator early
+                self.engine.cancel(request_id)

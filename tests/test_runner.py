@@ -73,8 +73,8 @@ def test_leaving_the_stream_early_frees_the_blocks(runner):
     stream = runner.generate([torch.tensor([1, 2, 3])], max_new_tokens=50, end_id=NEVER, pad_id=0, streaming=True)
     next(stream)
     stream.close()
-    runner.engine.step()
-    assert runner.engine.scheduler.blocks.used == 0
+    runner.backend.engine.step()
+    assert runner.backend.engine.scheduler.blocks.used == 0
 
 
 @pytest.mark.parametrize(

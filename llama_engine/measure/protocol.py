@@ -37,6 +37,7 @@ from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.native import load_engine
 from llama_engine.report.show import show
+from llama_engine.runner import ModelRunner
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (
@@ -132,8 +133,6 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     if info.backend == "native":
         engine = load_engine(args.engine_dir, device=device, threads=args.threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
-    from llama_engine.runner import ModelRunner
-
     model = info.model
     nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, model.kv_nbytes())
