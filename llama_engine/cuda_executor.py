@@ -285,7 +285,10 @@ class CudaExecutor:
     def _draw(self, chunks: list[Chunk], slots: torch.Tensor) -> None:
         """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
         drawn = [
-            (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
+            (
+                row,
+                int(sample(self.model.logits[row : row + 1], [self._params[chunk.slot]], [chunk.start + chunk.length])),
+            )
             for row, chunk in enumerate(chunks)
             if not self._params[chunk.slot].greedy
         ]

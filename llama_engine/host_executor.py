@@ -59,6 +59,7 @@ class HostExecutor:
         sampled = []
         for chunk, row in zip((chunk for chunk in step.chunks if chunk.samples), last_rows):
             index = row if step.logits == "all" else len(sampled)
-            self._last[chunk.slot] = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
+            row_logits, position = logits[index : index + 1], chunk.start + chunk.length
+            self._last[chunk.slot] = int(sample(row_logits, [self._params[chunk.slot]], [position]))
             sampled.append(self._last[chunk.slot])
         return ReadyHandle(sampled, None if step.logits == "none" else logits)

@@ -7,6 +7,7 @@
 // sums), V cache [layer][block][kv_head][tokens_per_block][head_size], both IEEE half.
 
 #include "cpu_attention.h"
+#include "cpu_sampler.h"
 
 namespace {
 
