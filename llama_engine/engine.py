@@ -20,7 +20,7 @@ from llama_engine.host_executor import HostExecutor
 from llama_engine.kernels import cpu
 from llama_engine.kv_cache import BlockManager
 from llama_engine.model import TorchModel
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import Logprobs, SamplingParams
 from llama_engine.scheduler import DrainFirst, Plan, Scheduler
 from llama_engine.scheduler import Sequence as RunningSequence
 from llama_engine.weights import load_weights
@@ -35,6 +35,7 @@ class Output:
     request_id: int
     token_ids: list[int]
     reason: FinishReason | None = None
+    logprobs: list[Logprobs] | None = None  # of token_ids, if SamplingParams.logprobs asks for them
 
     @property
     def finished(self) -> bool:
@@ -97,6 +98,8 @@ class Engine:
     ) -> RunningSequence:
         """A checked request for :meth:`add`. The one method that any thread may call."""
         self.validate(prompt, max_new_tokens)
+        if params is not None:
+            params.check_vocabulary(self.model.vocab_size)
         return RunningSequence(
             next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
         )
@@ -143,7 +146,7 @@ class Engine:
 
     def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
         for sequence in plan.admitted:
-            self.executor.bind(sequence.slot, sequence.params)
+            self.executor.bind(sequence.slot, sequence.params, sequence.prompt, sequence.output)
         for sequence in plan.grown:
             self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1
@@ -155,7 +158,7 @@ class Engine:
         plan, handle = step
         sampling = [sequence for sequence, chunk in plan.work if chunk.samples]
         outputs = []
-        for sequence, token in zip(sampling, handle.tokens()):
+        for sequence, token, logprobs in zip(sampling, handle.tokens(), handle.logprobs()):
             if sequence.finished:
                 continue  # cancelled, or stopped while this step was already on its way
             sequence.output.append(token)
@@ -168,7 +171,7 @@ class Engine:
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, [token], reason))
+            outputs.append(Output(sequence.request_id, [token], reason, logprobs and [logprobs]))
         return outputs
 
 

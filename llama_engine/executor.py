@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import Logprobs, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Step:
 
 
 class StepHandle(Protocol):
-    """A submitted step. Both methods wait for the device if they must."""
+    """A submitted step. The methods wait for the device if they must."""
 
     def tokens(self) -> list[int]:
         """Sampled ids, one for each chunk with ``samples``, in chunk order."""
+        ...
+
+    def logprobs(self) -> list[Logprobs | None]:
+        """Log-probabilities of :meth:`tokens` whose sequences ask for them."""
         ...
 
     def logits(self) -> torch.Tensor:
@@ -64,8 +68,8 @@ class Executor(Protocol):
     step_nbytes: int  # weight bytes one decode step reads
     kv_nbytes_per_token: int  # KV bytes one position holds over all layers
 
-    def bind(self, slot: int, params: SamplingParams) -> None:
-        """Give ``slot`` to a new sequence with these sampling parameters."""
+    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        """Give ``slot`` to a new sequence with these sampling parameters; penalties count the tokens so far."""
         ...
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
@@ -83,9 +87,13 @@ class ReadyHandle:
 
     sampled: list[int]
     step_logits: torch.Tensor | None = field(default=None)
+    step_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     def tokens(self) -> list[int]:
         return self.sampled
+
+    def logprobs(self) -> list[Logprobs | None]:
+        return self.step_logprobs or [None] * len(self.sampled)
 
     def logits(self) -> torch.Tensor:
         if self.step_logits is None:

@@ -32,6 +32,7 @@ from llama_engine.errors import InputError
 
 NO_TOKEN = -1  # the row is broken: NaN, infinity, or every token banned
 MAX_BIAS = 512  # tokens a request may bias or ban
+MAX_LOGPROBS = 20
 # 2**f on [-0.5, 0.5] is 1 + EXP2[0] f + EXP2[1] f**2 ...: relative error 1e-7, each step rounded to float32.
 EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.0013264723820611835)
 # 1.5 * 2**23 + 28: adding it to t rounds t to an integer n, and leaves n + 28 in the lowest bits
@@ -65,6 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned: tuple[int, ...] = ()
+    logprobs: int | None = None  # asks for the token's log-probability, and for those of so many most likely ones
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -85,6 +87,8 @@ class SamplingParams:
         for _, bias in self.logit_bias:
             if not -100 <= bias <= 100:
                 raise InputError(f"logit_bias must be in [-100, 100], got {bias}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InputError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}")
         if len(self.biases) > MAX_BIAS:
             raise InputError(f"logit_bias and banned name {len(self.biases)} tokens, at most {MAX_BIAS} are supported")
 
@@ -129,6 +133,14 @@ class SamplingParams:
         row["repetition"], row["inverse"] = self.repetition_penalty, 1 / self.repetition_penalty
         row["frequency"], row["presence"] = self.frequency_penalty, self.presence_penalty
         return row
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural log-probabilities under the raw logits: of the token, and of the most likely (id, value) pairs."""
+
+    token: float
+    top: list[tuple[int, float]]
 
 
 def random_bits(seed: int, position: int) -> int:
@@ -225,6 +237,14 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, n: int = 0) -> tuple[to
     chosen = x.gather(-1, tokens.long().clamp(min=0)[:, None]) - norm
     values, ids = torch.topk(x, n, dim=-1)
     return chosen[:, 0], ids, values - norm
+
+
+def list_logprobs(
+    params: Sequence[SamplingParams], chosen: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+) -> list[Logprobs]:
+    """What :func:`logprobs` returned, once it is on the host, as each of its rows asked for it."""
+    rows = zip(params, chosen.tolist(), ids.tolist(), values.tolist())
+    return [Logprobs(token, list(zip(top, value))[: p.logprobs]) for p, token, top, value in rows]
 
 
 def _fields(params: Sequence[SamplingParams], device: torch.device) -> dict[str, torch.Tensor]:

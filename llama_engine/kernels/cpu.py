@@ -161,6 +161,7 @@ class CpuModel:
         self._lib.llama_destroy.argtypes = (ctypes.c_void_p,)
         self._lib.llama_isa.restype = ctypes.c_char_p
         self.name = f"cpu-{self._lib.llama_isa().decode()}"
+        self.sampler = CpuSampler(library)
         c = self.config = config
         self._keep: list[torch.Tensor] = []
         kv_shape = (engine.num_kv_blocks, c.num_kv_heads, engine.tokens_per_block, c.head_size)
