@@ -3,7 +3,8 @@
 Method: each kernel runs once a layer over that layer's own weights and KV cache, in one CUDA graph, so that nothing is
 served from L2 that a real step would read from memory; the fastest of 3 replays, divided by the layers. Bytes are what
 the kernel must read and write once; the percentage is of the read bandwidth measured in the same run. Weights are
-random with the geometry asked for. --tune times the tiles of every matrix first.
+random with the geometry asked for. --tune times the tiles of every matrix first. The sampler, which a step launches
+when one of its rows draws, is timed by itself, after an argmax, over logits that make a wide and a narrow distribution.
 Output: a table.
 
     python benchmarks/kernels.py --rows 1 8 32 64 --context 512
@@ -57,6 +58,41 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     return runs
 
 
+def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """The sampler over ``rows`` rows of ``vocab`` logits, by what the rows ask for and how wide they spread."""
+    from llama_engine.kernels.sampler import Sampler
+    from llama_engine.sampling import SamplingParams
+
+    asked: dict[str, dict[str, Any]] = {
+        "T 0.8": {},
+        "top-p 0.95": {"top_p": 0.95},
+        "top-k 50, top-p 0.95": {"top_k": 50, "top_p": 0.95},
+        "top-p 0.95, penalties": {"top_p": 0.95, "repetition_penalty": 1.001},
+    }
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    sampled, last, position = (torch.zeros(rows + 1, dtype=torch.int32, device=device) for _ in range(3))
+    generator = torch.Generator(device).manual_seed(0)
+    runs = {}
+    for spread, name in ((1.3, "wide"), (4.0, "narrow")):
+        logits = spread * torch.randn(rows, vocab, device=device, generator=generator)
+        for title, options in asked.items():
+            sampler = Sampler(rows, rows, vocab, device)
+            for slot in range(rows):
+                params = SamplingParams(temperature=0.8, seed=slot, **options)
+                for target, values in sampler.updates(slot, params, range(1000), range(100)):
+                    target[: values.size].copy_(torch.from_numpy(values))
+
+            def run(sampler: Sampler = sampler, logits: torch.Tensor = logits) -> None:
+                sampled[:rows] = logits.argmax(-1)
+                sampler.launch(logits, sampled, slots, last, position, rows)
+
+            runs[f"sampler, {name}: {title}"] = run
+        runs[f"argmax, {name}"] = lambda logits=logits: sampled[:rows].copy_(
+            logits.argmax(-1)
+        )  # which the above include
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
@@ -100,6 +136,8 @@ def main() -> None:
             count = 4 if name == "lm_head" else layers
             ms = tuner.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
             report(name, rows, ms / count, nbytes)
+        for name, run in sampler_runs(rows, config.vocab_size, device).items():
+            report(name, rows, tuner.time_graph(run, repeats=10), rows * config.vocab_size * 4)
         step = tuner.time_graph(model.sample_step(rows, context=args.context), repeats=5)
         report("whole decode step", rows, step, model.weights.step_nbytes + rows * args.context * kv_bytes)
         table.add_section()

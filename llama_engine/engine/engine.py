@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
-from llama_engine.engine.executor import Executor, Step, StepHandle
+from llama_engine.engine.executor import Executor, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
 from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler
 from llama_engine.engine.scheduler import Sequence as RunningSequence
+from llama_engine.engine.step import Step
 from llama_engine.errors import ErrorCode, InputError, RunError
-from llama_engine.sampling import NOT_FINITE, SamplingParams
+from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
@@ -26,6 +27,7 @@ class Output:
     token_ids: list[int]
     reason: FinishReason | RunError | None = None
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    logprobs: list[Logprobs] | None = None  # of token_ids, if SamplingParams.logprobs asks for them
 
     @property
     def finished(self) -> bool:
@@ -67,6 +69,8 @@ class Engine:
     ) -> RunningSequence:
         """A checked request for :meth:`add`. The one method that any thread may call."""
         self.validate(prompt, max_new_tokens)
+        if params is not None:
+            params.check_vocabulary(self.model.vocab_size)
         return RunningSequence(
             next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
         )
@@ -121,7 +125,7 @@ class Engine:
 
     def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
         for sequence in plan.admitted:
-            self.executor.bind(sequence.slot, sequence.params)
+            self.executor.bind(sequence.slot, sequence.params, sequence.prompt, sequence.output)
         for sequence in plan.grown:
             self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1
@@ -133,7 +137,7 @@ class Engine:
         plan, handle = step
         sampling = [sequence for sequence, chunk in plan.work if chunk.samples]
         outputs = []
-        for sequence, token in zip(sampling, handle.tokens()):
+        for sequence, token, logprobs in zip(sampling, handle.tokens(), handle.logprobs()):
             if sequence.finished:
                 continue  # cancelled, or stopped while this step was already on its way
             reason: FinishReason | RunError | None = None
@@ -159,5 +163,6 @@ class Engine:
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0))
+            given = [logprobs] if logprobs and tokens else None
+            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0, given))
         return outputs

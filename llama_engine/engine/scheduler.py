@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
-from llama_engine.engine.executor import Chunk
 from llama_engine.engine.kv_cache import BlockManager, block_key
+from llama_engine.engine.step import Chunk
 from llama_engine.sampling import SamplingParams
 
 

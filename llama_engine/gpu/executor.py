@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.engine.executor import Chunk, Step
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import persistent
+from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
+from llama_engine.model.sampler import list_logprobs, logprobs
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import SamplingParams, sample
+from llama_engine.sampling import Logprobs, SamplingParams
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
@@ -43,6 +45,9 @@ class _Pass:
     sampling: list[int]  # the chunks that end in a token
     ids: torch.Tensor  # their tokens, pinned int32
     logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
+    logprobs: tuple[
+        dict[int, SamplingParams], list[torch.Tensor]
+    ]  # which chunks ask for them, sampling.logprobs pinned
 
 
 class CudaHandle:
@@ -59,6 +64,15 @@ class CudaHandle:
         self._wait()
         found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
         return [token for _, token in found]
+
+    def logprobs(self) -> list[Logprobs | None]:
+        self._wait()
+        found: dict[int, Logprobs | None] = {chunk: None for part in self._passes for chunk in part.sampling}
+        for part in self._passes:
+            params, tensors = part.logprobs
+            if params:
+                found |= zip(params, list_logprobs(list(params.values()), *tensors))
+        return [found[chunk] for chunk in sorted(found)]
 
     def logits(self) -> torch.Tensor:
         self._wait()
@@ -104,6 +118,8 @@ class CudaExecutor:
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
+        self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
+        self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._persistent: persistent.PersistentDecode | None = None
         if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
             try:
@@ -127,7 +143,11 @@ class CudaExecutor:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def bind(self, slot: int, params: SamplingParams) -> None:
+    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        if params.mode or self._params[slot].mode:
+            with torch.cuda.stream(self._stream):
+                for target, values in self._sampler.updates(slot, params, prompt, output):
+                    self._upload(target, values)
         self._params[slot] = params
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
@@ -152,6 +172,16 @@ class CudaExecutor:
 
     def _decode(self, step: Step, indices: list[int]) -> _Pass:
         chunks = [step.chunks[i] for i in indices]
+        bucket = self._set_slots(chunks)
+        if bucket in self._decode_graphs:
+            self._decode_graphs[bucket].replay()
+        else:
+            self._decode_kernels(bucket)
+        logits = self._rows(indices) if step.logits != "none" else {}
+        return self._pass(indices, logits, self._draw(indices, chunks))
+
+    def _set_slots(self, chunks: list[Chunk]) -> int:
+        """Name the slots of the first rows on the device; returns the bucket that holds them."""
         slots = [chunk.slot for chunk in chunks]
         bucket = bucket_of(len(slots), self._buckets)
         if bucket is None:
@@ -160,12 +190,7 @@ class CudaExecutor:
         if padded != self._bound:
             self._upload(self._slots, np.asarray(padded, dtype=np.int32))
             self._bound = padded
-        if bucket in self._decode_graphs:
-            self._decode_graphs[bucket].replay()
-        else:
-            self._decode_kernels(bucket)
-        self._draw(chunks, self._slots)
-        return self._pass(indices, self._rows(indices) if step.logits != "none" else {})
+        return bucket
 
     def _decode_kernels(self, bucket: int) -> None:
         slots, sampled = self._slots[:bucket], self._sampled[:bucket]
@@ -191,14 +216,13 @@ class CudaExecutor:
         else:
             inputs = self._pack(chunks, total, None)
             self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
-        self._draw([chunk for chunk in chunks if chunk.samples], inputs[-1][1])
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
         elif step.logits == "all":
             logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
-        return self._pass(sampling, logits)
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
 
     def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
         """ids, slots, positions, tiles and ends over the one input buffer."""
@@ -248,6 +272,7 @@ class CudaExecutor:
         first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
         for bucket in self._buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
+            self._sampler_graphs[bucket] = self._capture(lambda b=bucket: self._sampler_kernel(b))
         for tokens in PREFILL_BUCKETS:
             for chunks in PREFILL_CHUNKS:
                 if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine.max_batch_size):
@@ -278,19 +303,31 @@ class CudaExecutor:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor]) -> _Pass:
-        ids = self._sampled[: len(sampling)]
-        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda)
-        return _Pass(sampling, host.copy_(ids, non_blocking=True), logits)
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], scored: tuple) -> _Pass:
+        return _Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, scored)
 
-    def _draw(self, chunks: list[Chunk], slots: torch.Tensor) -> None:
-        """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
-        drawn = [
-            (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
-            for row, chunk in enumerate(chunks)
-            if not self._params[chunk.slot].greedy
-        ]
-        if drawn:
-            index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
-            self._sampled[index] = ids.int()
-            self.model.last_token[slots[index].long()] = ids.int().clamp(min=0)
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _sampler_kernel(self, bucket: int) -> None:
+        m = self.model
+        self._sampler.launch(m.logits, self._sampled, self._slots, m.last_token, m.position, bucket)
+
+    def _draw(self, indices: list[int], chunks: list[Chunk]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
+        """Replace the greedy token of each row whose sequence asks for another; the rows' logits are the scratch.
+        Returns :attr:`_Pass.logprobs`."""
+        params = [self._params[chunk.slot] for chunk in chunks]
+        scored = [row for row, p in enumerate(params) if p.logprobs is not None]
+        raw = torch.stack([self.model.logits[row] for row in scored]) if scored else None
+        if any(p.mode for p in params):
+            bucket = self._set_slots(chunks)
+            if bucket in self._sampler_graphs:
+                self._sampler_graphs[bucket].replay()
+            else:
+                self._sampler_kernel(bucket)
+        if raw is None:
+            return {}, []
+        tokens = torch.stack([self._sampled[row] for row in scored])
+        parts = logprobs(raw, tokens, max(params[row].logprobs for row in scored))
+        return {indices[row]: params[row] for row in scored}, [self._to_host(part) for part in parts]

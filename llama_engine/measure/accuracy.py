@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from llama_engine.engine.engine import Engine
-from llama_engine.engine.executor import Chunk, Executor, Step
+from llama_engine.engine.executor import Executor
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.stats import summary
 from llama_engine.measure.validity import MIN_ACCURACY_TOKENS

@@ -15,7 +15,7 @@ from llama_engine.checkpoint.hf import HFModel, model_identity
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
-from llama_engine.engine.executor import Chunk, Step
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.engine_dir import ACTIVATION_BUDGET, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear, load_weights

@@ -3,10 +3,11 @@ import time
 
 import pytest
 
+from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.native import load_engine
-from llama_engine.sampling import SamplingParams, sample
+from llama_engine.sampling import SamplingParams
 
 
 class Client:
@@ -156,13 +157,17 @@ def test_impossible_requests_are_refused_at_submission(loop):
     assert refused.value.code is ErrorCode.CONTEXT_LENGTH
 
 
-def test_a_row_that_cannot_be_sampled_ends_its_own_request_alone(tiny_engine, loop, monkeypatch):
-    def broken(logits, params, position):
-        if params.seed == 13:
-            raise IndexError("no such row")
-        return sample(logits, params, position)
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_row_that_cannot_be_sampled_ends_its_own_request_alone(tiny_engine, monkeypatch, kernels):
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu", kernels=kernels), max_queue=4)
+    draw = HostExecutor._draw
 
-    monkeypatch.setattr("llama_engine.cpu.executor.sample", broken)
+    def broken(self, logits, chunks):
+        if any(self._params[chunk.slot].seed == 13 for chunk in chunks):
+            raise IndexError("no such row")
+        return draw(self, logits, chunks)
+
+    monkeypatch.setattr(HostExecutor, "_draw", broken)
     unlucky, lucky = Client(), Client()
     loop.submit([1], 30, params=SamplingParams(1.0, seed=13), on_tokens=unlucky)
     loop.submit([2], 30, params=SamplingParams(1.0, seed=12), on_tokens=lucky)
@@ -175,3 +180,4 @@ def test_a_row_that_cannot_be_sampled_ends_its_own_request_alone(tiny_engine, lo
     loop.submit([2], 30, params=SamplingParams(1.0, seed=12), on_tokens=alone)
     assert alone.wait() == tokens
     assert loop.stats()["kv_blocks_used"] == 0
+    loop.shutdown(0)

@@ -53,7 +53,7 @@ class LedgerExecutor:
         self.truth = None
         self.broken = False  # a step failed, and the host does not know yet
 
-    def bind(self, slot, params):
+    def bind(self, slot, params, prompt, output):
         self.tables[slot] = []
 
     def set_block_table(self, slot, blocks):

@@ -8,10 +8,11 @@ import torch
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.executor import HostExecutor
-from llama_engine.engine.executor import Chunk, Step
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
+from llama_engine.model.sampler import sample
 from llama_engine.model.weights import Linear, random_weights
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import SamplingParams, count_tokens
 from tests import overflow
 
 pytest.importorskip("triton")
@@ -93,6 +94,49 @@ def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
     assert first == again
     assert first[0] == run([SamplingParams(), SamplingParams()])[0]
     assert any(run([SamplingParams(), SamplingParams(temperature=5.0, seed=s)])[1] != first[1] for s in (1, 2, 3))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_slot_draws_what_its_parameters_define(graphs):
+    fused, _ = _pair(graphs=graphs)
+    params = [
+        SamplingParams(0.7, top_p=0.9, seed=5, repetition_penalty=1.5, frequency_penalty=1.0, logprobs=3),
+        SamplingParams(),
+        SamplingParams(presence_penalty=-2.0, logit_bias=((7, 1.5),), banned=(1, 2)),
+        SamplingParams(1.5, top_k=30, min_p=0.01, seed=2**64 - 1, logprobs=0),
+    ]
+    prompts = [[5, 9, 33], [1], [8, 8, 4, 2], [70, 3]]
+    outputs = [[], [9], [6, 6, 7], []]  # as after a preemption
+    for slot, p in enumerate(params):
+        fused.bind(slot, SamplingParams(banned=(0,), temperature=2.0))  # of a request that is gone
+        fused.bind(slot, p, prompts[slot], outputs[slot])
+        fused.set_block_table(slot, _blocks(slot))
+    lengths = [len(prompts[slot] + outputs[slot]) for slot in range(4)]
+    steps = [Step(tuple(Chunk(s, 0, prompts[s] + outputs[s]) for s in (0, 1, 3)), "last")]
+    steps += [Step((*(Chunk(s, lengths[s]) for s in (3, 0, 1)), Chunk(2, 0, prompts[2] + outputs[2])), "last")]
+    steps += [Step(tuple(Chunk(s, lengths[s] + i - (s == 2)) for s in (2, 3, 0, 1)), "last") for i in (1, 2, 3)]
+    for step in steps:
+        handle = fused.submit(step)
+        logits, tokens, scores = handle.logits(), handle.tokens(), handle.logprobs()
+        slots = [chunk.slot for chunk in step.chunks]
+        counts = torch.stack(
+            [torch.from_numpy(count_tokens(prompts[s], outputs[s], TINY.vocab_size)) for s in slots]
+        ).to(DEVICE)
+        for row, s in enumerate(slots):
+            if not params[s].penalized:
+                counts[row] = 0
+        positions = [chunk.start + chunk.length for chunk in step.chunks]
+        assert tokens == sample(logits, [params[s] for s in slots], positions, counts).tolist()
+        for row, (s, token) in enumerate(zip(slots, tokens)):
+            outputs[s].append(token)
+            expected = torch.log_softmax(logits[row], 0)
+            if params[s].logprobs is None:
+                assert scores[row] is None
+                continue
+            assert scores[row].token == pytest.approx(expected[token].item(), abs=1e-4)
+            top = expected.topk(params[s].logprobs)
+            assert [i for i, _ in scores[row].top] == top.indices.tolist()
+            assert [value for _, value in scores[row].top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
 def test_no_memory_for_a_cache_is_one_clear_line():
