@@ -28,6 +28,7 @@ CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 SAFE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+SAFE_DTYPES |= {torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @contextlib.contextmanager
