@@ -19,17 +19,26 @@ from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
 from llama_engine.gpu.chain import GpuModel
+from llama_engine.kernels import library
 from llama_engine.kernels.gemm import Tile, fit
 from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
-from llama_engine.model.weights import load_weights
+from llama_engine.model.schemes import INT8
+from llama_engine.model.weights import Linear, load_weights
 
 TUNED_ROWS = {8: 8, 16: 16, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
 
 
-def candidates(name: str, bucket: int) -> list[Tile]:
+def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
     """Tiles worth timing for a matrix and a row bucket, the default first."""
-    tiles = [default_tile(name, bucket)]
-    if bucket == 128:
+    use_library = name != "lm_head" and library.runs(linear)
+    tiles = [default_tile(name, bucket, linear.scheme, use_library)]
+    if bucket >= 64 and use_library:
+        tiles += [replace(tiles[0], library=not tiles[0].library)]
+    if bucket == 128 and linear.scheme is not INT8:
+        k = 128 // linear.scheme.weight_dtype.itemsize
+        tiles += [Tile(m, n, k, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4, 5))]
+        tiles += [Tile(128, 256, k, 1, False, 8, s) for s in (3, 4)]
+    elif bucket == 128:
         tiles += [Tile(m, n, 128, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4))]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
@@ -65,48 +74,48 @@ def time_graph(run: Callable[[], None], repeats: int = 3) -> float:
 def tune(
     model: GpuModel,
     progress: Callable[[str], None] = lambda _: None,
-    choices: Callable[[str, int], Iterable[Tile]] = candidates,
+    choices: Callable[[str, int, Linear], Iterable[Tile]] = candidates,
 ) -> dict[str, Any]:
-    """Choose the tiles of every matrix and row bucket; the dict of tuning.json.
+    """Choose the tiles of every matrix, in each of its schemes, and row bucket; the dict of tuning.json.
 
     One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
-    work: dict[int, dict[str, list[Tile]]] = {}
+    work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
     prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
     for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         rows = TUNED_ROWS[bucket]
-        if (
-            rows > model.x.shape[0]
-            or model.streams(name, rows)
-            or (name == "lm_head" and (bucket == 8 or prefill[bucket]))
-        ):
-            continue  # another kernel's; lm_head has no tiles of 8 rows, and a prefill needs it for one row
-        linear = model.linears(name)[0]
-        tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
-        work.setdefault(bucket, {})[name] = list(tiles)
+        if rows > model.x.shape[0] or (name == "lm_head" and (bucket == 8 or prefill[bucket])):
+            continue  # lm_head has no tiles of 8 rows, and a prefill needs it for one row
+        linears = model.linears(name)
+        for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
+            linear = linears[index]
+            if not model.streams(name, linear, rows):
+                tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket, linear))
+                work.setdefault(bucket, {})[name, index] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for bucket, names in work.items():
-            for name, tiles in names.items():
+            for (name, index), tiles in names.items():
                 for tile in tiles:
-                    model.run_linear(name, 0, TUNED_ROWS[bucket], tile)
+                    model.run_linear(name, index, TUNED_ROWS[bucket], tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
         run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])
-        for name, tiles in names.items():
-            timed = []
+        for (name, index), tiles in names.items():
+            timed, scheme = [], model.linears(name)[index].scheme
             for tile in tiles:
-                model.tiles.set(name, bucket, tile)
+                model.tiles.set(name, scheme, bucket, tile)
                 try:
                     timed.append((time_graph(run), tile))
                 except (triton.runtime.OutOfResources, triton.CompilationError):
                     continue  # too large for this GPU's shared memory or registers
             fastest, tile = min(timed, key=lambda pair: pair[0])
-            model.tiles.set(name, bucket, tile)
-            best[f"{name}/{bucket}"] = asdict(tile)
-            progress(f"{name}, {TUNED_ROWS[bucket]} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
+            model.tiles.set(name, scheme, bucket, tile)
+            best[f"{name}/{scheme.name}/{bucket}"] = asdict(tile)
+            what = f"{name} {scheme.name}, {TUNED_ROWS[bucket]} rows"
+            progress(f"{what}: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
     model.position.zero_()
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 
