@@ -45,7 +45,7 @@ def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
     else:
         splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
         shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
-        tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
+        tiles += [Tile(tiles[0].m, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 
 

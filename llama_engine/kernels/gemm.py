@@ -3,8 +3,8 @@
 
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
 exact in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the batch's other rows.
-FP8 and 16-bit products are summed in float32, FP8 ones after every :data:`FP8_STEP` of K: their last bits depend on the
-tiling, which is a matter of the number of rows, but never on the other rows' values nor on timing.
+FP8 and 16-bit products are summed in float32 (:data:`FP8_STEP`): their last bits depend on the tiling, which is a
+matter of the number of rows, but never on the other rows' values nor on timing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from llama_engine.model.weights import Linear
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
 _STORE, _RESIDUAL, _SILU_MUL, _LOGITS = (tl.constexpr(i) for i in range(4))
 MAX_SPLIT, MAX_TILES, MAX_PARTIAL = 16, 4096, 1 << 22
-FP8_STEP = 128  # of K: a Hopper tensor core keeps 14 bits of an FP8 sum; after so many it goes on in float32
+# Hopper's tensor cores keep 14 bits of an FP8 sum: after so many of K it goes on in float32. None: it stays there.
+FP8_STEP: int | None = 128
 LM_HEAD_ROWS = 64  # rows of logits computed at once, whatever the batch, so that each row's sums keep their order
 
 
@@ -310,7 +311,7 @@ def gemm(
         K=k,
         INT8=int8,
         SCALED=linear.scale is not None,
-        STEP=min(FP8_STEP, tile.k) if linear.scheme is FP8 else 0,
+        STEP=min(FP8_STEP, tile.k) if linear.scheme is FP8 and FP8_STEP else None,
         EPILOGUE=epilogue,
         BM=tile.m,
         BN=tile.n,

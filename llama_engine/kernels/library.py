@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from llama_engine.kernels.gemm import FP8_STEP
 from llama_engine.model.schemes import FP8, FP16
 from llama_engine.model.weights import Linear
 
@@ -36,4 +37,4 @@ def matmul(a: torch.Tensor, a_scale: torch.Tensor | None, linear: Linear, out: t
         torch.mm(a, linear.weight.t(), out=out)
         return
     scales = a_scale[:, None], linear.scale[None, :]
-    torch._scaled_mm(a, linear.weight.t(), *scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
+    torch._scaled_mm(a, linear.weight.t(), *scales, out_dtype=out.dtype, use_fast_accum=FP8_STEP is None, out=out)

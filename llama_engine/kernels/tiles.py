@@ -38,6 +38,8 @@ def default_tile(name: str, num_rows: int, scheme: Scheme = INT8, use_library: b
         if scheme is INT8:
             return Tile(64, 256, 128, swap=False, warps=8, stages=3)
         return Tile(128, 128, 128 // scheme.weight_dtype.itemsize, swap=False, warps=8, library=use_library)
+    if scheme is not INT8:
+        bucket = max(16, bucket)  # with fewer rows Triton takes older matrix instructions, and widens e4m3 for them
     if bucket >= 32:
         gate_up = Tile(64, 64, 128) if bucket == 64 else Tile(32, 128, 256)
         return {"gate_up": gate_up, "down": Tile(bucket, 64, 256, 2)}.get(name, Tile(bucket, 64, 256))
