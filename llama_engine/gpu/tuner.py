@@ -20,12 +20,10 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import library
-from llama_engine.kernels.gemm import Tile, fit
+from llama_engine.kernels.gemm import LM_HEAD_ROWS, Tile, fit
 from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
 from llama_engine.model.schemes import INT8
 from llama_engine.model.weights import Linear, load_weights
-
-TUNED_ROWS = {8: 8, 16: 16, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
 
 
 def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
@@ -34,12 +32,14 @@ def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
     tiles = [default_tile(name, bucket, linear.scheme, use_library)]
     if bucket >= 64 and use_library:
         tiles += [replace(tiles[0], library=not tiles[0].library)]
-    if bucket == 128 and linear.scheme is not INT8:
+    if bucket >= 128:
         k = 128 // linear.scheme.weight_dtype.itemsize
-        tiles += [Tile(m, n, k, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4, 5))]
-        tiles += [Tile(128, 256, k, 1, False, 8, s) for s in (3, 4)]
-    elif bucket == 128:
-        tiles += [Tile(m, n, 128, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4))]
+        shapes = ((64, 256), (128, 128)) if linear.scheme is INT8 else ((64, 256), (128, 128), (128, 256))
+        tiles += [Tile(m, n, k, 1, False, 8, s) for (m, n), s in itertools.product(shapes, (3, 4))]
+        if bucket == 128:  # blocks for every processor also where the matrix is small
+            splits = (1,) if name == "gate_up" else (1, 2, 4)
+            shapes = itertools.product((64, 128), (64, 128), splits)
+            tiles += [Tile(m, n, k, split) for m, n, split in shapes]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
@@ -82,27 +82,26 @@ def tune(
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
     work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
-    prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
-    for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
-        rows = TUNED_ROWS[bucket]
-        if rows > model.x.shape[0] or (name == "lm_head" and (bucket == 8 or prefill[bucket])):
-            continue  # lm_head has no tiles of 8 rows, and a prefill needs it for one row
+    prefill = {bucket: bucket > model.engine.max_batch_size for bucket in ROW_BUCKETS}
+    for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
+        if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
+            continue  # lm_head has no tiles of 8 rows, never runs more than 64, and a prefill needs it for one
         linears = model.linears(name)
         for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
             linear = linears[index]
             if not model.streams(name, linear, rows):
-                tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket, linear))
-                work.setdefault(bucket, {})[name, index] = list(tiles)
+                tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, rows, linear))
+                work.setdefault(rows, {})[name, index] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for bucket, names in work.items():
             for (name, index), tiles in names.items():
                 for tile in tiles:
-                    model.run_linear(name, index, TUNED_ROWS[bucket], tile)
+                    model.run_linear(name, index, bucket, tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
-        run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])
+        run = model.sample_step(bucket, prefill[bucket])
         for (name, index), tiles in names.items():
             timed, scheme = [], model.linears(name)[index].scheme
             for tile in tiles:
@@ -114,7 +113,7 @@ def tune(
             fastest, tile = min(timed, key=lambda pair: pair[0])
             model.tiles.set(name, scheme, bucket, tile)
             best[f"{name}/{scheme.name}/{bucket}"] = asdict(tile)
-            what = f"{name} {scheme.name}, {TUNED_ROWS[bucket]} rows"
+            what = f"{name} {scheme.name}, {bucket} rows"
             progress(f"{what}: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
     model.position.zero_()
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}

@@ -17,7 +17,7 @@ from llama_engine.model.weights import Linear
 
 FORMAT_VERSION = 2
 TUNING_FILE = "tuning.json"
-ROW_BUCKETS = (8, 16, 32, 64, 128)  # up to so many rows; the last one also stands for every larger number
+ROW_BUCKETS = (8, 16, 32, 64, 128, 1024)  # up to so many rows; the last one also stands for every larger number
 
 
 def row_bucket(num_rows: int) -> int:
@@ -34,7 +34,7 @@ def default_tile(name: str, num_rows: int, scheme: Scheme = INT8, use_library: b
     if name == "lm_head":
         # Never below 16 rows: another matrix instruction would add in another order.
         return Tile(max(16, min(bucket, 64)), 128, 128)
-    if bucket == 128:
+    if bucket >= 128:
         if scheme is INT8:
             return Tile(64, 256, 128, swap=False, warps=8, stages=3)
         return Tile(128, 128, 128 // scheme.weight_dtype.itemsize, swap=False, warps=8, library=use_library)

@@ -78,7 +78,9 @@ def quantize_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = max|x| / 448, at least :data:`E4M3_MIN_SCALE`; the value is x times 1 / scale, nearest, ties to even.
     """
     wide = x.float()
-    scale = (wide.abs().amax(dim=-1) / E4M3_MAX).clamp(min=E4M3_MIN_SCALE)
+    largest = wide.abs().amax(dim=-1)
+    # Divided by a tensor: on a GPU PyTorch multiplies by the inverse of a number, which rounds otherwise.
+    scale = (largest / torch.full_like(largest, E4M3_MAX)).clamp(min=E4M3_MIN_SCALE)
     return (wide * (1 / scale)[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 

@@ -131,3 +131,19 @@ def test_graphs_equal_eager_and_match_the_reference_at_real_sizes(kind):
         del fused, host
         torch.cuda.empty_cache()
     assert results[0] == results[1]
+
+
+def test_every_scheme_of_a_matrix_is_tuned(device, monkeypatch):
+    from llama_engine.gpu import tuner
+    from llama_engine.gpu.chain import GpuModel
+    from llama_engine.kernels.gemm import Tile
+    from llama_engine.kernels.tiles import Tiles
+
+    model = GpuModel(TINY, ENGINE, weights_of("nvidia", TINY, device), Tiles(None, ""))
+    if device.type == "cpu":
+        monkeypatch.setattr(tuner, "time_graph", lambda run: 1.0)
+        monkeypatch.setattr(GpuModel, "run_linear", lambda *_: None)
+    tiles = tuner.tune(model, choices=lambda name, bucket, linear: [Tile(16, 32, 32)])["tiles"]
+    assert {key for key in tiles if key.endswith("/8")} == {
+        *("qkv/fp16/8", "o/fp16/8", "gate_up/fp16/8", "gate_up/fp8/8", "down/fp16/8", "down/fp8/8")
+    }
