@@ -105,23 +105,29 @@ class GpuModel:
         :func:`llama_engine.kernels.quant.norm` gives them: with their row scales, or fp16 and None."""
         return self._inputs[linear.scheme.name, name], None if linear.scheme is FP16 else self.a_scale
 
-    def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
-        """``linear``, which is called ``name``, over its activations; with ``tile``, only compile that."""
+    def _linear(
+        self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None
+    ) -> torch.Tensor | None:
+        """``linear``, which is called ``name``, over its activations; with ``tile``, only compile that.
+
+        Returns what the caller has still to add to ``out``, if anything.
+        """
         a, a_scale = self.input_of(name, linear)
         if tile is None and self.streams(name, linear, rows):
             self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
-            return
+            return None
         chosen = tile or self.tiles.get(name, linear, rows)
         if not chosen.library:
             partials = self.partials if name == "lm_head" else None
             operands = (a, a_scale, linear, out, rows, EPILOGUES[name], chosen, self.workspace, partials)
             gemm.gemm(*operands, compile_only=tile is not None)
         elif tile is None:
-            self._by_library(name, linear, out, None, rows)
+            return self._by_library(name, linear, out, None, rows)
+        return None
 
     def _by_library(
         self, name: str, linear: Linear, out: torch.Tensor, out_scale: torch.Tensor | None, rows: int
-    ) -> None:
+    ) -> torch.Tensor | None:
         """:meth:`_linear` through cuBLAS; what gate_up leaves takes the form of ``out``, with ``out_scale``."""
         a, a_scale = self.input_of(name, linear)
         n = linear.weight.shape[0]
@@ -135,7 +141,10 @@ class GpuModel:
                 scale = None if out_scale is None else out_scale[piece]
                 quant.norm(y, None, 0.0, out[piece], scale, count, gated=True)
             elif name != "qkv":
+                if count == rows:
+                    return y
                 out[piece] += y
+        return None
 
     def _gate_up(self, gate_up: Linear, down: Linear, rows: int) -> None:
         """``silu(gate) * up`` as the activations of ``down``."""
@@ -177,8 +186,9 @@ class GpuModel:
         """
         x = self.x
         eps = self.config.rms_norm_eps
+        rest = None  # what x still lacks
         for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
-            quant.norm(self.x, layer.input_norm, eps, *self.input_of("qkv", layer.qkv), rows)
+            quant.norm(self.x, layer.input_norm, eps, *self.input_of("qkv", layer.qkv), rows, add=rest)
             self._linear("qkv", layer.qkv, self.qkv, rows)
             query = self.input_of("o", layer.o)
             attend(kv, *query)
@@ -187,10 +197,12 @@ class GpuModel:
                 quant.norm(self.attended, None, 0.0, *query, rows, ends)
                 quant.embed(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
-            self._linear("o", layer.o, x, rows)
-            quant.norm(x, layer.post_norm, eps, *self.input_of("gate_up", layer.gate_up), rows)
+            rest = self._linear("o", layer.o, x, rows)
+            quant.norm(x, layer.post_norm, eps, *self.input_of("gate_up", layer.gate_up), rows, add=rest)
             self._gate_up(layer.gate_up, layer.down, rows)
-            self._linear("down", layer.down, x, rows)
+            rest = self._linear("down", layer.down, x, rows)
+        if rest is not None:
+            x[:rows] += rest
         return x
 
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:

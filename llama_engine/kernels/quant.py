@@ -62,6 +62,7 @@ def _norm(
     x_ptr,
     norm_ptr,
     rows_ptr,
+    add_ptr,
     out_ptr,
     scale_ptr,
     K,
@@ -69,6 +70,7 @@ def _norm(
     eps,
     NORM: tl.constexpr,
     GATHER: tl.constexpr,
+    ADD: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -90,6 +92,11 @@ def _norm(
         x = gate / (1.0 + tl.exp(-gate)) * tl.load(at + K, mask=mask, other=0.0).to(tl.float32)
     else:
         x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(add_ptr + row * K + offs, mask=mask, other=0.0).to(tl.float32)
+        total = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * K + offs, total, mask=mask)
+        x = total.to(tl.float32)
     if NORM:
         x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * gain
     store_row(x, out_ptr, scale_ptr, row, offs, mask, K, plane)
@@ -152,10 +159,12 @@ def norm(
     num_rows: int,
     rows: torch.Tensor | None = None,
     gated: bool = False,
+    add: torch.Tensor | None = None,
 ) -> None:
     """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, or the rows as they are.
 
-    ``gated``: ``x`` is ``[*, 2 K]``, gate and up, of which ``silu(gate) * up`` is taken. ``out`` decides the form: int8
+    ``gated``: ``x`` is ``[*, 2 K]``, gate and up, of which ``silu(gate) * up`` is taken. ``add`` ``[num_rows, K]`` is
+    first added to ``x`` itself, whose rows are then not to be chosen. ``out`` decides the form: int8
     ``[2, capacity, K]`` takes the planes of hi and lo, float8_e4m3fn ``[capacity, K]`` e4m3 values, both with ``scale``
     float32 ``[capacity]`` for the row scales; a plain ``[*, K]`` takes its own dtype.
     """
@@ -165,6 +174,7 @@ def norm(
         x,
         weight,
         rows,
+        add,
         out,
         scale,
         width,
@@ -172,6 +182,7 @@ def norm(
         eps,
         NORM=weight is not None,
         GATHER=rows is not None,
+        ADD=add is not None,
         GATED=gated,
         BLOCK=block,
         num_warps=_warps(block),

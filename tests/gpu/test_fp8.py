@@ -82,9 +82,10 @@ def test_decode_steps_match_the_reference(device, kind):
     compare(fused, host, [Step((Chunk(1, 1), Chunk(0, 5)), "last")])
 
 
+@pytest.mark.parametrize("piece", [3, 4096])
 @pytest.mark.parametrize("kind", ["fp8", "fp16", "nvidia", "mixed"])
-def test_the_librarys_products_take_their_place_in_pieces(device, kind, monkeypatch):
-    """cuBLAS stood in for by PyTorch where there is none; in pieces of few rows, so that buffers are reused."""
+def test_the_librarys_products_take_their_place(device, kind, piece, monkeypatch):
+    """cuBLAS stood in for by PyTorch where there is none; whole, and in pieces that use the same buffer again."""
     from llama_engine.gpu import chain
     from llama_engine.kernels import library, tiles
     from llama_engine.kernels.gemm import Tile
@@ -92,14 +93,14 @@ def test_the_librarys_products_take_their_place_in_pieces(device, kind, monkeypa
     called = []
 
     def matmul(a, a_scale, linear, out):
-        called.append(len(a))
+        called.append((len(linear.weight), len(a)))
         y = a.float() @ linear.weight.float().T
         out.copy_(y if a_scale is None else y * a_scale[:, None] * linear.scale)
 
     if device.type == "cpu":
         monkeypatch.setattr(library, "runs", lambda linear: linear.scheme is not INT8)
         monkeypatch.setattr(library, "matmul", matmul)
-        monkeypatch.setattr(chain, "LIBRARY_ROWS", 3)
+        monkeypatch.setattr(chain, "LIBRARY_ROWS", piece)
     usual = tiles.default_tile
 
     def always(name, rows, scheme, use_library):
@@ -108,8 +109,9 @@ def test_the_librarys_products_take_their_place_in_pieces(device, kind, monkeypa
     monkeypatch.setattr(tiles, "default_tile", always)
     fused, host = executors(kind, TINY, ENGINE, device)
     compare(fused, host, STEPS)
-    assert called or device.type == "cuda"
-    assert not called or (3 in called and max(called) > 3)
+    if device.type == "cpu":
+        longest = max(rows for width, rows in called if width == 2 * TINY.intermediate_size)
+        assert (longest == 3) == (piece == 3)
 
 
 @pytest.mark.gpu

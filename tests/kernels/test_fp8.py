@@ -74,6 +74,20 @@ def test_norm_and_gated_rows_to_e4m3_and_fp16(device):
         assert (error <= torch.maximum(want.abs() * 2**-4 * 1.001, scale[:, None] * 2**-10 * 1.01)).all()
 
 
+def test_norm_adds_what_its_rows_still_lack(device):
+    from llama_engine.kernels.quant import norm
+
+    x, rest = ((torch.randn(n, 96, device=device) * 3).half() for n in (4, 3))
+    weight = torch.rand(96, device=device).half()
+    want = x.clone()
+    want[:3] += rest
+    out, expected = (torch.zeros((3, 96), dtype=torch.float16, device=device) for _ in range(2))
+    norm(want, weight, 1e-5, expected, None, 3)
+    norm(x, weight, 1e-5, out, None, 3, add=rest)
+    assert torch.equal(x, want)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("scheme", [FP8, FP16], ids=lambda scheme: scheme.name)
