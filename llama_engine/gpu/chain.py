@@ -57,8 +57,9 @@ class GpuModel:
         self.hidden = zeros(capacity, config.intermediate_size)
         self._inputs = self._input_buffers(capacity)
         self.a_scale = zeros(capacity, dtype=torch.float32)
-        wide = [linear.weight.shape[0] for name in LINEARS for linear in self.linears(name) if library.runs(linear)]
-        self.product = zeros(min(capacity, LIBRARY_ROWS) * max(wide, default=0))
+        kept = [linear for name in ("o", "gate_up", "down") for linear in self.linears(name) if library.runs(linear)]
+        widest = max((linear.weight.shape[0] for linear in kept), default=0)
+        self.product = zeros(min(capacity, LIBRARY_ROWS) * widest)
         samples = -(-engine.max_batch_size // LM_HEAD_ROWS) * LM_HEAD_ROWS
         self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
