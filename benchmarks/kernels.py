@@ -2,12 +2,14 @@
 
 Method: each kernel runs once a layer over that layer's own weights and KV cache, in one CUDA graph, so that nothing is
 served from L2 that a real step would read from memory; the fastest of 3 replays, divided by the layers. Bytes are what
-the kernel must read and write once; the percentage is of the read bandwidth measured in the same run. Weights are
-random with the geometry asked for. --tune times the tiles of every matrix first. The sampler, which a step launches
-when one of its rows draws, is timed by itself, after an argmax, over logits that make a wide and a narrow distribution.
+the kernel must read and write once (of lm_head, one run over at most 64 rows); the percentage is of the read bandwidth
+measured in the same run. Weights are random with the geometry and the scheme asked for. --tune times the tiles of every
+matrix first. The sampler, which a step launches when one of its rows draws, is timed by itself, after an argmax, over
+logits that make a wide and a narrow distribution.
 Output: a table.
 
     python benchmarks/kernels.py --rows 1 8 32 64 --context 512
+    python benchmarks/kernels.py --scheme fp8 --rows 1 8 32 64 128 256 --prefill 1024 4096 16384 --tune
 """
 
 from __future__ import annotations
@@ -24,37 +26,46 @@ from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
 from llama_engine.measure import environment
+from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import LINEARS, random_weights
+
+SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, FP16)}
 
 
 def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable[[int], None], int]]:
     """Of each kernel of a decode of ``rows`` rows: what runs it for layer i, and the bytes it must move."""
     from llama_engine.kernels import quant
+    from llama_engine.kernels.gemm import LM_HEAD_ROWS
 
     c, slots = model.config, torch.arange(rows, dtype=torch.int32, device=model.device)
     eps, layers = c.rms_norm_eps, model.weights.layers
-    inner, query = model.digits[c.intermediate_size], model.digits[c.q_size]
+    scheme = layers[0].qkv.scheme
+    each = 1 if scheme is FP8 else 2  # bytes of an activation
 
     def norm(i: int) -> None:
-        hidden = model.digits[c.hidden_size]
-        quant.norm(model.x, layers[i].input_norm, eps, hidden, model.a_scale, rows)
+        quant.norm(model.x, layers[i].input_norm, eps, *model.input_of("qkv", layers[i].qkv), rows)
 
     def attend(i: int) -> None:
-        model.attention.decode(model.qkv, model.kv[i], slots, model.position, query, model.a_scale, rows)
+        out = model.input_of("o", layers[i].o)
+        model.attention.decode(model.qkv, model.kv[i], slots, model.position, *out, rows)
 
     runs = {
-        "norm + quantize": (norm, rows * c.hidden_size * 4),
-        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * 2)),
-        "quantize": (
-            lambda _: quant.norm(model.hidden, None, eps, inner, model.a_scale, rows),
-            rows * c.intermediate_size * 4,
-        ),
+        "norm + quantize": (norm, rows * c.hidden_size * (2 + each)),
+        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
     }
+    if scheme is not FP16:
+
+        def quantize(i: int) -> None:
+            quant.norm(model.hidden, None, eps, *model.input_of("down", layers[i].down), rows)
+
+        runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):
+        count = min(rows, LM_HEAD_ROWS) if name == "lm_head" else rows
         weights = model.linears(name)[0].nbytes
         n, k = model.linears(name)[0].weight.shape
         width = {"gate_up": 1, "lm_head": 4}.get(name, 2)
-        runs[name] = (lambda i, name=name: model.run_linear(name, i, rows), weights + rows * (2 * k + width * n))
+        run = lambda i, name=name, count=count: model.run_linear(name, i, count)  # noqa: E731
+        runs[name] = (run, weights + count * (each * k + width * n))
     return runs
 
 
@@ -96,15 +107,16 @@ def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Calla
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 64)")
+    parser.add_argument("--scheme", choices=[*SCHEMES], default="int8", help="of the layers' matrices (default: int8)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 256)")
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
     parser.add_argument("--tune", action="store_true", help="time the tiles of every matrix first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
-    if min(args.rows) < 1 or max(args.rows) > 64 or args.context < 1:
-        raise InputError("--rows must be 1 to 64 and --context at least 1")
+    if min(args.rows) < 1 or max(args.rows) > 256 or args.context < 1:
+        raise InputError("--rows must be 1 to 256 and --context at least 1")
     from llama_engine.gpu import tuner
     from llama_engine.gpu.chain import GpuModel
     from llama_engine.kernels import tiles
@@ -113,15 +125,21 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = environment.measure_read_bandwidth("cuda")["bytes_per_s"]
     config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
-    length = max(args.context + 1, *args.prefill, 64)
-    engine = EngineConfig(64, length, max(64, *args.prefill), 64, num_kv_blocks=64 * -(-length // 64) + 1)
-    model = GpuModel(config, engine, random_weights(config, device), tiles.Tiles(None, ""))
+    length, batch = max(args.context + 1, *args.prefill, 64), max(64, *args.rows)
+    # Every sequence has blocks of its own for its context; a prompt takes them all, from the first on.
+    each, tokens = -(-(args.context + 1) // 64), max(batch, *args.prefill)
+    blocks = max(batch * each, -(-length // 64))
+    engine = EngineConfig(batch, length, tokens, 64, num_kv_blocks=blocks + 1)
+    weights = random_weights(config, device, scheme=SCHEMES[args.scheme])
+    model = GpuModel(config, engine, weights, tiles.Tiles(None, ""))
     if args.tune:
         tuner.tune(model, console.print)
-    blocks = engine.max_blocks_per_sequence
-    model.block_tables[:64] = torch.arange(1, 64 * blocks + 1, dtype=torch.int32, device=device).view(64, blocks)
+    firsts = torch.arange(batch, device=device)[:, None] * each
+    places = torch.arange(engine.max_blocks_per_sequence, device=device)
+    model.block_tables[:batch] = 1 + (firsts + places) % blocks
     model.position.fill_(args.context)
-    table = Table("kernel", "rows", "us", "MB", "GB/s", f"% of {bandwidth / 1e12:.2f} TB/s", title=args.geometry)
+    share = f"% of {bandwidth / 1e12:.2f} TB/s"
+    table = Table("kernel", "rows", "us", "MB", "GB/s", share, title=f"{args.geometry}, {args.scheme}")
     layers = config.num_layers
 
     def report(name: str, rows: int, ms: float, nbytes: float) -> None:

@@ -21,7 +21,8 @@ from llama_engine.engine.executor import Executor
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.model.llama import TorchModel
-from llama_engine.model.weights import load_weights
+from llama_engine.model.schemes import FP8
+from llama_engine.model.weights import LINEARS, load_weights
 
 
 def load_engine(
@@ -58,6 +59,8 @@ def make_executor(
         from llama_engine.kernels.tiles import load_tuning
 
         return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
+    if device.type == "cpu" and any(getattr(layer, name).scheme is FP8 for layer in weights.layers for name in LINEARS):
+        print("note: FP8 matrices run on a CPU by exact emulation in PyTorch operations, slowly", file=sys.stderr)
     config = replace(config, num_kv_blocks=config.num_kv_blocks or config.useful_kv_blocks)
     if kernels == "auto" and fused.supported(model, config, weights):
         try:

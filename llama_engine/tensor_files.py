@@ -22,6 +22,7 @@ T = TypeVar("T")
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a file: name to dtype and shape
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
 SAFE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+SAFE_DTYPES |= {torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:

@@ -17,11 +17,12 @@ import torch
 from llama_engine.backend import Batch
 from llama_engine.checkpoint.build import complete, own_names
 from llama_engine.checkpoint.packing import layout_for, visible_arch
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.unified import Checkpoint, recipe_key
 from llama_engine.config import EngineConfig, check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
+from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
 
 INSTALL = "pip install -r requirements-trtllm.txt, or build an engine with --backend native"
 
@@ -51,6 +52,15 @@ def build_command(
     return command
 
 
+def check_recipe(source: Checkpoint) -> None:
+    """Raise :class:`InputError` for a checkpoint in the native engine's own form."""
+    if source.quant_algo == FP8_ALL:
+        raise InputError(
+            f"{source.dir} holds every linear layer in FP8 ({FP8_ALL}), which is a form of the native engine: convert "
+            "with --fp8_recipe nvidia for TensorRT-LLM, or build with --backend native"
+        )
+
+
 def build(
     checkpoint_dir: Path, output_dir: Path, engine: EngineConfig, flags: dict[str, str], force: bool = False
 ) -> None:
@@ -58,10 +68,16 @@ def build(
     if not installed() or shutil.which("trtllm-build") is None:
         raise InputError(f"TensorRT-LLM is not installed: {INSTALL}")
     source = Checkpoint(checkpoint_dir)
+    check_recipe(source)
     arch = visible_arch()
+    version = importlib.metadata.version("tensorrt_llm")
+    if source.quant_algo == FP8_ROWWISE and recipe_key(version) != recipe_key(source.version):
+        raise InputError(
+            f"{source.dir} was written for TensorRT-LLM {source.version}, installed is {version}, which names the FP8 "
+            f"recipe otherwise: convert with --trtllm_version {version}"
+        )
     if source.layout and arch:
         # TensorRT-LLM loads INT8 bytes unchecked, so a wrong layout would give wrong answers, not an error.
-        version = importlib.metadata.version("tensorrt_llm")
         needed = layout_for(arch, version)
         if needed != source.layout:
             raise InputError(

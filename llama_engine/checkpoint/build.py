@@ -20,7 +20,7 @@ from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
 from llama_engine.files import TOKENIZER_FILES, atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
-from llama_engine.model.schemes import INT8, scheme_for
+from llama_engine.model.schemes import FP8, INT8, scheme_for
 from llama_engine.model.weights import LINEARS, tensor_names
 from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 
@@ -58,11 +58,11 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
     jobs: list[tuple[str, int, str, tuple[int, int]]] = []  # engine tensor, its row, checkpoint tensor, rows of that
     for name, shape in tensor_names(config):
         layer, _, kind = name.rpartition(".")
-        quantized = kind in int8
-        specs[name] = (torch.int8 if quantized else dtype, shape)
-        if quantized:
-            specs[f"{name}.scale"] = (torch.float32, shape[:1])
         sources = [f"transformer.{layer}.{part}.weight" for part in LAYER_SOURCES[kind]] if layer else SOURCES[kind]
+        held = FP8.weight_dtype if sources[0] in source.fp8 else INT8.weight_dtype if kind in int8 else dtype
+        specs[name] = (held, shape)
+        if held != dtype:
+            specs[f"{name}.scale"] = (torch.float32, shape[:1])
         rows = shape[0] // len(sources)
         for i, part in enumerate(sources):
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
@@ -74,7 +74,7 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             name, first, part, (start, stop) = job
             data = source.read(part, (start, stop))
             if f"{name}.scale" in specs:
-                if data.dtype == torch.int8:
+                if data.dtype == specs[name][0]:
                     scale = source.scale(part)[start:stop]
                 else:
                     data, scale = quantize(data)

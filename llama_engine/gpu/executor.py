@@ -1,8 +1,9 @@
 """The asynchronous executor of a CUDA GPU: one graph replay a decode step, prefill in graphs or eagerly.
 
 A step's decodes run as one replay of their batch bucket's graph, its prefill chunks as a second pass. Rows never see
-each other and every kernel's result for a row is independent of the batch, so a request's tokens do not depend on what
-ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently).
+each other and with INT8 matrices every kernel's result for a row is independent of the batch, so a request's tokens do
+not depend on what ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently; FP8
+and 16-bit matrices sum in an order that depends on the number of rows).
 """
 
 from __future__ import annotations
