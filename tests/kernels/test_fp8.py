@@ -25,7 +25,7 @@ def _problem(device, scheme, m, n, k):
         linear, a = Linear(torch.randn(n, k, device=device).half()), torch.zeros((128, k), device=device).half()
         a[:m] = x
         return linear, a, None, x.double() @ linear.weight.double().T
-    linear = Linear((torch.randn(n, k, device=device) * 100).to(E4M3), torch.rand(n, device=device) * 0.01 + 0.001)
+    linear = Linear((torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(E4M3), torch.rand(n, device=device) * 0.01 + 0.001)
     a, scale = _empty(128, k, device)
     values, scales = quantize_e4m3(x)
     a.view(torch.uint8)[:m] = values.view(torch.uint8)
@@ -96,12 +96,14 @@ def test_gemm_with_every_epilogue(device, scheme, split, swap):
 
     m, n, k = 17, 96, 192
     linear, a, a_scale, want = _problem(device, scheme, m, n, k)
+    # Hopper's tensor cores add e4m3 products with fewer bits than float32 has
+    exact = 3e-4 if scheme is FP8 and device.type == "cuda" else 1e-5
     tile = fit(Tile(m=16, n=64, k=64, split=split, swap=swap), linear, m)
     assert tile.split == split
     workspace = Workspace(torch.device(device))
     out = torch.full((m, n), float("nan"), device=device)
     gemm(a, a_scale, linear, out, m, STORE, tile, workspace)
-    assert (out - want).abs().max() < 1e-5 * want.abs().max()
+    assert (out - want).abs().max() < exact * want.abs().max()
     again = torch.empty_like(out)
     gemm(a, a_scale, linear, again, m, STORE, tile, workspace)
     assert torch.equal(again, out)  # partial sums are added in order, whichever program ends last
@@ -112,7 +114,7 @@ def test_gemm_with_every_epilogue(device, scheme, split, swap):
     gated = torch.full((m, n // 2), float("nan"), device=device)
     gemm(a, a_scale, linear, gated, m, SILU_MUL, tile, workspace)
     gate, up = want.chunk(2, dim=-1)
-    assert (gated - F.silu(gate) * up).abs().max() < 1e-5 * (F.silu(gate) * up).abs().max()
+    assert (gated - F.silu(gate) * up).abs().max() < exact * (F.silu(gate) * up).abs().max()
 
 
 def test_activations_of_another_scheme_are_refused(device):
