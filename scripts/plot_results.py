@@ -1,7 +1,7 @@
 """Draw the pictures and write PERFORMANCE_REPORT.md from the result files of one machine.
 
 Method: reads --results-dir/*.json and nothing else. --headline NAME renders every machine of results/, results/NAME
-into results/ itself, and refreshes the README's tables; --check writes nothing and fails when a report that the front
+into results/ itself, and refreshes the README's table; --check writes nothing and fails when a report that the front
 page names, its sources, a picture or the README differs from what its JSON says.
 Output: PERFORMANCE_REPORT.md, PERFORMANCE_REPORT.sources.json (the file and key behind each figure) and six pictures
 (executive_summary, performance_comparison, triton_scaling, ttft_percentiles, waterfall, roofline) beside the JSON.

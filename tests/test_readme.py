@@ -1,5 +1,6 @@
-"""The README's commands: the step-by-step block runs for real with short settings, every other flag must exist."""
+"""The commands of README and docs/USAGE.md: the steps run for real with short settings, every other flag must exist."""
 
+import itertools
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import pytest
 from llama_engine.serving.server import free_port
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/USAGE.md")]
 RUNS = "--output-tokens 8 --warmup 0 --runs 2 --prefill-tokens 0"
 BATCH = "--batch 2 --batch-output-tokens 8 --batch-runs 1"
 SHORT = {
@@ -32,9 +33,20 @@ def commands(block):
     return [line for line in lines if line and not line.startswith(("#", "source"))]
 
 
-BLOCKS = [commands(block) for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+BLOCKS = [commands(block) for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
 STEPS = next(block for block in BLOCKS if any("prepare_model" in line for line in block))
+ALONE = next(block for block in BLOCKS if any("baseline.py" in line for line in block))
 SERVE = next(block for block in BLOCKS if any("triton_client" in line for line in block))
+
+
+def script_of(line):
+    """The script that a command runs, from the repository's root."""
+    return next(word for word in shlex.split(line) if word.endswith((".py", ".sh"))).removeprefix("./")
+
+
+def once_each(scripts):
+    """Without repetitions behind each other: the same script with other flags, or in the other branch of an ``if``."""
+    return [script for script, _ in itertools.groupby(scripts)]
 
 
 def runnable(line, work):
@@ -42,12 +54,19 @@ def runnable(line, work):
     for folder in ("results/local", "engines/", "checkpoints/"):
         line = line.replace(folder, f"{work}/{folder}")
     words = shlex.split(line.replace("$PY", sys.executable))
-    script = next(word for word in words if word.endswith((".py", ".sh")))
+    script = script_of(line)
     if "/benchmarks/" in f"/{script}" or "profile" in script:
         if "--engine-dir" not in words and "baseline" not in script:
             words += ["--engine-dir", f"{work}/engines/smollm2-135m-instruct"]
         words += shlex.split(SHORT.get(os.path.basename(script), "").replace("short.txt", f"{work}/short.txt"))
     return words
+
+
+def test_the_steps_are_those_of_run_all():
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "scripts/run_all.sh").read_text(encoding="utf-8"))
+    run = re.findall(r'^(?:model=\$\(|\s*)(?:"\$PY" |\./)((?:scripts|benchmarks)/\w+\.(?:py|sh))', text, re.MULTILINE)
+    assert len(run) >= 10
+    assert once_each(map(script_of, STEPS)) == once_each(run)
 
 
 @pytest.fixture
@@ -62,10 +81,9 @@ def help_of(run_script):
 
 
 def test_step_by_step_commands_run_in_order(tmp_path, smollm2_model):
-    assert len(STEPS) >= 11
     # Two windows, whose perplexity is far from the gate's limit: a 16-bit forward takes some CPUs ten seconds each.
     (tmp_path / "short.txt").write_text((ROOT / "benchmarks/data/alice.txt").read_text(encoding="utf-8")[3218:4204])
-    for line in STEPS:
+    for line in STEPS + ALONE:
         done = subprocess.run(runnable(line, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400)
         # A busy machine may make a load INVALID, which the script says and reports as 1.
         judged = "benchmark_triton" in line and done.returncode == 1 and "INVALID" in done.stdout
@@ -100,18 +118,15 @@ def test_serve_and_ask(smollm2_engine, run_script):
 
 
 @pytest.mark.parametrize("line", [line for block in BLOCKS for line in block if ".sh" in line or ".py" in line])
-def test_every_flag_in_the_readme_exists(line, help_of):
-    words = shlex.split(line.rstrip(" &"))
-    script = next(word for word in words if word.endswith((".py", ".sh"))).removeprefix("./")
+def test_every_flag_exists(line, help_of):
+    script = script_of(line)
     text = help_of(script)
-    for flag in (word for word in words if word.startswith("--")):
+    for flag in (word for word in shlex.split(line) if word.startswith("--")):
         assert flag in text, f"{script} has no {flag}"
 
 
-def test_the_two_commands_stand_in_the_first_screen():
-    first = README[:1200]
-    assert "./scripts/run_all.sh" in first
-    assert "./scripts/test.sh" in first
+def test_the_readme_needs_two_commands():
+    assert BLOCKS[0] == ["./scripts/run_all.sh", "./scripts/test.sh"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ ROOMS = {
     "native": BASE | {"backend", "device", "model", "engine", "kernels", "cpu", "gpu"},
     "backend": {"sampling"},
     "tokenizer": {"errors"},
-    "trtllm": BASE | {"backend", "checkpoint"},
+    "trtllm": BASE | {"backend", "checkpoint", "model"},
     "runner": BASE | {"backend", "native", "trtllm"},
     "serving": BASE | {"device"},
     "measure": BASE | {"device", "model", "checkpoint", "engine", "native", "runner", "serving", "report"},

@@ -133,15 +133,15 @@ def _headline(story: Story) -> str:
 
 
 def _speeds(axes: plt.Axes, story: Story, title: str) -> None:
-    """Tokens a second of one request, under the engine's speed at MBU 1 as a line."""
+    """Tokens per second of one request, with the engine's speed at MBU 1 as a line."""
     _bars(axes, _rows(story, "summary.output_tokens_per_s.p50"), "{:,.1f}", "tokens/s, one request", title)
     bandwidth = story.get("engine", "environment.read_bandwidth.bytes_per_s")
     if nbytes := story.get("engine", "summary.step_nbytes"):
-        wall = bandwidth / nbytes
-        axes.axhline(wall, color=IDEAL, linestyle="--", linewidth=1.6)
-        axes.set_ylim(0, max(axes.get_ylim()[1], wall * 1.25))
+        limit = bandwidth / nbytes
+        axes.axhline(limit, color=IDEAL, linestyle="--", linewidth=1.6)
+        axes.set_ylim(0, max(axes.get_ylim()[1], limit * 1.25))
         style = {"color": IDEAL, "fontsize": 10, "transform": axes.get_yaxis_transform()}
-        axes.text(0.02, wall * 1.015, f"read-bandwidth wall {wall:,.0f}", **style)
+        axes.text(0.02, limit * 1.015, f"memory-bandwidth limit {limit:,.0f}", **style)
 
 
 def executive_summary(story: Story) -> plt.Figure:
@@ -160,7 +160,7 @@ def executive_summary(story: Story) -> plt.Figure:
 
 
 def performance_comparison(story: Story) -> plt.Figure | None:
-    """Six panels: speed, first token, inter-token percentiles, run by run, bandwidth use, work a token."""
+    """Six panels: speed, first token, inter-token percentiles, run by run, bandwidth use, work per token."""
     if not story.stacks():
         return None
     figure, grid = plt.subplots(2, 3, figsize=(16, 9.6))
@@ -184,10 +184,10 @@ def performance_comparison(story: Story) -> plt.Figure | None:
         for file, label in story.stacks()
     ]
     if all(value for _, value, _ in launches):
-        _bars(axes[5], launches, "{:,.1f}", "CPU launches a token", f"{launches[-1][1]:,.1f} launches a token")
+        _bars(axes[5], launches, "{:,.1f}", "CPU launches per token", f"{launches[-1][1]:,.1f} launches per token")
     else:
         rows = _rows(story, "summary.step_nbytes", 1e-6)
-        title = f"{rows[0][1] / rows[-1][1]:.2f}x fewer bytes a token" if len(rows) > 1 else "Bytes a token"
+        title = f"{rows[0][1] / rows[-1][1]:.2f}x fewer bytes per token" if len(rows) > 1 else "Bytes per token"
         _bars(axes[5], rows, "{:,.0f}", "MB a decode step must read", title)
     return _finish(figure, story, _headline(story))
 
@@ -252,7 +252,7 @@ def triton_scaling(story: Story) -> plt.Figure:
 
 
 def waterfall(story: Story) -> plt.Figure | None:
-    """ms an output token: baseline, what the engine saves, what serving costs, all at one request."""
+    """ms per output token: baseline, what the engine saves, what serving costs, all at one request."""
     steps = waterfall_steps(story)
     if len(steps) < 2:
         return None
@@ -271,18 +271,18 @@ def waterfall(story: Story) -> plt.Figure | None:
     axes.set_xticks(range(len(bars)), next(zip(*bars)))
     axes.set(ylabel="latency / output tokens, ms (p50)", title="One request at a time, same prompt and length")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-    gain = f"From {steps[0].ms.value:.1f} to {steps[-1].ms.value:.1f} ms a token"
+    gain = f"From {steps[0].ms.value:.1f} to {steps[-1].ms.value:.1f} ms per token"
     return _finish(figure, story, "Where the time of a token goes" if story.withheld() else gain)
 
 
 def roofline(story: Story) -> plt.Figure | None:
-    """FLOP/s against FLOP a byte: decode at each batch, prefill, under this machine's measured walls."""
+    """FLOP/s against FLOP per byte: decode at each batch, prefill, under this machine's measured limits."""
     points = roofline_points(story)
     if not points:
         return None
     file = points[-1].file
-    walls = ("matmul.flop_per_s", "read_bandwidth.bytes_per_s")
-    peak, bandwidth = (story.get(file, f"environment.{wall}") for wall in walls)
+    limits = ("matmul.flop_per_s", "read_bandwidth.bytes_per_s")
+    peak, bandwidth = (story.get(file, f"environment.{limit}") for limit in limits)
     figure, axes = plt.subplots(figsize=(12, 7))
     ridge = peak / bandwidth
     reached = [point.intensity.value for point in points]
@@ -294,12 +294,12 @@ def roofline(story: Story) -> plt.Figure | None:
     for number, (label, of, (intensity, _), (rate, _)) in enumerate(points, 1):
         axes.plot(intensity, rate, "o", color=COLOURS[of], markersize=9, label=f"{number}  {label}")
         axes.annotate(str(number), (intensity, rate), textcoords="offset points", xytext=(9, -4), fontsize=11)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte read (linear layers)", ylabel="FLOP/s reached")
-    axes.set_title("Each point against the walls measured in the same run")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte read (linear layers)", ylabel="FLOP/s reached")
+    axes.set_title("Each point against the limits measured in the same run")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.25, which="both")
     used = story.get(file, "summary.mbu")
-    return _finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory wall")
+    return _finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory-bandwidth limit")
 
 
 PICTURES = {

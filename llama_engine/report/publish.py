@@ -1,4 +1,4 @@
-"""What the repository shows of its results: a report a machine, the headline's above them, and the README's tables.
+"""What the repository shows of its results: a report a machine, the headline's above them, and the README's table.
 
 The headline machine's report and pictures lie in results/ itself, beside the folder of its JSON, and nowhere else.
 """
@@ -19,7 +19,7 @@ from llama_engine.report.render import readme_block, render, replace_block
 from llama_engine.report.story import Story
 
 REPORT, SOURCES = "PERFORMANCE_REPORT.md", "PERFORMANCE_REPORT.sources.json"
-PEERS = Path(__file__).parents[2] / "benchmarks/data/peers.json"  # engines measured elsewhere, for the README
+PEERS = Path(__file__).parents[2] / "benchmarks/data/peers.json"  # engines measured in other runs
 
 
 def draw(folder: Path) -> list[Path]:
@@ -31,7 +31,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def publish(results: Path, readme: Path, headline: str) -> list[Path]:
-    """Write every machine's report and pictures, ``headline``'s into ``results``, and the README's tables."""
+    """Write every machine's report and pictures, ``headline``'s into ``results``, and the README's table."""
     stories = published(results, headline)
     wanted = pages(results, readme, stories)
     for path, text in wanted.items():
@@ -90,13 +90,13 @@ def copies(results: Path, headline: str) -> list[Path]:
 
 def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
     """Every report, its sources and the README, and what they should say."""
-    wanted = {}
+    wanted, peers = {}, json.loads(PEERS.read_text(encoding="utf-8"))
     for folder, story in folders(results, stories).items():
         headline = folder == results
-        texts = render(story, headline=headline, others=stories[1:] if headline else ())
+        texts = render(story, headline=headline, others=stories[1:] if headline else (), peers=peers)
         wanted |= {folder / name: text for name, text in zip((REPORT, SOURCES), texts)}
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    updated = replace_block(text, readme_block(stories, json.loads(PEERS.read_text(encoding="utf-8"))))
+    updated = replace_block(text, readme_block(stories))
     if updated is None:
         raise RunError(f"{readme} lacks the marks <!-- results:begin --> and <!-- results:end -->: add them")
     return wanted | {readme: updated}

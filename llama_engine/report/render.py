@@ -1,4 +1,4 @@
-"""PERFORMANCE_REPORT.md and the README's tables, from the JSON alone.
+"""PERFORMANCE_REPORT.md and the README's table, from the JSON alone.
 
 The templates beside this file are Markdown in Jinja2. ``figure("base.summary.mbu", ".3f")`` in them is a figure: a file
 (see :class:`Story`), a path, a format. Where each came from goes into a file beside the report. A line none of whose
@@ -20,11 +20,13 @@ from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_poin
 
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 NONE = "not measured"
+PEERS = "../benchmarks/data/peers.json"  # engines measured in other runs, seen from the headline's page
+PEER_COLUMNS = {"alone": ",.1f", "ttft_ms": ",.1f", "8": ",", "32": ",", "64": ","}
 MARK = re.compile("\x02(\\d*)\x03")  # before each figure of a filled template: its number, "" where not measured
 JINJA = Environment(
     loader=PackageLoader("llama_engine.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-WHERE = {"engine": "in process", "triton": "through Triton", "whole": "through Triton, whole answers"}
+WHERE = {"engine": "in process", "triton": "through Triton", "whole": "through Triton, non-streaming"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Page:
     story: Story
     folder: str = ""  # from the page to the machine's JSON, such as "cpu/"
     cited: list[tuple[str, list[str]]] = field(default_factory=list)  # (text, "file:path"s) of each figure
+    peers: dict[str, Any] | None = None  # other engines on this machine: PEERS' content
 
     def figure(self, what: str | Derived, form: str = "", per: float = 1) -> str:
         """A value in units of ``per`` and in a format specification, by default two decimals of a float.
@@ -59,7 +62,10 @@ class Page:
     def cite(self, text: str, places: Sequence[str]) -> str:
         """``text`` as a figure that came from ``places``."""
         split = (place.split(".", 1) for place in places)
-        self.cited.append((text, [f"{self.folder}{self.story.aliases[file]}:{path}" for file, path in split]))
+        return self._cite(text, [f"{self.folder}{self.story.aliases[file]}:{path}" for file, path in split])
+
+    def _cite(self, text: str, sources: list[str]) -> str:
+        self.cited.append((text, sources))
         return f"\x02{len(self.cited) - 1}\x03{text}"
 
     def ratio(self, metric: str) -> str:
@@ -115,6 +121,13 @@ class Page:
                 name = f"{STACK_NAMES[stack]}: `{kernel['name'][:70]}`"
                 yield Load(f"profile.stacks.{stack}.top_kernels.{i}", name)
 
+    def peer_rows(self) -> Iterator[list[str]]:
+        """The cells of each other engine's row; blank where nothing was measured."""
+        for i, peer in enumerate(self.peers["peers"] if self.peers else ()):
+            found = [(peer.get(key), key, form) for key, form in PEER_COLUMNS.items()]
+            cells = [self._cite(format(x, form), [f"{PEERS}:peers.{i}.{key}"]) if x else "" for x, key, form in found]
+            yield [peer["engine"], *cells]
+
     def versions(self) -> list[tuple[str, str]]:
         """(library, place of its version)."""
         found = self.story.get("any", "environment.software") or {}
@@ -164,12 +177,17 @@ def _fill(template: str, cited: list[tuple[str, list[str]]], **values: Any) -> t
     return text, {name: {source: "; ".join(shown) for source, shown in x.items()} for name, x in found.items()}
 
 
-def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()) -> tuple[str, str]:
+def render(
+    story: Story, *, headline: bool = False, others: Sequence[Story] = (), peers: dict[str, Any] | None = None
+) -> tuple[str, str]:
     """The whole report as Markdown, and its sources: ``{section: {"file:path": the figures that it gave}}`` as JSON.
 
-    As ``headline`` it lies one folder above its machine's JSON and gives ``others`` a section.
+    As ``headline`` it lies one folder above its machine's JSON, gives ``others`` a section, and ``peers`` where they
+    were measured on such a machine.
     """
     page = Page(story, f"{story.name}/" if headline else "")
+    if peers and headline and peers["machine"] == story.name:
+        page.peers = peers
     more = [Page(other, f"{other.name}/", page.cited) for other in others]
     steps = waterfall_steps(story)
     values = {"page": page, "story": story, "figure": page.figure, "headline": headline, "others": more}
@@ -178,11 +196,11 @@ def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()
     return text, json.dumps(sources, indent=1, ensure_ascii=False) + "\n"
 
 
-def readme_block(stories: Sequence[Story], peers: dict[str, Any] | None = None) -> str:
-    """The README's results: one table over all published machines, the headline first, and one of its ``peers``."""
+def readme_block(stories: Sequence[Story]) -> str:
+    """The README's results: one table over all published machines, the headline first."""
     cited: list[tuple[str, list[str]]] = []
     pages = [Page(story, cited=cited) for story in stories]
-    text, _ = _fill("readme.md.j2", cited, pages=pages, peers=peers)
+    text, _ = _fill("readme.md.j2", cited, pages=pages)
     return f"{README_MARKS[0]}\n{text}{README_MARKS[1]}"
 
 

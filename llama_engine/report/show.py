@@ -1,4 +1,4 @@
-"""Results as a table on the terminal: every speed with its MBU and how far the memory wall is."""
+"""Results as a table on the terminal: every speed with its MBU and its limit by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llama_engine.measure.result import Result
 
-COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "wall", "failed")
+COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "limit", "failed")
 
 
 def show(results: Collection[Result]) -> None:
@@ -18,7 +18,7 @@ def show(results: Collection[Result]) -> None:
     measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
     names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
     title = "; ".join(dict.fromkeys(names))
-    table = Table("", title=title, title_justify="left", box=None, collapse_padding=True)
+    table = Table("", title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for result in measured:
@@ -26,8 +26,8 @@ def show(results: Collection[Result]) -> None:
         for load in [*alone, *result.get("levels", [])]:
             users = load.get("concurrency")
             name = "engine" if result["benchmark"] == "optimized" else result["benchmark"]
-            whole = result["workload"].get("streaming") is False  # answers, not token by token
-            what = f"{users} {'whole' if whole else 'at once'}" if users else f"{load['rate']:g}/s"
+            waits = result["workload"].get("streaming") is False
+            what = f"{users} {'no stream' if waits else 'at once'}" if users else f"{load['rate']:g}/s"
             table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
     out = Console()
     out.print(table)
@@ -61,7 +61,7 @@ def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
         return form.format(**summed[key]) if key in summed else ""
 
     mbu = summed.get("mbu")
-    # the speed at MBU 1 is users / (bytes a step / bandwidth), and bytes / bandwidth is MBU x the step's time
-    wall = f"{users / (mbu * summed['tpot_ms']['p50'] / 1e3):,.0f}" if users and mbu else ""
+    # the speed at MBU 1 is users / (bytes per step / bandwidth), and bytes / bandwidth is MBU x the step's time
+    limit = f"{users / (mbu * summed['tpot_ms']['p50'] / 1e3):,.0f}" if users and mbu else ""
     times = (cell("ttft_ms", "{p50:.1f} / {p99:.1f}"), cell("tpot_ms", "{p50:.2f} / {p99:.2f}"))
-    return cell("output_tokens_per_s", "{p50:,.1f}"), *times, f"{mbu:.2f}" if mbu else "", wall
+    return cell("output_tokens_per_s", "{p50:,.1f}"), *times, f"{mbu:.2f}" if mbu else "", limit

@@ -41,7 +41,7 @@ class WaterfallStep(NamedTuple):
 
 
 class RooflinePoint(NamedTuple):
-    """FLOP a byte and FLOP/s of one load of a stack."""
+    """FLOP per byte and FLOP/s of one load of a stack."""
 
     name: str
     file: str

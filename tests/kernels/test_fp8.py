@@ -25,7 +25,8 @@ def _problem(device, scheme, m, n, k):
         linear, a = Linear(torch.randn(n, k, device=device).half()), torch.zeros((128, k), device=device).half()
         a[:m] = x
         return linear, a, None, x.double() @ linear.weight.double().T
-    linear = Linear((torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(E4M3), torch.rand(n, device=device) * 0.01 + 0.001)
+    weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(E4M3)
+    linear = Linear(weight, torch.rand(n, device=device) * 0.01 + 0.001)
     a, scale = _empty(128, k, device)
     values, scales = quantize_e4m3(x)
     a.view(torch.uint8)[:m] = values.view(torch.uint8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.nn import functional as F
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig, RopeScaling
 from llama_engine.errors import InputError
-from llama_engine.kernels.persistent import PersistentDecode, permute, supported
+from llama_engine.kernels import persistent_reference
+from llama_engine.kernels.persistent import HEADERS, SOURCE, PersistentDecode, permute, supported
 from llama_engine.model.llama import TorchModel, apply_rope, rms_norm
 from llama_engine.model.weights import Linear, random_weights
 
@@ -31,37 +34,48 @@ LLAMA_8B = ModelConfig(
 LLAMA_1B = dataclasses.replace(
     LLAMA_8B, hidden_size=2048, intermediate_size=8192, num_layers=4, head_size=64, vocab_size=5000
 )
+# Nothing divides evenly: rows over blocks, heads over groups of three.
+TINY_WIDTHS = {"hidden_size": 96, "intermediate_size": 168, "head_size": 32, "num_heads": 6, "num_kv_heads": 2}
+TINY = dataclasses.replace(LLAMA_8B, vocab_size=301, num_layers=3, **TINY_WIDTHS)
 LLAMA_3B = dataclasses.replace(LLAMA_8B, hidden_size=3072, intermediate_size=8192, num_heads=24, num_layers=2)
 
 
 class Case:
     """A model, slot state with random cached KV, and the reference over a copy of it."""
 
-    def __init__(self, config: ModelConfig, past: list[int], int8_head: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        past: list[int],
+        int8_head: bool = False,
+        device: str = "cuda",
+        max_seq_len: int = 2048,
+    ) -> None:
         self.config = config
-        self.weights = random_weights(config, "cuda")
+        self.weights = random_weights(config, device)
         if int8_head:
             self.weights.lm_head = Linear(*quantize(self.weights.lm_head.weight))
-        generator = torch.Generator("cuda").manual_seed(11)
-        blocks, slots = 2048 // 64, 9
+        generator = torch.Generator(device).manual_seed(11)
+        blocks, slots = max_seq_len // 64, 9
         count = 1 + len(past) * blocks
-        self.engine = EngineConfig(max_batch_size=8, max_seq_len=2048, tokens_per_block=64, num_kv_blocks=count)
+        self.engine = EngineConfig(max_batch_size=8, max_seq_len=max_seq_len, tokens_per_block=64, num_kv_blocks=count)
         self.reference = TorchModel(config, self.engine, self.weights)
         for cache in self.reference.kv:
-            cache.copy_(torch.randn(cache.shape, device="cuda", generator=generator))
+            cache.copy_(torch.randn(cache.shape, device=device, generator=generator))
         self.kv = [cache.clone() for cache in self.reference.kv]
-        order = torch.randperm(count - 1, device="cuda", generator=generator).int() + 1
-        self.tables = torch.zeros((slots, blocks), dtype=torch.int32, device="cuda")
-        self.slot_ids = torch.tensor([7, 2, 5, 0][: len(past)], dtype=torch.int32, device="cuda")
-        self.last_token = torch.zeros(slots, dtype=torch.int32, device="cuda")
-        self.position = torch.zeros(slots, dtype=torch.int32, device="cuda")
+        order = torch.randperm(count - 1, device=device, generator=generator).int() + 1
+        self.tables = torch.zeros((slots, blocks), dtype=torch.int32, device=device)
+        self.slot_ids = torch.tensor([7, 2, 5, 0][: len(past)], dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.position = torch.zeros(slots, dtype=torch.int32, device=device)
         for i, slot in enumerate(self.slot_ids.tolist()):
             self.tables[slot] = order[i * blocks : (i + 1) * blocks]
             self.last_token[slot] = 100 + 17 * i
             self.position[slot] = past[i]
-        self.sampled = torch.full((len(past),), -1, dtype=torch.int32, device="cuda")
-        self.logits = torch.full((len(past), config.vocab_size), math.nan, device="cuda")
-        self.decode = PersistentDecode(config, self.engine, self.weights, self.kv, max_rows=len(past))
+        self.sampled = torch.full((len(past),), -1, dtype=torch.int32, device=device)
+        self.logits = torch.full((len(past), config.vocab_size), math.nan, device=device)
+        if device == "cuda":
+            self.decode = PersistentDecode(config, self.engine, self.weights, self.kv, max_rows=len(past))
 
     def launch(self, logits: bool = True) -> None:
         state = (self.slot_ids, self.last_token, self.position, self.tables, self.sampled)
@@ -70,10 +84,20 @@ class Case:
 
     def expect(self) -> torch.Tensor:
         slots = self.slot_ids.long()
-        rows = torch.arange(len(slots), device="cuda")
+        rows = torch.arange(len(slots), device=slots.device)
         return self.reference.forward(
             self.last_token[slots], self.position[slots], self.slot_ids, self.tables, rows.int()
         )
+
+    def follow(self, grid: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Sampled ids, logits and cache of the step-by-step reference, over copies of the state."""
+        last_token, position, kv = self.last_token.clone(), self.position.clone(), [x.clone() for x in self.kv]
+        state = (self.slot_ids, last_token, position, self.tables)
+        sampled, logits = persistent_reference.decode(self.config, self.weights, kv, *state, grid=grid)
+        slots = self.slot_ids.long()
+        assert torch.equal(last_token[slots], sampled.int())
+        assert torch.equal(position[slots], self.position[slots] + 1)
+        return sampled, logits, kv
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -107,6 +131,67 @@ def test_a_cpu_is_not_supported() -> None:
     assert not supported(config, weights)
     with pytest.raises(InputError, match="cannot run"):
         PersistentDecode(config, EngineConfig(), weights, [])
+
+
+def test_every_row_of_a_matrix_has_one_block_and_blocks_stream_the_same() -> None:
+    for n, grid in ((6144, 132), (4096, 132), (14336, 132), (301, 7), (8, 8)):
+        streamed = [0] * grid
+        for turn in range(grid):
+            parts = [persistent_reference.part_of(block, n, turn, grid) for block in range(grid)]
+            assert [row for part in parts for row in part] == list(range(n))
+            streamed = [total + len(part) for total, part in zip(streamed, parts)]
+        assert len(set(streamed)) == 1
+
+
+@pytest.mark.parametrize("grid", [1, 7, 16])
+@pytest.mark.parametrize(("int8_head", "past"), [(False, [0]), (False, [37]), (True, [63, 130])])
+def test_the_reference_step_by_step_is_the_model(grid: int, int8_head: bool, past: list[int]) -> None:
+    case = Case(TINY, past, int8_head, device="cpu", max_seq_len=192)
+    expected, before = case.expect(), [x.clone() for x in case.kv]
+    sampled, logits, kv = case.follow(grid)
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()  # fp16 keys may round the other way
+    assert torch.equal(sampled, expected.argmax(-1))
+    for ours, theirs, old in zip(kv, case.reference.kv, before):
+        assert (ours - theirs).abs().max() < 2e-3 * theirs.abs().max()
+        assert ((ours != old).sum((0, 2, 4)) > 0).sum() == len(past)  # a position for each row, and no other
+
+
+def test_words_and_digits_are_what_the_kernel_holds() -> None:
+    x = torch.randn(3, 4096, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e-6], [1.0], [1e6]])
+    words = persistent_reference.word(x)
+    assert not (words.view(torch.int32) & 255).any()
+    assert ((words - x).abs() <= x.abs() * 2.0**-16).all()
+    x[2] = 0
+    digits = persistent_reference.plain_digits(x)
+    assert all(plane.min() >= -128 and plane.max() <= 127 for plane in (digits.high, digits.low))
+    fixed = 256 * digits.high + digits.low
+    assert fixed.abs().amax(-1).tolist() == [32512, 32512, 0]
+    assert ((fixed * digits.scale[:, None] - x).abs() <= digits.scale[:, None] * 0.501).all()
+
+
+def test_the_reference_names_what_is_in_the_kernel() -> None:
+    sources = {path.name: path.read_text() for path in (SOURCE, *HEADERS)}
+    stages = [x for _, x in inspect.getmembers(persistent_reference, inspect.isfunction)]
+    stages = [
+        x for x in stages if x.__module__ == persistent_reference.__name__ and x is not persistent_reference.decode
+    ]
+    assert len(stages) > 10
+    for stage in stages:
+        doc = " ".join(stage.__doc__.split())
+        names, file = re.search(r"((?:``\w+``(?:,| with PAIRED)? ?(?:in )?)+)(persistent\w*\.cuh?)", doc).groups()
+        for name in re.findall(r"``(\w+)``", names):
+            assert re.search(rf"\b{name}\b", sources[file]), f"{stage.__name__}: no {name} in {file}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("config", "int8_head", "past"), [(LLAMA_1B, False, [70, 3]), (LLAMA_3B, True, [129])])
+def test_the_kernel_follows_its_reference(config: ModelConfig, int8_head: bool, past: list[int]) -> None:
+    case = Case(config, past, int8_head)
+    _, logits, kv = case.follow(case.decode.grid)
+    case.launch()
+    assert (case.logits - logits).abs().max() < 1e-3 * logits.abs().max()
+    for ours, theirs in zip(case.kv, kv):
+        assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
 
 
 @pytest.mark.gpu

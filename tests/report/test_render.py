@@ -144,14 +144,19 @@ def test_noise_is_named_beside_the_ratio(folder, edit_json):
     assert "**2.00x** [2.00, 2.00] faster" in text
 
 
-def test_peers_stand_above_the_machine_they_were_measured_on(folder, edit_json):
+def test_peers_stand_on_the_page_of_the_machine_they_were_measured_on(folder, edit_json):
     peers = {"machine": "box", "note": "Another run.", "peers": [{"engine": "other", "alone": 5.5, "8": 1234}]}
-    block = render.readme_block([Story.load(folder)], peers)
-    assert "| other | 5.5 |  | 1,234 |  |  |" in block
-    assert "| **this engine**, INT8 weight-only" in block
-    assert "| 16.0 | 30.0 |" in block  # 8 tokens in half a second
-    assert "other" not in render.readme_block([Story.load(folder)], peers | {"machine": "elsewhere"})
+    text, sources = render.render(Story.load(folder), headline=True, peers=peers)
+    assert "| other | 5.5 |  | 1,234 |  |  |\n| **this engine**, INT8 weight-only | 16.0 | 30.0 |" in text
+    assert "\nAnother run.\n" in text
+    assert (
+        json.loads(sources)["Other engines on the same GPU model"]["../benchmarks/data/peers.json:peers.0.8"] == "1,234"
+    )
+    assert (
+        "Another run."
+        not in render.render(Story.load(folder), headline=True, peers=peers | {"machine": "elsewhere"})[0]
+    )
     edit_json(folder / "optimized-native.json", {"validity": {"status": "INVALID", "reasons": ["too hot"]}})
-    block = render.readme_block([Story.load(folder)], peers)
-    assert ", **INVALID**\\* | 16.0 |" in block
-    assert "\n\\* INVALID in this engine's run: too hot.\n" in block
+    text, _ = render.render(Story.load(folder), headline=True, peers=peers)
+    assert ", **INVALID**\\* | 16.0 |" in text
+    assert "\n\\* INVALID in this engine's run: too hot.\n" in text
