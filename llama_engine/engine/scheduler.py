@@ -1,7 +1,10 @@
 """In-flight batching: which chunks of which sequences run in the next step.
 
-Decodes go first, then prefills that are under way, then new admissions, all within ``max_num_tokens``. When blocks run
-out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what it has said.
+Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
+``max_num_tokens``. A prompt must not hold up those who are being answered, so while at least as many sequences decode
+as are prefilled or could be admitted, prefill takes at most ``max_prefill_tokens`` of a step: the majority goes first.
+When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
+it has said.
 """
 
 from __future__ import annotations
@@ -97,8 +100,11 @@ class Scheduler:
             if len(sequence.table) > blocks:
                 grown.append(sequence)
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
-            budget -= 1
-        for sequence in [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]:
+        prefilling = [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]
+        budget -= len(work)
+        if work and len(work) >= len(prefilling) + self._admissible():
+            budget = min(budget, self._config.max_prefill_tokens)
+        for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
         while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
             sequence = self.waiting.popleft()
@@ -116,6 +122,13 @@ class Scheduler:
                 sequence.last_on_device = True
         return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted) if work else None
 
+    def _admissible(self) -> int:
+        """About how many waiting sequences have room to run."""
+        if not self.waiting:
+            return 0
+        room = self.blocks.free // self.blocks.blocks_for(self.waiting[0].known)
+        return min(len(self.waiting), len(self._slots), room)
+
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
         spare = self.blocks.free - self.blocks.blocks_for(sequence.known)
@@ -123,12 +136,13 @@ class Scheduler:
 
     def _prefill(self, work: list[tuple[Sequence, Chunk]], sequence: Sequence, budget: int) -> int:
         """Plan the next tokens of a prompt, at most ``budget``; how many."""
-        tokens = sequence.prompt + sequence.output
-        end = min(len(tokens), sequence.computed + budget)
-        if end > sequence.computed:
-            part = tokens[sequence.computed : end]
-            work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == len(tokens))))
-        return end - sequence.computed
+        start, prompt, output = sequence.computed, sequence.prompt, sequence.output
+        length = len(prompt) + len(output)
+        end = min(length, start + budget)
+        if end > start:
+            part = prompt[start:end] + output[max(0, start - len(prompt)) : max(0, end - len(prompt))]
+            work.append((sequence, Chunk(sequence.slot, start, part, samples=end == length)))
+        return max(0, end - start)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Grow the sequence by one position, preempting from the youngest on; False if it was itself preempted."""
