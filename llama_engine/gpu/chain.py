@@ -57,9 +57,8 @@ class GpuModel:
         digits = zeros(2 * capacity * max(widths), dtype=torch.int8)
         self.digits = {k: digits[: 2 * capacity * k].view(2, capacity, k) for k in widths}
         self.a_scale = zeros(capacity, dtype=torch.float32)
-        self.final = zeros(ROW_PADDING, config.hidden_size)
-        samples = -(-engine.max_batch_size // LM_HEAD_ROWS) * LM_HEAD_ROWS
-        self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
+        self.final = zeros(LM_HEAD_ROWS, config.hidden_size)
+        self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
         self.attention = PagedAttention(config, engine, self.block_tables)

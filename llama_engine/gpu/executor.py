@@ -23,7 +23,7 @@ from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import SamplingParams, sample
 
-DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)

@@ -23,14 +23,16 @@ from llama_engine.kernels.gemm import Tile, fit
 from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
 from llama_engine.model.weights import load_weights
 
-TUNED_ROWS = {8: 8, 16: 16, 32: 32, 64: 64, 128: 1024}  # how many rows a bucket is timed with
-
 
 def candidates(name: str, bucket: int) -> list[Tile]:
     """Tiles worth timing for a matrix and a row bucket, the default first."""
     tiles = [default_tile(name, bucket)]
-    if bucket == 128:
-        tiles += [Tile(m, n, 128, 1, False, 8, s) for (m, n), s in itertools.product(((64, 256), (128, 128)), (3, 4))]
+    if name == "lm_head" and bucket >= 128:
+        tiles += [Tile(64, 128, 128), Tile(64, 256, 64, warps=8), Tile(128, 128, 64, warps=8, stages=3)]
+    elif bucket >= 128:
+        splits = (1,) if name == "gate_up" or bucket >= 1024 else (1, 2, 4) if bucket == 128 else (1, 2)
+        shapes = ((64, 256, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4))
+        tiles += [Tile(m, n, 128, way, False, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
@@ -73,17 +75,16 @@ def tune(
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
     work: dict[int, dict[str, list[Tile]]] = {}
-    prefill = {bucket: rows > model.engine.max_batch_size for bucket, rows in TUNED_ROWS.items()}
+    prefill = {bucket: bucket > model.engine.max_batch_size for bucket in ROW_BUCKETS}
     for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
-        rows = TUNED_ROWS[bucket]
         if (
-            rows > model.x.shape[0]
-            or model.streams(name, rows)
+            bucket > model.engine.max_num_tokens
+            or model.streams(name, bucket)
             or (name == "lm_head" and (bucket == 8 or prefill[bucket]))
         ):
             continue  # another kernel's; lm_head has no tiles of 8 rows, and a prefill needs it for one row
         linear = model.linears(name)[0]
-        tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, bucket))
+        tiles = dict.fromkeys(fit(tile, linear, bucket) for tile in choices(name, bucket))
         work.setdefault(bucket, {})[name] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -91,10 +92,10 @@ def tune(
         for bucket, names in work.items():
             for name, tiles in names.items():
                 for tile in tiles:
-                    model.run_linear(name, 0, TUNED_ROWS[bucket], tile)
+                    model.run_linear(name, 0, bucket, tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
-        run = model.sample_step(TUNED_ROWS[bucket], prefill[bucket])
+        run = model.sample_step(bucket, prefill[bucket])
         for name, tiles in names.items():
             timed = []
             for tile in tiles:
@@ -106,7 +107,7 @@ def tune(
             fastest, tile = min(timed, key=lambda pair: pair[0])
             model.tiles.set(name, bucket, tile)
             best[f"{name}/{bucket}"] = asdict(tile)
-            progress(f"{name}, {TUNED_ROWS[bucket]} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
+            progress(f"{name}, {bucket} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
     model.position.zero_()
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 

@@ -24,7 +24,7 @@ from llama_engine.model.weights import Linear
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
 _STORE, _RESIDUAL, _SILU_MUL, _LOGITS = (tl.constexpr(i) for i in range(4))
 MAX_SPLIT, MAX_TILES, MAX_PARTIAL = 16, 4096, 1 << 22
-LM_HEAD_ROWS = 64  # rows of logits computed at once, whatever the batch, so that each row's sums keep their order
+LM_HEAD_ROWS = 512  # rows of logits computed at once
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from llama_engine.errors import InputError
 from llama_engine.kernels.gemm import Tile, fit
 from llama_engine.model.weights import Linear
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TUNING_FILE = "tuning.json"
-ROW_BUCKETS = (8, 16, 32, 64, 128)  # up to so many rows; the last one also stands for every larger number
+ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # up to so many rows; the last also stands for all larger numbers
+# Ways along K in a bucket: from 128 rows on tiles are 128 wide, and narrow matrices have fewer than an H100 has units.
+SPLITS = {128: {"down": 4, "o": 4, "qkv": 2}, 256: {"down": 2, "o": 2}}
 
 
 def row_bucket(num_rows: int) -> int:
@@ -28,9 +30,11 @@ def default_tile(name: str, num_rows: int) -> Tile:
     bucket = row_bucket(num_rows)
     if name == "lm_head":
         # Never below 16 rows: another matrix instruction would add in another order.
-        return Tile(max(16, min(bucket, 64)), 128, 128)
-    if bucket == 128:
+        return Tile(128, 128, 64, warps=8) if bucket >= 128 else Tile(max(16, bucket), 128, 128)
+    if bucket >= 1024:
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
+    if bucket >= 128:
+        return Tile(128, 128, 128, SPLITS.get(bucket, {}).get(name, 1), swap=False, warps=8, stages=3)
     if bucket >= 32:
         gate_up = Tile(64, 64, 128) if bucket == 64 else Tile(32, 128, 256)
         return {"gate_up": gate_up, "down": Tile(bucket, 64, 256, 2)}.get(name, Tile(bucket, 64, 256))
@@ -46,8 +50,11 @@ class Tiles:
         if tuning is None:
             return
         if tuning.get("format_version") != FORMAT_VERSION or tuning.get("gpu") != gpu:
+            made = f"{tuning.get('gpu')!r} (format {tuning.get('format_version')})"
             warnings.warn(
-                f"the engine's tuning is for {tuning.get('gpu')!r}, this GPU is {gpu!r}: running untuned", stacklevel=2
+                f"the engine's tuning is for {made}, this is {gpu!r} (format {FORMAT_VERSION}): running untuned; "
+                "build the engine again",
+                stacklevel=2,
             )
             return
         for key, values in tuning["tiles"].items():

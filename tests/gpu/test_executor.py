@@ -74,6 +74,21 @@ def test_a_request_alone_equals_the_same_request_in_a_batch():
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_more_rows_than_one_tile_of_lm_head():
+    rows = 70
+    engine = EngineConfig(rows, max_seq_len=16, max_num_tokens=rows, tokens_per_block=16, num_kv_blocks=rows + 1)
+    fused, host = _pair(engine=engine)
+    for executor in (fused, host):
+        for slot in range(rows):
+            executor.bind(slot, SamplingParams())
+            executor.set_block_table(slot, [1 + slot])
+        executor.submit(Step(tuple(Chunk(slot, 0, [slot]) for slot in range(rows)))).tokens()
+    step = Step(tuple(Chunk(slot, 1) for slot in reversed(range(rows))), "last")
+    got, want = fused.submit(step), host.submit(step)
+    assert (got.logits() - want.logits()).abs().max() < 0.02 * want.logits().abs().max()
+    assert got.tokens() == got.logits().argmax(-1).tolist()
+
+
 def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
     fused, _ = _pair()
 
