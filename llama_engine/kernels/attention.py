@@ -11,20 +11,44 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
 from llama_engine.kernels.common import launch_options
 from llama_engine.model.rope import rope_tables
 
-CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
-DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor
-QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
+MERGE_WARPS = 16
 
 
-def chunk_size(max_seq_len: int) -> int:
-    """Positions in one decode chunk: more of them where there would be very many chunks."""
-    return max(CHUNK, triton.next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
+@dataclass(frozen=True)
+class DecodeShape:
+    """How a decode's context is cut. ``chunk``, ``keys`` and ``warps`` decide the order of sums, so they hold for every
+    batch; ``stages`` and ``programs`` (to a row's chunks, in all) may be anything."""
+
+    chunk: int = 256  # positions; more of them where a sequence could have more than max_chunks
+    max_chunks: int = 128
+    keys: int = 32
+    warps: int = 2
+    stages: int = 3
+    programs: int = 1056  # small ones, many to a multiprocessor; beyond that each walks several chunks
+
+    def chunk_size(self, max_seq_len: int) -> int:
+        return max(self.chunk, triton.next_power_of_2(-(-max_seq_len // self.max_chunks)))
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """A tile of queries and how its keys are walked. Only ``keys`` decides the order of a row's sums."""
+
+    rows: int = 64  # tokens times the query heads of a KV head
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False  # keys and values through the tensor memory accelerator, where the cache's blocks allow it
+
+
+DECODE, PREFILL = DecodeShape(), PrefillShape()
 
 
 @dataclass
@@ -34,10 +58,12 @@ class PagedAttention:
     config: ModelConfig
     engine: EngineConfig
     block_tables: torch.Tensor
+    decode_shape: DecodeShape = DECODE
+    prefill_shape: PrefillShape = PREFILL
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
-        self.chunk = chunk_size(self.engine.max_seq_len)
+        self.chunk = self.decode_shape.chunk_size(self.engine.max_seq_len)
         self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
         self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine.max_seq_len))
         shape = (len(self.block_tables), self.max_chunks, c.num_heads)
@@ -45,7 +71,7 @@ class PagedAttention:
         self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         self.group = c.num_heads // c.num_kv_heads
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
-        self.query_tokens = max(1, QUERY_ROWS // triton.next_power_of_2(self.group))
+        self.query_tokens = max(1, self.prefill_shape.rows // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
 
     def decode(
@@ -62,9 +88,8 @@ class PagedAttention:
 
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
-        c = self.config
-        # Enough programs to fill the chip; beyond that each walks several chunks.
-        programs = min(self.max_chunks, -(-DECODE_BLOCKS // (num_rows * c.num_kv_heads)))
+        c, shape = self.config, self.decode_shape
+        programs = min(self.max_chunks, -(-shape.programs // (num_rows * c.num_kv_heads)))
         attention_decode.decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -86,9 +111,9 @@ class PagedAttention:
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            BT=DECODE_KEYS,
-            num_warps=DECODE_WARPS,
-            num_stages=DECODE_STAGES,
+            BT=shape.keys,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **self.options,
         )
         attention_decode.merge[(num_rows,)](
@@ -150,15 +175,24 @@ class PagedAttention:
             num_warps=4,
             **self.options,
         )
-        group = triton.next_power_of_2(self.group)
+        group, shape, head = triton.next_power_of_2(self.group), self.prefill_shape, c.head_size
+        tma = (
+            shape.tma
+            and self.engine.tokens_per_block % shape.keys == 0
+            and head == max(16, triton.next_power_of_2(head))
+        )
+        cache, v_offset = kv, kv.stride(0)
+        if tma:
+            cache = TensorDescriptor.from_tensor(kv.view(-1, head), [shape.keys, head])
+            v_offset //= head
         attention_prefill.prefill[(tiles.shape[0], c.num_kv_heads)](
             qkv,
-            kv,
+            cache,
             out,
             self.block_tables,
             tiles,
             self.block_tables.shape[1],
-            kv.stride(0),
+            v_offset,
             self.scale,
             KVH=c.num_kv_heads,
             G=self.group,
@@ -167,8 +201,9 @@ class PagedAttention:
             HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             BQ=self.query_tokens,
-            BT=KEYS,
-            num_warps=PREFILL_WARPS,
-            num_stages=PREFILL_STAGES,
+            BT=shape.keys,
+            TMA=tma,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **self.options,
         )

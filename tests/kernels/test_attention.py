@@ -6,7 +6,7 @@ from llama_engine.kernels.quant import quantize_reference
 from llama_engine.model.llama import TorchModel, apply_rope
 
 
-def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024):
+def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024, **shapes):
     """Random KV for sequences of the given cached lengths, in shuffled blocks."""
     from llama_engine.kernels.attention import PagedAttention
 
@@ -18,7 +18,7 @@ def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, ma
     tables = torch.zeros((len(contexts) + 1, max_blocks), dtype=torch.int32)
     tables[:-1] = order[: len(contexts) * max_blocks].view(len(contexts), max_blocks)
     kv = torch.randn(2, num_blocks, kv_heads, tokens_per_block, head_size).half().to(device)
-    return config, kv, PagedAttention(config, engine, tables.to(device))
+    return config, kv, PagedAttention(config, engine, tables.to(device), **shapes)
 
 
 def _reference(config, attention, kv, qkv, slot, start):
@@ -62,9 +62,17 @@ def test_decode_over_the_block_table(device, heads, kv_heads, head_size, tokens_
 
 
 @pytest.mark.parametrize("tokens_per_block", [16, 64])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64)])
-def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block):
-    config, kv, attention = _setup(device, heads, kv_heads, head_size, [0, 0], tokens_per_block, max_seq_len=128)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64), (4, 2, 48)])
+@pytest.mark.parametrize("shape", [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}])
+def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block, shape):
+    from llama_engine.kernels.attention import PrefillShape
+
+    config, kv, attention = _setup(
+        device,
+        *(heads, kv_heads, head_size, [0, 0], tokens_per_block),
+        max_seq_len=128,
+        prefill_shape=PrefillShape(**shape),
+    )
     lengths = {0: 75, 1: 20}
     qkv = torch.randn(95, config.qkv_size, device=device).half()
     expected_kv = kv.clone()

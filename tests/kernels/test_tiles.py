@@ -26,7 +26,7 @@ def test_damaged_files_are_named(device, tmp_path):
     with pytest.raises(InputError, match=r"tuning\.json is damaged"):
         tiles.load_tuning(tmp_path)
     (tmp_path / "tuning.json").write_text(
-        json.dumps({"format_version": 1, "gpu": "this", "tiles": {"qkv/8": {"wat": 1}}})
+        json.dumps({"format_version": tiles.FORMAT_VERSION, "gpu": "this", "tiles": {"qkv/8": {"wat": 1}}})
     )
     with pytest.raises(InputError, match="qkv/8"):
         tiles.Tiles(tiles.load_tuning(tmp_path), "this")
