@@ -31,9 +31,16 @@ class GpuModel:
     """
 
     def __init__(
-        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, stream: bool = True
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        tiles: Tiles,
+        stream: bool = True,
+        library: str | None = None,
     ) -> None:
-        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs; ``library`` is that
+        of :class:`PagedAttention`."""
         self.config, self.engine = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
@@ -61,7 +68,7 @@ class GpuModel:
         self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
-        self.attention = PagedAttention(config, engine, self.block_tables)
+        self.attention = PagedAttention(config, engine, self.block_tables, library=library)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
@@ -190,17 +197,18 @@ class GpuModel:
         sampled: torch.Tensor,
         every_row: bool = False,
         part: slice = ALL_LAYERS,
+        whole: tuple[int, int] | None = None,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
         :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
         ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
-        the first with the embedding and the last with the sampling."""
+        the first with the embedding and the last with the sampling. ``whole`` as in :meth:`PagedAttention.prefill`."""
         rows = ids.numel()
         if not part.start:
             quant.embed(self.weights.embedding, ids, self.x, rows)
 
         def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
-            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
+            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows, whole)
             quant.norm(self.attended, None, 0.0, digits, self.a_scale, rows)
 
         count = ends.shape[1]

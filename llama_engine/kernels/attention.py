@@ -14,7 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.kernels import attention_decode, attention_prefill
+from llama_engine.kernels import attention_decode, attention_prefill, attention_sdpa
 from llama_engine.kernels.common import launch_options
 from llama_engine.model.rope import rope_tables
 
@@ -49,6 +49,9 @@ class PrefillShape:
 
 
 DECODE, PREFILL = DecodeShape(), PrefillShape()
+# The library for whole steps of one prompt, attention_sdpa.CUDNN or FLASH; None is the kernel here, which gives a row
+# the same sums however its prompt is cut. benchmarks/attention.py times them all.
+LIBRARY: str | None = None
 
 
 @dataclass
@@ -60,6 +63,7 @@ class PagedAttention:
     block_tables: torch.Tensor
     decode_shape: DecodeShape = DECODE
     prefill_shape: PrefillShape = PREFILL
+    library: str | None = None
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
@@ -134,6 +138,11 @@ class PagedAttention:
             **self.options,
         )
 
+    def by_library(self, start: int, length: int) -> bool:
+        """Whether a chunk of prefill is the library's: a whole step's at a multiple of it, so that few shapes occur."""
+        step = self.engine.max_num_tokens
+        return self.library is not None and length == step and start % step == 0
+
     def tiles(self, first_row: int, start: int, length: int, slot: int) -> list[tuple[int, int, int, int]]:
         """The query tiles (first row, rows, slot, first position) of a chunk of prefill."""
         step = self.query_tokens
@@ -148,11 +157,12 @@ class PagedAttention:
         tiles: torch.Tensor,
         out: torch.Tensor,
         num_rows: int,
+        whole: tuple[int, int] | None = None,
     ) -> None:
         """New tokens at ``positions`` of ``slots`` (int32 a row): rotate and cache them, then attend causally.
 
         ``tiles`` int32 ``[n, 4]`` from :meth:`tiles` (rows of zero do nothing); ``out`` fp16 ``[*, q_size]``; ``qkv``
-        is rotated in place.
+        is rotated in place. ``whole``: the rows are one chunk, of this slot from this position on, for the library.
         """
         c = self.config
         half = c.head_size // 2
@@ -175,6 +185,13 @@ class PagedAttention:
             num_warps=4,
             **self.options,
         )
+        if whole is not None:
+            slot, start = whole
+            keys, values = attention_sdpa.gather(kv, self.block_tables[slot], start + num_rows)
+            q = qkv[:num_rows, : c.q_size].unflatten(1, (c.num_heads, c.head_size)).transpose(0, 1)[None]
+            attended = attention_sdpa.attend(self.library, q, keys, values)
+            out[:num_rows].unflatten(1, (c.num_heads, c.head_size)).copy_(attended[0].transpose(0, 1))
+            return
         group, shape, head = triton.next_power_of_2(self.group), self.prefill_shape, c.head_size
         tma = (
             shape.tma
