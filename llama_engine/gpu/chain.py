@@ -198,18 +198,26 @@ class GpuModel:
         every_row: bool = False,
         part: slice = ALL_LAYERS,
         whole: tuple[int, int] | None = None,
+        decodes: int = 0,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
         :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
         ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
-        the first with the embedding and the last with the sampling. ``whole`` as in :meth:`PagedAttention.prefill`."""
-        rows = ids.numel()
+        the first with the embedding and the last with the sampling. ``whole`` as in :meth:`PagedAttention.prefill`.
+        The first ``decodes`` rows each decode their slot instead (``ids`` and ``positions`` of them are not read, and
+        ``every_row`` is a must); the ``tiles`` count the rows after them."""
+        rows, d = ids.numel(), decodes
+        if d and not part.start:
+            quant.embed(self.weights.embedding, self.last_token, self.x, d, slots)
         if not part.start:
-            quant.embed(self.weights.embedding, ids, self.x, rows)
+            quant.embed(self.weights.embedding, ids[d:], self.x[d:], rows - d)
 
         def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
-            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows, whole)
-            quant.norm(self.attended, None, 0.0, digits, self.a_scale, rows)
+            if d:
+                self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, d)
+            new = (slots[d:], positions[d:], tiles, self.attended[d:], rows - d)
+            self.attention.prefill(self.qkv[d:], kv, *new, whole)
+            quant.norm(self.attended[d:], None, 0.0, digits[:, d:], self.a_scale[d:], rows - d)
 
         count = ends.shape[1]
         x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)

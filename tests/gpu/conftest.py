@@ -1,0 +1,3 @@
+"""The device that the kernels' tests run on."""
+
+from tests.kernels.conftest import device as device
