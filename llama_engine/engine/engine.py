@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
 from llama_engine.engine.executor import Executor, Step, StepHandle
@@ -18,8 +17,7 @@ from llama_engine.sampling import SamplingParams
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """New tokens of one request, and why it ended, if it did."""
 
     request_id: int

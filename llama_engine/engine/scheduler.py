@@ -91,16 +91,20 @@ class Scheduler:
         work: list[tuple[Sequence, Chunk]] = []
         grown: list[Sequence] = []
         admitted: list[Sequence] = []
-        for sequence in [s for s in self.running if s.decoding and s.sampled < s.max_new_tokens]:
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.sampled < sequence.max_new_tokens:
+                (decoding if sequence.decoding else prefilling).append(sequence)
+        for sequence in decoding:
             if sequence.slot < 0:
                 continue  # preempted by an older one, in this very loop
-            blocks = len(sequence.table)
-            if not self._make_room(sequence):
-                continue
-            if len(sequence.table) > blocks:
+            if sequence.computed >= len(sequence.table) * self.blocks.tokens_per_block:
+                if not self._make_room(sequence):
+                    continue
                 grown.append(sequence)
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
-        prefilling = [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]
+        prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
         if work and len(work) >= len(prefilling) + self._admissible():
             budget = min(budget, self._config.max_prefill_tokens)

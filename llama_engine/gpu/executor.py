@@ -110,6 +110,7 @@ class CudaExecutor:
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
+        self._new_tables: dict[int, np.ndarray] = {}
         self._persistent: persistent.PersistentDecode | None = None
         if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
             try:
@@ -145,13 +146,13 @@ class CudaExecutor:
         self._params[slot] = params
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
-        with torch.cuda.stream(self._stream):
-            self._upload(self.model.block_tables[slot], np.asarray(blocks, dtype=np.int32))
+        self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
 
     def submit(self, step: Step) -> CudaHandle:
         decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
         prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
         with torch.cuda.stream(self._stream):
+            self._upload_tables()
             passes = []
             if mixed := self._mixed_bucket(step, decodes, prefills):
                 passes.append(self._mixed(step, decodes, prefills, mixed))
@@ -333,6 +334,20 @@ class CudaExecutor:
         """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
         host = torch.from_numpy(values)
         target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
+
+    def _upload_tables(self) -> None:
+        """Bring all new block tables over at once: sequences that began together cross into new blocks together."""
+        if not self._new_tables:
+            return
+        slots, tables = np.array(list(self._new_tables)), list(self._new_tables.values())
+        rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+        for row, table in zip(rows, tables):
+            row[: len(table)] = table
+        index, source = (torch.from_numpy(values) for values in (slots, rows))
+        if self._cuda:
+            index, source = (host.pin_memory().to(self.device, non_blocking=True) for host in (index, source))
+        self.model.block_tables[:, : rows.shape[1]].index_copy_(0, index, source)
+        self._new_tables.clear()
 
     def _rows(self, chunks: list[int]) -> dict[int, torch.Tensor]:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""

@@ -112,6 +112,18 @@ def _executor(config, weights, mixed):
     return executor
 
 
+def test_block_tables_of_many_lengths_arrive_together():
+    fused, _ = _pair()
+    tables = {0: [3, 1, 2], 2: [9], 1: [4, 5, 6, 7]}
+    for slot, blocks in tables.items():
+        fused.set_block_table(slot, [8, 8, 8])
+        fused.set_block_table(slot, blocks)
+    fused.submit(Step((Chunk(0, 0, [1]),))).tokens()
+    for slot, blocks in tables.items():
+        assert fused.model.block_tables[slot, : len(blocks)].tolist() == blocks
+    assert not fused.model.block_tables[3:].any()
+
+
 def test_what_one_pass_cannot_hold_takes_two():
     fused, _ = _pair(engine=EngineConfig(16, 64, 1024, 16, num_kv_blocks=65, max_prefill_tokens=30))
     decode, prompt = Chunk(0, 4), Chunk(1, 0, [1] * 30)
