@@ -1,8 +1,9 @@
 """In-flight batching: which chunks of which sequences run in the next step.
 
 Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
-``max_num_tokens``. A prompt must not hold up those who are being answered, so while at least as many sequences decode
-as are prefilled or could be admitted, prefill takes at most ``max_prefill_tokens`` of a step: the majority goes first.
+``max_num_tokens``. A prompt must not hold up those who are being answered: while one sequence waits for its first token
+(is prefilled, or could be admitted), or at most half as many as decode, prefill takes at most ``max_prefill_tokens`` of
+a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
 When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
 it has said.
 """
@@ -106,7 +107,7 @@ class Scheduler:
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
         prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
-        if work and len(work) >= len(prefilling) + self._admissible():
+        if work and len(prefilling) + self._admissible() <= max(1, len(work) // 2):
             budget = min(budget, self._config.max_prefill_tokens)
         for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
