@@ -68,6 +68,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self._slots = list(range(config.max_batch_size - 1, -1, -1))
+        self._grown: list[
+            Sequence
+        ] = []  # since the last plan, which is not the last call where DrainFirst came between
         self.preemptions = 0
 
     @property
@@ -90,7 +93,7 @@ class Scheduler:
         """The next step, or None when there is nothing to run. Raises :class:`DrainFirst`."""
         budget = self._config.max_num_tokens
         work: list[tuple[Sequence, Chunk]] = []
-        grown: list[Sequence] = []
+        grown = self._grown
         admitted: list[Sequence] = []
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -125,7 +128,10 @@ class Scheduler:
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
-        return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted) if work else None
+        if not work:
+            return None
+        self._grown = []
+        return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted)
 
     def _admissible(self) -> int:
         """About how many waiting sequences have room to run."""

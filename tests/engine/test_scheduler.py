@@ -18,15 +18,20 @@ class Recorder:
 
     def __init__(self, num_kv_blocks, asynchronous):
         self.num_kv_blocks, self.asynchronous, self.steps = num_kv_blocks, asynchronous, []
+        self.tables = {}
 
     def bind(self, slot, params):
         pass
 
     def set_block_table(self, slot, blocks):
-        pass
+        self.tables[slot] = list(blocks)
 
     def submit(self, step):
         self.steps.append(step)
+        held = [block for chunk in step.chunks for block in self.tables[chunk.slot]]
+        assert len(set(held)) == len(held)  # no two sequences of a step share a block
+        for chunk in step.chunks:
+            assert chunk.start + chunk.length <= 64 * len(self.tables[chunk.slot])
         return ReadyHandle([1] * sum(chunk.samples for chunk in step.chunks))
 
     def counts(self):
