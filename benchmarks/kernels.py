@@ -60,15 +60,15 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 64)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 512)")
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
     parser.add_argument("--tune", action="store_true", help="time the tiles of every matrix first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
-    if min(args.rows) < 1 or max(args.rows) > 64 or args.context < 1:
-        raise InputError("--rows must be 1 to 64 and --context at least 1")
+    if min(args.rows) < 1 or max(args.rows) > 512 or args.context < 1:
+        raise InputError("--rows must be 1 to 512 and --context at least 1")
     from llama_engine.gpu import tuner
     from llama_engine.gpu.chain import GpuModel
     from llama_engine.kernels import tiles
@@ -77,13 +77,16 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = environment.measure_read_bandwidth("cuda")["bytes_per_s"]
     config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
-    length = max(args.context + 1, *args.prefill, 64)
-    engine = EngineConfig(64, length, max(64, *args.prefill), 64, num_kv_blocks=64 * -(-length // 64) + 1)
+    length, slots = max(args.context + 1, *args.prefill, 64), max(64, *args.rows)
+    per = -(-(args.context + 1) // 64)
+    blocks = max(slots * per, -(-length // 64)) + 1
+    engine = EngineConfig(slots, length, max(slots, *args.prefill), 64, num_kv_blocks=blocks)
     model = GpuModel(config, engine, random_weights(config, device), tiles.Tiles(None, ""))
     if args.tune:
         tuner.tune(model, console.print)
-    blocks = engine.max_blocks_per_sequence
-    model.block_tables[:64] = torch.arange(1, 64 * blocks + 1, dtype=torch.int32, device=device).view(64, blocks)
+    numbers = torch.arange(1, slots * per + 1, dtype=torch.int32, device=device)
+    model.block_tables[:slots, :per] = numbers.view(slots, per)
+    model.block_tables[0] = torch.arange(engine.max_blocks_per_sequence, dtype=torch.int32, device=device) + 1
     model.position.fill_(args.context)
     table = Table("kernel", "rows", "us", "MB", "GB/s", f"% of {bandwidth / 1e12:.2f} TB/s", title=args.geometry)
     layers = config.num_layers
