@@ -20,7 +20,7 @@ import torch
 from llama_engine.checkpoint.hf import model_identity
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.measure import accuracy, protocol, result
+from llama_engine.measure import accuracy, protocol, result, validity
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.generation import EngineStack, TransformersStack, make_prompts, progress_bar, tokenize
 from llama_engine.model.llama import TorchModel
@@ -73,7 +73,7 @@ def windows_of(args: argparse.Namespace, synthetic: bool) -> list[list[int]]:
         return make_prompts(args.model_dir, text, args.window, SYNTHETIC_WINDOWS)
     ids = tokenize(args.model_dir, text)
     windows = [ids[start : start + args.window] for start in range(0, len(ids), args.window)]
-    enough = -(-accuracy.MIN_TOKENS // (args.window - 1))  # the first token of a window is not scored
+    enough = -(-validity.MIN_ACCURACY_TOKENS // (args.window - 1))  # the first token of a window is not scored
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise InputError(f"--text {args.text} holds fewer than two tokens: there is nothing to predict")

@@ -26,17 +26,21 @@ from rich.console import Console
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
-from llama_engine.measure.generation import Cost, add_device, progress_bar
+from llama_engine.measure.generation import add_device, progress_bar
 from llama_engine.measure.load import Generator, Length, Load, level, parse_slo
 from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.show import show
 from llama_engine.measure.telemetry import Telemetry
+from llama_engine.report.show import show
 from llama_engine.serving.client import connect
-from llama_engine.serving.server import ServeConfig, TritonServer, read_metrics
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer, read_metrics
 
 NULL_S = 2.0
+PUBLISHED_S = 0.5  # twice as long as a server takes to publish what it counted
+PREFIX_CACHE = ("prefix_cache_hit_tokens", "prefix_cache_query_tokens")
 OWN_PROCESSES = 3  # on the GPU: this one, tritonserver, the engine
 console = Console(stderr=True)
 
@@ -57,6 +61,7 @@ def main() -> int:
     parser.add_argument("--duration", type=float, default=0, help="seconds a level, instead of --requests")
     parser.add_argument("--slo", nargs="*", default=[], help="goodput limits: ttft_ms:200 tpot_ms:30 latency_ms:5000")
     parser.add_argument("--timeout", type=float, default=600, help="seconds the client waits for one answer")
+    parser.add_argument("--prefix-cache", action="store_true", help="let the server answer from its prefix cache")
     parser.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals")
     parser.add_argument("--output", type=Path, help="default: results/local/triton-<backend>[-whole].json")
     parser.add_argument("--force", action="store_true")
@@ -83,7 +88,7 @@ def main() -> int:
     with ExitStack() as stack:
         if not args.url:
             with console.status("starting Triton Inference Server"):
-                config = ServeConfig(device=args.device, null_model=True)
+                config = ServeConfig(device=args.device, null_model=True, enable_prefix_cache=args.prefix_cache)
                 triton = stack.enter_context(TritonServer(args.engine_dir, config))
             args.url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
             args.metrics_url = f"{triton.host}:{triton.metrics_port}"
@@ -107,7 +112,7 @@ async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[
     users = max([*args.concurrency, 8])
     null = await generator(model="null_model").closed(users, duration_s=NULL_S)
     null_rate = null.responses / null.wall_s if null.runs else None
-    kernels, cost = "unknown", None
+    kernels, cost, values = "unknown", None, {}
     try:
         values, kernels = await asyncio.to_thread(read_metrics, args.metrics_url)
         cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"]))
@@ -137,6 +142,10 @@ async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[
             part = {kind: value, "mode": "closed" if closed else "open"}
             part |= level(load, streaming=args.streaming, slo=args.slo)
             part["checks"]["null_responses_per_s"] = null_rate
+            if cost:  # the server's metrics can be read
+                await asyncio.sleep(PUBLISHED_S)
+                before, (values, _) = values, await asyncio.to_thread(read_metrics, args.metrics_url)
+                part["checks"] |= {key: int(values[key] - before[key]) for key in PREFIX_CACHE if key in values}
             nbytes = (
                 cost.decode_nbytes(args.input_tokens.mean, args.output_tokens.mean, value) if cost and closed else None
             )
@@ -146,6 +155,7 @@ async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[
     if not any(part["samples"] for part in levels):
         raise RunError(f"no request succeeded at {args.url}: {next(iter(levels[0]['failures']), 'no answer')}")
     workload = {"streaming": args.streaming, "protocol": args.protocol, "seed": args.seed, "slo": args.slo}
+    workload["prefix_cache"] = args.prefix_cache
     for name in ("input_tokens", "output_tokens"):
         length = getattr(args, name)
         workload |= {name: length.low} if length.low == length.high else {f"{name}_range": [length.low, length.high]}

@@ -14,7 +14,7 @@ from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
 from llama_engine.measure.generation import TransformersStack
-from llama_engine.measure.show import show
+from llama_engine.report.show import show
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
 Method: each kernel runs once a layer over that layer's own weights and KV cache, in one CUDA graph, so that nothing is
 served from L2 that a real step would read from memory; the fastest of 3 replays, divided by the layers. Bytes are what
-the kernel must read and write once; the percentage is of the read bandwidth measured in the same run. Weights are
-random with the geometry asked for. --tune times the tiles of every matrix first.
+the kernel must read and write once (of lm_head, one run over at most 64 rows); the percentage is of the read bandwidth
+measured in the same run. Weights are random with the geometry and the scheme asked for. --tune times the tiles of every
+matrix first. The sampler, which a step launches when one of its rows draws, is timed by itself, after an argmax, over
+logits that make a wide and a narrow distribution.
 Output: a table.
 
     python benchmarks/kernels.py --rows 1 8 32 64 --context 512
+    python benchmarks/kernels.py --scheme fp8 --rows 1 8 32 64 128 256 --prefill 1024 4096 16384 --tune
 """
 
 from __future__ import annotations
@@ -23,43 +26,88 @@ from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
 from llama_engine.measure import environment
+from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import LINEARS, random_weights
+
+SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, FP16)}
 
 
 def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable[[int], None], int]]:
     """Of each kernel of a decode of ``rows`` rows: what runs it for layer i, and the bytes it must move."""
     from llama_engine.kernels import quant
+    from llama_engine.kernels.gemm import LM_HEAD_ROWS
 
     c, slots = model.config, torch.arange(rows, dtype=torch.int32, device=model.device)
     eps, layers = c.rms_norm_eps, model.weights.layers
-    inner, query = model.digits[c.intermediate_size], model.digits[c.q_size]
+    scheme = layers[0].qkv.scheme
+    each = 1 if scheme is FP8 else 2  # bytes of an activation
 
     def norm(i: int) -> None:
-        hidden = model.digits[c.hidden_size]
-        quant.norm(model.x, layers[i].input_norm, eps, hidden, model.a_scale, rows)
+        quant.norm(model.x, layers[i].input_norm, eps, *model.input_of("qkv", layers[i].qkv), rows)
 
     def attend(i: int) -> None:
-        model.attention.decode(model.qkv, model.kv[i], slots, model.position, query, model.a_scale, rows)
+        out = model.input_of("o", layers[i].o)
+        model.attention.decode(model.qkv, model.kv[i], slots, model.position, *out, rows)
 
     runs = {
-        "norm + quantize": (norm, rows * c.hidden_size * 4),
-        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * 2)),
-        "quantize": (
-            lambda _: quant.norm(model.hidden, None, eps, inner, model.a_scale, rows),
-            rows * c.intermediate_size * 4,
-        ),
+        "norm + quantize": (norm, rows * c.hidden_size * (2 + each)),
+        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
     }
+    if scheme is not FP16:
+
+        def quantize(i: int) -> None:
+            quant.norm(model.hidden, None, eps, *model.input_of("down", layers[i].down), rows)
+
+        runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):
+        count = min(rows, LM_HEAD_ROWS) if name == "lm_head" else rows
         weights = model.linears(name)[0].nbytes
         n, k = model.linears(name)[0].weight.shape
         width = {"gate_up": 1, "lm_head": 4}.get(name, 2)
-        runs[name] = (lambda i, name=name: model.run_linear(name, i, rows), weights + rows * (2 * k + width * n))
+        run = lambda i, name=name, count=count: model.run_linear(name, i, count)  # noqa: E731
+        runs[name] = (run, weights + count * (each * k + width * n))
+    return runs
+
+
+def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """The sampler over ``rows`` rows of ``vocab`` logits, by what the rows ask for and how wide they spread."""
+    from llama_engine.kernels.sampler import Sampler
+    from llama_engine.sampling import SamplingParams
+
+    asked: dict[str, dict[str, Any]] = {
+        "T 0.8": {},
+        "top-p 0.95": {"top_p": 0.95},
+        "top-k 50, top-p 0.95": {"top_k": 50, "top_p": 0.95},
+        "top-p 0.95, penalties": {"top_p": 0.95, "repetition_penalty": 1.001},
+    }
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    sampled, last, position = (torch.zeros(rows + 1, dtype=torch.int32, device=device) for _ in range(3))
+    generator = torch.Generator(device).manual_seed(0)
+    runs = {}
+    for spread, name in ((1.3, "wide"), (4.0, "narrow")):
+        logits = spread * torch.randn(rows, vocab, device=device, generator=generator)
+        for title, options in asked.items():
+            sampler = Sampler(rows, rows, vocab, device)
+            for slot in range(rows):
+                params = SamplingParams(temperature=0.8, seed=slot, **options)
+                for target, values in sampler.updates(slot, params, range(1000), range(100)):
+                    target[: values.size].copy_(torch.from_numpy(values))
+
+            def run(sampler: Sampler = sampler, logits: torch.Tensor = logits) -> None:
+                sampled[:rows] = logits.argmax(-1)
+                sampler.launch(logits, sampled, slots, last, position, rows)
+
+            runs[f"sampler, {name}: {title}"] = run
+        runs[f"argmax, {name}"] = lambda logits=logits: sampled[:rows].copy_(
+            logits.argmax(-1)
+        )  # which the above include
     return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
+    parser.add_argument("--scheme", choices=[*SCHEMES], default="int8", help="of the layers' matrices (default: int8)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 512)")
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
@@ -77,18 +125,21 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = environment.measure_read_bandwidth("cuda")["bytes_per_s"]
     config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
-    length, slots = max(args.context + 1, *args.prefill, 64), max(64, *args.rows)
-    per = -(-(args.context + 1) // 64)
-    blocks = max(slots * per, -(-length // 64)) + 1
-    engine = EngineConfig(slots, length, max(slots, *args.prefill), 64, num_kv_blocks=blocks)
-    model = GpuModel(config, engine, random_weights(config, device), tiles.Tiles(None, ""))
+    length, batch = max(args.context + 1, *args.prefill, 64), max(64, *args.rows)
+    # Every sequence has blocks of its own for its context; a prompt takes them all, from the first on.
+    each, tokens = -(-(args.context + 1) // 64), max(batch, *args.prefill)
+    blocks = max(batch * each, -(-length // 64))
+    engine = EngineConfig(batch, length, tokens, 64, num_kv_blocks=blocks + 1)
+    weights = random_weights(config, device, scheme=SCHEMES[args.scheme])
+    model = GpuModel(config, engine, weights, tiles.Tiles(None, ""))
     if args.tune:
         tuner.tune(model, console.print)
-    numbers = torch.arange(1, slots * per + 1, dtype=torch.int32, device=device)
-    model.block_tables[:slots, :per] = numbers.view(slots, per)
-    model.block_tables[0] = torch.arange(engine.max_blocks_per_sequence, dtype=torch.int32, device=device) + 1
+    firsts = torch.arange(batch, device=device)[:, None] * each
+    places = torch.arange(engine.max_blocks_per_sequence, device=device)
+    model.block_tables[:batch] = 1 + (firsts + places) % blocks
     model.position.fill_(args.context)
-    table = Table("kernel", "rows", "us", "MB", "GB/s", f"% of {bandwidth / 1e12:.2f} TB/s", title=args.geometry)
+    share = f"% of {bandwidth / 1e12:.2f} TB/s"
+    table = Table("kernel", "rows", "us", "MB", "GB/s", share, title=f"{args.geometry}, {args.scheme}")
     layers = config.num_layers
 
     def report(name: str, rows: int, ms: float, nbytes: float) -> None:
@@ -103,6 +154,8 @@ def main() -> None:
             count = 4 if name == "lm_head" else layers
             ms = tuner.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
             report(name, rows, ms / count, nbytes)
+        for name, run in sampler_runs(rows, config.vocab_size, device).items():
+            report(name, rows, tuner.time_graph(run, repeats=10), rows * config.vocab_size * 4)
         step = tuner.time_graph(model.sample_step(rows, context=args.context), repeats=5)
         report("whole decode step", rows, step, model.weights.step_nbytes + rows * args.context * kv_bytes)
         table.add_section()

@@ -2,7 +2,8 @@ r"""Ask a served engine one question and print its answer.
 
 Purpose: the smallest complete client; also a check that a server answers.
 Method:  the question goes through the tokenizer and chat template of the engine directory, the ids over gRPC or HTTP.
-Output:  the text, as it is made unless --no-streaming; timings on standard error.
+Output:  the text, as it is made unless --no-streaming; timings on standard error. A server that was started with a
+         secret in LLAMA_ENGINE_TRITON_KEY needs the same here.
 
     python benchmarks/triton_client.py --engine-dir engines/smollm2-135m-instruct \
         --prompt "What is the capital of France? Answer briefly."
@@ -16,8 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.errors import RunError, run_cli
 from llama_engine.serving.client import Client, connect
+from llama_engine.tokenizer import ChatTokenizer, stop_inputs
+from llm_demo.text import TextStream
 
 
 def main() -> None:
@@ -39,17 +42,12 @@ def main() -> None:
 
 
 async def ask(args: argparse.Namespace) -> None:
-    if not (args.engine_dir / "tokenizer.json").is_file():
-        raise InputError(f"{args.engine_dir} has no tokenizer.json: give the directory of an engine that has one")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.engine_dir)
-    text = args.prompt
-    if tokenizer.chat_template and not args.no_chat_template:
-        messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(text, add_special_tokens=args.no_chat_template)["input_ids"]
-    options = {"end_id": tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else {}
+    tokenizer = ChatTokenizer(args.engine_dir)
+    if tokenizer.template and not args.no_chat_template:
+        prompt = tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
+    else:
+        prompt = tokenizer.encode(args.prompt)
+    options = stop_inputs(tokenizer.eos_token_ids)
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "runtime_top_k": args.top_k, "runtime_top_p": args.top_p}
         options |= {"random_seed": args.seed}
@@ -57,18 +55,16 @@ async def ask(args: argparse.Namespace) -> None:
     client = connect(args.protocol, url)
     try:
         await wait_ready(client, url, args.wait)
-        t0, first, ids, shown = time.perf_counter(), 0.0, [], ""
+        t0, first, made, text = time.perf_counter(), 0.0, 0, TextStream(tokenizer, [])
         async for new in client.generate(prompt, args.output_tokens, streaming=args.streaming, **options):
             first = first or time.perf_counter()
-            ids += new
-            answer = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # a character may be half done
-            print(answer[len(shown) :], end="", flush=True)
-            shown = answer
+            made += len(new)
+            print(text.push([token for token in new if token not in tokenizer.eos_token_ids]), end="", flush=True)
     finally:
         await client.close()
-    print()
+    print(text.push([], last=True))
     took = time.perf_counter() - t0
-    print(f"{len(ids)} tokens, first after {(first - t0) * 1e3:.1f} ms, all after {took * 1e3:.1f} ms", file=sys.stderr)
+    print(f"{made} tokens, first after {(first - t0) * 1e3:.1f} ms, all after {took * 1e3:.1f} ms", file=sys.stderr)
 
 
 async def wait_ready(client: Client, url: str, seconds: float) -> None:

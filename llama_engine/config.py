@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llama_engine.errors import InputError
+from llama_engine.errors import ErrorCode, InputError
 
+DEFAULT_MODEL = "smollm2-135m-instruct"  # what a script takes when no model is named
 C = TypeVar("C", bound="_Config")
 FLOAT32_MAX = 3.4e38
 
@@ -122,8 +123,16 @@ class ModelConfig(_Config):
         return 2 * self.num_layers * self.kv_size * element_nbytes
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], *, name: str = "llama", source: str = "pretrained") -> ModelConfig:
-        """Build from a Hugging Face ``config.json``: what transformers 5 makes of it, or :class:`InputError`.
+    def from_hf(
+        cls,
+        hf: dict[str, Any],
+        generation: dict[str, Any] | None = None,
+        *,
+        name: str = "llama",
+        source: str = "pretrained",
+    ) -> ModelConfig:
+        """Build from a Hugging Face ``config.json`` and, where there is one, ``generation_config.json``, whose
+        end-of-sequence ids come first: what transformers 5 makes of them, or :class:`InputError`.
 
         Keys that are absent take the defaults of its ``LlamaConfig``, not this class's.
         """
@@ -153,7 +162,6 @@ class ModelConfig(_Config):
         if hidden % heads:
             raise InputError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         theta, scaling = _rope(hf)
-        eos = hf.get("eos_token_id")
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hidden,
@@ -167,10 +175,23 @@ class ModelConfig(_Config):
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=_eos_ids({"generation_config.json": generation or {}, "config.json": hf}),
             name=name,
             source=source,
         )
+
+
+def _eos_ids(files: dict[str, dict[str, Any]]) -> tuple[int, ...]:
+    """``eos_token_id`` of the first file that has it, an id (0 is one) or a list of ids, each once."""
+    for name, data in files.items():
+        eos = data.get("eos_token_id")
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise InputError(f"{name}: eos_token_id must be a token id or a list of them, got {eos!r}")
+        return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -198,11 +219,11 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope_type != "llama3":
         raise InputError(f"config.json: rope_type {rope_type!r} is not supported (only 'default' and 'llama3')")
     original = "original_max_position_embeddings"
-    values = {**rope, **{name: hf[name] for name in (original,) if name in hf}}
+    beside = {original: hf[original]} if original in hf else {}
     names = ("factor", "low_freq_factor", "high_freq_factor", original)
-    if missing := [name for name in names if name not in values]:
+    if missing := [name for name in names if (beside | rope).get(name) is None]:
         raise InputError(f"config.json: {key} of rope_type 'llama3' lacks {', '.join(missing)}")
-    return float(theta), RopeScaling(*map(values.get, names))  # type: ignore[arg-type]
+    return float(theta), RopeScaling(*map((rope | beside).get, names))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -212,7 +233,9 @@ class EngineConfig(_Config):
     ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes), ``max_prefill_tokens`` those of its
     prefill chunks beside decodes (see :mod:`llama_engine.engine.scheduler`). ``num_kv_blocks`` is 0 for "choose at
     load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of what is free on a
-    GPU, never more than can be used.
+    GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished requests for prompts that
+    start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on, what measures leaves it
+    off.
     """
 
     max_batch_size: int = 16
@@ -223,6 +246,7 @@ class EngineConfig(_Config):
     kv_cache_free_gpu_memory_fraction: float = 0.9
     lm_head: str = "checkpoint"
     max_prefill_tokens: int = 192
+    enable_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         self._check_integers("engine config")
@@ -236,6 +260,8 @@ class EngineConfig(_Config):
             raise InputError("engine config: kv_cache_free_gpu_memory_fraction must be in (0, 1]")
         if self.lm_head not in ("checkpoint", "int8"):
             raise InputError(f"engine config: lm_head must be 'checkpoint' or 'int8', got {self.lm_head!r}")
+        if type(self.enable_prefix_cache) is not bool:
+            raise InputError(f"engine config: enable_prefix_cache must be a bool, got {self.enable_prefix_cache!r}")
 
     @property
     def max_blocks_per_sequence(self) -> int:
@@ -251,13 +277,14 @@ def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int
     """Raise :class:`InputError`, with the numbers, unless a request fits the engine's limits."""
     if not prompt:
         raise InputError("the prompt is empty: give at least one token id")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1 and an integer, got {max_new_tokens!r}")
     if len(prompt) + max_new_tokens > engine.max_seq_len:
         raise InputError(
             f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
-            f"max_seq_len {engine.max_seq_len}"
+            f"max_seq_len {engine.max_seq_len}",
+            ErrorCode.CONTEXT_LENGTH,
         )
-    bad = next((token for token in prompt if not 0 <= token < model.vocab_size), None)
-    if bad is not None:
-        raise InputError(f"token id {bad} is outside the vocabulary of {model.vocab_size}")
+    bad = [token for token in prompt if type(token) is not int or not 0 <= token < model.vocab_size]
+    if bad:
+        raise InputError(f"token id {bad[0]!r} is outside the vocabulary of {model.vocab_size}")

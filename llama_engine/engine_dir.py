@@ -10,14 +10,16 @@ from llama_engine.errors import InputError
 from llama_engine.files import read_json
 
 ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ACTIVATION_BUDGET = 0.01  # of a layer's output, RMS: what the accuracy gate allows the logits
 WEIGHTS_FILE = "engine.safetensors"
 WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}  # the backends, and the file each loads
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256."""
+    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256; ``activation_losses`` what
+    :func:`llama_engine.checkpoint.calibration.activation_losses` found, empty where no integer kernel runs."""
 
     backend: str
     model: ModelConfig
@@ -25,6 +27,12 @@ class EngineInfo:
     checkpoint_sha256: str
     weights_sha256: str
     identity: dict[str, str]
+    activation_losses: list[float]
+
+    @property
+    def needs_float_activations(self) -> bool:
+        """Whether some layer loses more than the budget in the fused kernels, so that PyTorch's must run."""
+        return max(self.activation_losses, default=0.0) > ACTIVATION_BUDGET
 
 
 def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> EngineInfo:
@@ -49,6 +57,7 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
         )
     keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
+    keys |= {"activation_losses"}
     if set(data) != keys:
         raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
     weights = Path(engine_dir) / WEIGHTS[found]
@@ -61,4 +70,5 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
         checkpoint_sha256=data["checkpoint_sha256"],
         weights_sha256=data["weights"]["sha256"],
         identity=data["model_identity"],
+        activation_losses=data["activation_losses"],
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama_engine.backend import Batch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu import fused
 from llama_engine.cpu.executor import HostExecutor
@@ -19,20 +21,27 @@ from llama_engine.engine.executor import Executor
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.model.llama import TorchModel
-from llama_engine.model.weights import load_weights
+from llama_engine.model.schemes import FP8
+from llama_engine.model.weights import LINEARS, load_weights
 
 
 def load_engine(
     engine_dir: str | Path, *, device: str = "auto", kernels: str = "auto", threads: int | None = None, **changes: Any
 ) -> Engine:
     """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). ``changes`` replace fields of
-    the :class:`EngineConfig` it was built with.
+    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
+    found that a layer's activations do not bear the fused kernels' integers. ``changes`` replace fields of the
+    :class:`EngineConfig` it was built with.
 
     Raises :class:`InputError` for a missing or damaged engine or an unavailable device.
     """
     info = load_engine_json(Path(engine_dir))
     config = replace(info.engine, **changes)
+    if kernels == "auto" and info.needs_float_activations:
+        worst = max(info.activation_losses)
+        where = f"integer activations lose {worst:.1%} in layer {info.activation_losses.index(worst)}"
+        print(f"note: {where}, running on PyTorch operations, which are slower", file=sys.stderr)
+        kernels = "torch"
     executor = make_executor(Path(engine_dir), info.model, config, pick_device(device), kernels, threads)
     return Engine(info.model, config, executor)
 
@@ -50,6 +59,8 @@ def make_executor(
         from llama_engine.kernels.tiles import load_tuning
 
         return CudaExecutor(model, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
+    if device.type == "cpu" and any(getattr(layer, name).scheme is FP8 for layer in weights.layers for name in LINEARS):
+        print("note: FP8 matrices run on a CPU by exact emulation in PyTorch operations, slowly", file=sys.stderr)
     config = replace(config, num_kv_blocks=config.num_kv_blocks or config.useful_kv_blocks)
     if kernels == "auto" and fused.supported(model, config, weights):
         try:
@@ -69,6 +80,8 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
     An engine moved to another machine compiles at its first load, or runs untuned.
     """
+    if load_engine_json(engine_dir).needs_float_activations:
+        return ["PyTorch operations: a layer's activations hold channels too large for integers with one scale a token"]
     try:
         library = fused.compile_library(engine_dir / "kernels")
         lines = [f"CPU kernel: {library.name if library else 'no C++ compiler, PyTorch operations'}"]
@@ -79,3 +92,44 @@ def prepare_machine(engine_dir: Path) -> list[str]:
 
         lines.append(tune_engine(engine_dir))
     return lines
+
+
+class NativeBackend:
+    """Implements :class:`llama_engine.backend.Backend` over an :class:`Engine` in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def check(self, batch: Batch) -> None:
+        if any(len(word) != 1 for words in batch.stop_words for word in words):
+            raise InputError("stop_words_list: the native engine stops at words of one token only")
+        for prompt in batch.prompts:
+            self.engine.validate(prompt, batch.max_new_tokens)
+
+    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        end = (batch.end_id,) if batch.end_id >= 0 else ()
+        output_ids = torch.full((len(batch.prompts), 1, batch.width), batch.end_id, dtype=torch.int32)
+        lengths = torch.tensor([[len(prompt)] for prompt in batch.prompts], dtype=torch.int32)
+        row_of = {}
+        for row, (prompt, words) in enumerate(zip(batch.prompts, batch.stop_words)):
+            output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+            stops = (*end, *(word[0] for word in words))
+            added = self.engine.add_request(prompt, batch.max_new_tokens, params=batch.params, stop_token_ids=stops)
+            row_of[added] = row
+        try:
+            while row_of:
+                outputs = [output for output in self.engine.step() if output.request_id in row_of]
+                for output in outputs:
+                    row = row_of[output.request_id]
+                    for token in output.token_ids:
+                        output_ids[row, 0, lengths[row, 0]] = token
+                        lengths[row, 0] += 1
+                    if output.finished:
+                        del row_of[output.request_id]
+                    if isinstance(output.reason, RunError):
+                        raise output.reason
+                if outputs:
+                    yield output_ids.clone(), lengths.clone()
+        finally:
+            for request_id in row_of:  # the caller left the iterator early
+                self.engine.cancel(request_id)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama_engine.engine.engine import Engine
+from llama_engine.backend import Backend, Batch
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
-from llama_engine.native import load_engine
+from llama_engine.native import NativeBackend, load_engine
 from llama_engine.sampling import SamplingParams
+from llama_engine.trtllm import TensorRTBackend
 
 
 class ModelRunner:
-    """The native backend; :meth:`from_dir` picks the backend that ``engine_dir`` was built for."""
+    """Answers through the backend that :meth:`from_dir` picks: the one ``engine_dir`` was built for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
-    @staticmethod
-    def from_dir(engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
-        """Load an engine; ``options`` go to :meth:`llama_engine.engine.engine.Engine.from_dir` or
-        :class:`llama_engine.trtllm.TensorRTRunner`. Raises :class:`InputError`."""
+    @classmethod
+    def from_dir(cls, engine_dir: str | Path, *, device: str = "auto", **options: Any) -> ModelRunner:
+        """Load an engine; ``options`` go to :func:`llama_engine.native.load_engine` or
+        :class:`llama_engine.trtllm.TensorRTBackend`. Raises :class:`InputError`."""
         if load_engine_json(engine_dir, backend="auto").backend == "tensorrt_llm":
-            from llama_engine.trtllm import TensorRTRunner
-
-            return TensorRTRunner(engine_dir, **options)
-        return ModelRunner(load_engine(engine_dir, device=device, **options))
+            return cls(TensorRTBackend(engine_dir, **options))
+        return cls(NativeBackend(load_engine(engine_dir, device=device, **options)))
 
     def generate(
         self,
@@ -38,6 +37,7 @@ class ModelRunner:
         max_new_tokens: int = 1,
         end_id: int,
         pad_id: int,
+        stop_words_list: list[list[list[int]]] | None = None,
         temperature: float = 1.0,
         top_k: int = 1,
         top_p: float = 1.0,
@@ -46,12 +46,14 @@ class ModelRunner:
         return_dict: bool = False,
         output_sequence_lengths: bool = False,
     ) -> Any:
-        """Generate for each prompt, a 1-D int tensor, until ``end_id`` or ``max_new_tokens``.
+        """Generate for each prompt, a 1-D int tensor, until ``end_id``, a stop word or ``max_new_tokens``.
 
         Returns int32 ``(batch, 1, longest prompt + max_new_tokens)``, prompt included, padded with ``end_id``; with
         ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
-        pass an ``end_id`` that cannot occur, such as -1. Raises :class:`InputError`.
+        pass an ``end_id`` that cannot occur, such as -1. ``stop_words_list`` has for each prompt the words, each a list
+        of ids, that end its answer too; the native engine takes words of one id. Raises :class:`InputError`, and
+        :class:`RunError` where the logits of a prompt are not finite.
         """
         for name, value in (("end_id", end_id), ("pad_id", pad_id)):
             if type(value) is not int:
@@ -60,45 +62,17 @@ class ModelRunner:
         if not prompts:
             raise InputError("batch_input_ids is empty")
         params = SamplingParams(temperature, top_k, top_p, random_seed)
-        self._check(prompts, max_new_tokens)
-        steps = self._steps(prompts, max_new_tokens, params, end_id, pad_id, streaming)
+        words = [[] for _ in prompts] if stop_words_list is None else stop_words_list
+        if len(words) != len(prompts):
+            raise InputError(f"stop_words_list has words for {len(words)} prompts, but there are {len(prompts)}")
+        batch = Batch(prompts, max_new_tokens, params, end_id, pad_id, words, streaming)
+        self.backend.check(batch)
+        steps = self.backend.steps(batch)
         results = (_result(*step, return_dict, output_sequence_lengths) for step in steps)
         if streaming:
             return results
         *_, last = results
         return last
-
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        for prompt in prompts:
-            self.engine.validate(prompt, max_new_tokens)
-
-    def _steps(
-        self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams, end_id: int, *_: object
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """``output_ids`` and sequence lengths after each step; unless ``streaming``, the last pair will do."""
-        stop = (end_id,) if end_id >= 0 else ()
-        width = max(map(len, prompts)) + max_new_tokens
-        output_ids = torch.full((len(prompts), 1, width), end_id, dtype=torch.int32)
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts], dtype=torch.int32)
-        row_of = {}
-        for row, prompt in enumerate(prompts):
-            output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-            row_of[self.engine.add_request(prompt, max_new_tokens, params=params, stop_token_ids=stop)] = row
-        try:
-            while row_of:
-                outputs = [output for output in self.engine.step() if output.request_id in row_of]
-                for output in outputs:
-                    row = row_of[output.request_id]
-                    for token in output.token_ids:
-                        output_ids[row, 0, lengths[row, 0]] = token
-                        lengths[row, 0] += 1
-                    if output.finished:
-                        del row_of[output.request_id]
-                if outputs:
-                    yield output_ids.clone(), lengths.clone()
-        finally:
-            for request_id in row_of:  # the caller left the iterator early
-                self.engine.cancel(request_id)
 
 
 def _as_list(ids: torch.Tensor) -> list[int]:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
+from llama_engine.backend import Batch
 from llama_engine.checkpoint.build import complete, own_names
 from llama_engine.checkpoint.packing import layout_for, visible_arch
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.unified import Checkpoint, recipe_key
 from llama_engine.config import EngineConfig, check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
-from llama_engine.runner import ModelRunner
-from llama_engine.sampling import SamplingParams
+from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
 
 INSTALL = "pip install -r requirements-trtllm.txt, or build an engine with --backend native"
 
@@ -52,6 +52,15 @@ def build_command(
     return command
 
 
+def check_recipe(source: Checkpoint) -> None:
+    """Raise :class:`InputError` for a checkpoint in the native engine's own form."""
+    if source.quant_algo == FP8_ALL:
+        raise InputError(
+            f"{source.dir} holds every linear layer in FP8 ({FP8_ALL}), which is a form of the native engine: convert "
+            "with --fp8_recipe nvidia for TensorRT-LLM, or build with --backend native"
+        )
+
+
 def build(
     checkpoint_dir: Path, output_dir: Path, engine: EngineConfig, flags: dict[str, str], force: bool = False
 ) -> None:
@@ -59,10 +68,16 @@ def build(
     if not installed() or shutil.which("trtllm-build") is None:
         raise InputError(f"TensorRT-LLM is not installed: {INSTALL}")
     source = Checkpoint(checkpoint_dir)
+    check_recipe(source)
     arch = visible_arch()
+    version = importlib.metadata.version("tensorrt_llm")
+    if source.quant_algo == FP8_ROWWISE and recipe_key(version) != recipe_key(source.version):
+        raise InputError(
+            f"{source.dir} was written for TensorRT-LLM {source.version}, installed is {version}, which names the FP8 "
+            f"recipe otherwise: convert with --trtllm_version {version}"
+        )
     if source.layout and arch:
         # TensorRT-LLM loads INT8 bytes unchecked, so a wrong layout would give wrong answers, not an error.
-        version = importlib.metadata.version("tensorrt_llm")
         needed = layout_for(arch, version)
         if needed != source.layout:
             raise InputError(
@@ -76,8 +91,11 @@ def build(
         complete(out, "tensorrt_llm", source, engine)
 
 
-class TensorRTRunner(ModelRunner):
-    """A TensorRT engine on the first GPU. Raises :class:`InputError`; :class:`RunError` if loading fails."""
+class TensorRTBackend:
+    """Implements :class:`llama_engine.backend.Backend` over a TensorRT engine on the first GPU.
+
+    Raises :class:`InputError`; :class:`RunError` if loading fails.
+    """
 
     def __init__(self, engine_dir: str | Path, *, kv_cache_free_gpu_memory_fraction: float | None = None) -> None:
         self.info = load_engine_json(engine_dir, backend="tensorrt_llm")
@@ -99,37 +117,29 @@ class TensorRTRunner(ModelRunner):
         except (AssertionError, RuntimeError) as error:
             raise RunError(f"TensorRT-LLM could not load {engine_dir}: {error}") from error
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def check(self, batch: Batch) -> None:
         limit = self.info.engine.max_batch_size
-        if len(prompts) > limit:
-            raise InputError(f"{len(prompts)} prompts, but the engine was built for {limit} at once")
-        for prompt in prompts:
-            check_request(self.info.model, self.info.engine, prompt, max_new_tokens)
+        if len(batch.prompts) > limit:
+            raise InputError(f"{len(batch.prompts)} prompts, but the engine was built for {limit} at once")
+        for prompt in batch.prompts:
+            check_request(self.info.model, self.info.engine, prompt, batch.max_new_tokens)
 
-    def _steps(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        params: SamplingParams,
-        end_id: int,
-        pad_id: int,
-        streaming: bool,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # ModelRunnerCpp drops keywords it does not know without a word; these are all among those it accepts.
         results = self.runner.generate(
-            [torch.tensor(prompt, dtype=torch.int32) for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            end_id=end_id,  # -1 cannot occur, so EOS is ignored
-            pad_id=pad_id,
-            temperature=float(params.temperature),
-            top_k=int(params.top_k),
-            top_p=float(params.top_p),
-            random_seed=int(params.seed),
-            streaming=streaming,
+            [torch.tensor(prompt, dtype=torch.int32) for prompt in batch.prompts],
+            max_new_tokens=batch.max_new_tokens,
+            end_id=batch.end_id,  # -1 cannot occur, so EOS is ignored
+            pad_id=batch.pad_id,
+            stop_words_list=batch.stop_words,
+            temperature=float(batch.params.temperature),
+            top_k=int(batch.params.top_k),
+            top_p=float(batch.params.top_p),
+            random_seed=int(batch.params.seed),
+            streaming=batch.streaming,
             return_dict=True,
             output_sequence_lengths=True,
         )
-        # TensorRT-LLM pads to the engine's max_seq_len; nothing lies beyond the width that was asked for.
-        width = max(map(len, prompts)) + max_new_tokens
-        for result in results if streaming else [results]:
-            yield result["output_ids"][..., :width].cpu(), result["sequence_lengths"].cpu()
+        # TensorRT-LLM pads to the engine's max_seq_len; nothing is beyond the width that was asked for.
+        for result in results if batch.streaming else [results]:
+            yield result["output_ids"][..., : batch.width].cpu(), result["sequence_lengths"].cpu()

@@ -8,10 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llama_engine.errors import InputError, RunError
-from llama_engine.serving.client import RequestFailed
+from llama_engine.errors import ErrorCode, InputError, RunError
 
 DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
+STATUS = {
+    ErrorCode.INVALID: 400,
+    ErrorCode.CONTEXT_LENGTH: 400,
+    ErrorCode.QUEUE_FULL: 429,
+    ErrorCode.CANCELLED: 499,
+    ErrorCode.SHUTTING_DOWN: 503,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.TIMEOUT: 504,
+}
 Text = Annotated[str, Field(max_length=1 << 20)]
 # accepted at these values only: the engine does not do them, and nothing asked for is silently ignored
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -41,17 +49,13 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: InputError | RunError) -> ApiError:
-        """Triton's refusals by what they say: its error codes do not reach a gRPC stream's client."""
+        """By the error's code alone."""
         text = str(error)
-        if isinstance(error, InputError):
-            return cls(400, text)
-        if "queue is full" in text:
-            return cls(429, f"The engine is busy, try again: {text}", code="queue_full")
-        if "max_seq_len" in text or "KV blocks" in text:
-            return cls(400, text, code="context_length_exceeded")
-        if isinstance(error, RequestFailed) and not text.startswith("the request"):
-            return cls(503, f"{DOWN} ({text[:200]})", code="engine_unavailable")
-        return cls(500, text)
+        if error.code is ErrorCode.QUEUE_FULL:
+            text = f"The engine is busy, try again: {text}"
+        elif error.code is ErrorCode.UNAVAILABLE:
+            text = f"{DOWN} ({text[:200]})"
+        return cls(STATUS.get(error.code, 500), text, code=error.code.value)
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -59,10 +63,15 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def _same(given: Any, accepted: Any) -> bool:
+    """0 is not False and True is not 1, though Python has them equal; 0.0 is 0."""
+    return given == accepted and isinstance(given, bool) == isinstance(accepted, bool)
+
+
 class StreamOptions(BaseModel):
     """``continuous_usage_stats`` puts the usage so far into every chunk."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -70,7 +79,7 @@ class StreamOptions(BaseModel):
 class Sampling(BaseModel):
     """What both kinds of completion take. ``temperature`` 0 is greedy; without a seed every call draws anew."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: str
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -87,7 +96,7 @@ class Sampling(BaseModel):
         if not isinstance(data, dict):
             raise ApiError(400, "the request body must be a JSON object")
         for name, accepted in NEUTRAL.items():
-            if name in data and data[name] not in accepted:
+            if name in data and not any(_same(data[name], value) for value in accepted):
                 raise ApiError(400, f"{name}={data[name]!r} is not supported by this engine", param=name)
         data = {k: v for k, v in data.items() if v is not None and k not in NEUTRAL and k not in IGNORED}
         if isinstance(data.get("stop"), str):
@@ -103,7 +112,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "user", "assistant"]
     content: Text | list[Part]
 

@@ -164,7 +164,7 @@ def chat(console: Console, gateway: Gateway, body: dict, system: list[dict], onl
 
 def race(console: Console, gateway: Gateway, models: list[str], body: dict) -> None:
     """Both at once, a thread a lane; the ratio compares the time a token, first token included."""
-    with console.status("loading the baseline"), gateway.call("POST", "/baseline"):
+    with console.status("loading the baseline"), gateway.call("POST", "/baseline", json={}):
         pass
     lanes, failures = [Answer(), Answer()], []
 

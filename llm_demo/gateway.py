@@ -6,36 +6,29 @@ import asyncio
 import contextlib
 import itertools
 import json
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.serving.client import GrpcClient
+from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
-from llm_demo.text import ChatTokenizer, TextStream
+from llm_demo.guard import Guard
+from llm_demo.text import TextStream
 
 STATIC = Path(__file__).parent / "static"
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 T = TypeVar("T")
 Piece = tuple[str, "str | None", dict[str, int]]  # text, finish reason at the end, usage so far
 
@@ -93,20 +86,20 @@ class Gateway:
 
     async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:
         """New ids from the model the request names, cut before an end-of-sequence id. Leaving early cancels."""
-        eos = {*self.info.model.eos_token_ids, *filter(None, [self.tokenizer.eos_token_id])}
+        eos = self.tokenizer.eos_token_ids
         seed = request.seed % (1 << 64)
         if request.model == self.name:
-            options: dict[str, Any] = {"end_id": min(eos)} if eos else {}
+            options = stop_inputs(eos)
             if request.temperature > 0:
                 options |= {"temperature": request.temperature, "runtime_top_p": request.top_p, "random_seed": seed}
             source = self.client.generate(prompt, max_tokens, streaming=True, **options)
         else:
             sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": seed}
-            source = self.baseline.generate(prompt, max_tokens, eos=sorted(eos), **sampling)
+            source = self.baseline.generate(prompt, max_tokens, eos=list(eos), **sampling)
         async with contextlib.aclosing(source):
             async for new in source:
                 yield list(itertools.takewhile(lambda token: token not in eos, new))
-                if not eos.isdisjoint(new):
+                if any(token in eos for token in new):
                     return
 
     async def answer(self, request: Sampling) -> AsyncIterator[Piece]:
@@ -154,34 +147,9 @@ class Gateway:
         return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])
 
 
-class Guard:
-    """Security headers on every answer, and a count of the API's by status."""
-
-    def __init__(self, app: ASGIApp, counts: Counter[str]) -> None:
-        self.app, self.counts = app, counts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-                if scope["path"].startswith("/v1/"):
-                    self.counts[f'requests_total{{code="{message["status"]}"}}'] += 1
-            await send(message)
-
-        await self.app(scope, receive, guarded)
-
-
-def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> FastAPI:
-    """``local_only`` refuses other host names, so that no foreign page can reach a loopback server by renaming it."""
+def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> ASGIApp:
+    """The routes behind a :class:`Guard`."""
     app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, counts=gateway.counts)
-    if local_only:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-
-    def known(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if api_key and not secrets.compare_digest(given, api_key.encode()):
-            raise ApiError(401, "Incorrect or missing API key.", code="invalid_api_key")
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:
@@ -198,24 +166,28 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
 
-    @app.get("/v1/models", dependencies=[Depends(known)])
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, f"The gateway failed: {type(error).__name__}").body(), 500)
+
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name) for name in gateway.models]}
 
-    @app.get("/v1/models/{name}", dependencies=[Depends(known)])
+    @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         gateway.check_model(name)
         return _model(name)
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(known)])
+    @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         return await _complete(gateway, request, body)
 
-    @app.post("/v1/completions", dependencies=[Depends(known)])
+    @app.post("/v1/completions")
     async def completion(request: Request, body: CompletionRequest) -> Response:
         return await _complete(gateway, request, body)
 
-    @app.post("/baseline", dependencies=[Depends(known)])
+    @app.post("/baseline")
     async def baseline() -> dict[str, bool]:
         """Load the race's baseline now, so that loading is not part of the race."""
         if gateway.baseline is None:
@@ -240,7 +212,7 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> Fa
         return FileResponse(STATIC / "index.html")
 
     app.mount("/static", StaticFiles(directory=STATIC))
-    return app
+    return Guard(app, gateway.counts, api_key=api_key, local_only=local_only)
 
 
 async def _complete(gateway: Gateway, request: Request, body: Sampling) -> Response:

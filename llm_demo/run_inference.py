@@ -3,13 +3,14 @@
 python llm_demo/run_inference.py engines/smollm2-135m-instruct "What is the capital of France? Answer briefly."
 """
 
+import itertools
 import sys
 
 import torch
 
 from llama_engine.errors import InputError, run_cli
 from llama_engine.runner import ModelRunner
-from llm_demo.text import ChatTokenizer
+from llama_engine.tokenizer import ChatTokenizer
 
 
 def main() -> None:
@@ -18,9 +19,13 @@ def main() -> None:
     tokenizer = ChatTokenizer(sys.argv[1])
     runner = ModelRunner.from_dir(sys.argv[1])
     prompt = torch.tensor(tokenizer.encode_chat([{"role": "user", "content": sys.argv[2]}]), dtype=torch.int32)
-    end = tokenizer.eos_token_id
-    output_ids = runner.generate([prompt], max_new_tokens=128, end_id=end, pad_id=end)  # (batch, beams, length)
-    print(tokenizer.decode(output_ids[0, 0, len(prompt) :].tolist()))
+    stops = tokenizer.eos_token_ids or (-1,)  # -1 never comes
+    words = [[[token] for token in stops[1:]]]  # for each prompt, words of one token
+    output_ids = runner.generate(
+        [prompt], max_new_tokens=128, end_id=stops[0], pad_id=stops[0], stop_words_list=words
+    )  # (batch, beams, length)
+    answer = itertools.takewhile(lambda token: token not in stops, output_ids[0, 0, len(prompt) :].tolist())
+    print(tokenizer.decode([*answer]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@ r"""An OpenAI-compatible gateway in front of Triton Inference Server, and a page
 
 Purpose: feel the engine from a browser, or from any OpenAI client with base_url http://127.0.0.1:8080/v1.
 Method:  the engine's tokenizer and chat template make token ids, Triton's tensorrt_llm model answers over gRPC. The
-         race's other lane is the Hugging Face model, loaded at first use in a process of its own.
+         race's other lane is the Hugging Face model, loaded at first use in a process of its own. A Triton that dies
+         is started again.
 Output:  the page at /, the API under /v1, /health, /metrics (Prometheus). Starts Triton itself unless --triton-url.
 
     python llm_demo/server.py --engine-dir engines/smollm2-135m-instruct --model-dir models/smollm2-135m-instruct
@@ -15,14 +16,17 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 from rich.console import Console
+from starlette.types import ASGIApp
 
 from llama_engine.errors import InputError, RunError, run_cli
-from llama_engine.serving.server import ServeConfig, TritonServer
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer, supervise
 from llm_demo.gateway import Gateway, create_app
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -43,15 +47,47 @@ def main() -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
         signal.signal(stop, signal.default_int_handler)
     console = Console(highlight=False, soft_wrap=True)
-    with contextlib.suppress(KeyboardInterrupt), listen(args.host, args.port) as door, triton(args, console) as url:
+    with contextlib.suppress(KeyboardInterrupt), listen(args.host, args.port) as door, contextlib.ExitStack() as stack:
+        server = None
+        if not args.triton_url:
+            config = ServeConfig(device=args.device, drain_s=2)
+            with console.status("starting Triton Inference Server"):
+                server = stack.enter_context(TritonServer(args.engine_dir, config, http=False))
+        url = args.triton_url or server.grpc_url
         gateway = Gateway(args.engine_dir, url, model_dir=args.model_dir, device=args.device)
         app = create_app(gateway, api_key=args.api_key, local_only=args.host in LOOPBACK)
         if args.host not in LOOPBACK and not args.api_key:
             console.print(f"note: {args.host} is open to others and no --api-key is set")
         console.print(f"ready: http://{args.host}:{args.port} (OpenAI clients: /v1; Ctrl-C stops)")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[door])
+        ended = stack.enter_context(serving(app, door))
+        if server:
+            supervise(server, console.print, ended)
+        ended.wait()
+        raise RunError("the gateway ended by itself")
     console.print("stopped")
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp, door: socket.socket) -> Iterator[threading.Event]:
+    """The gateway in a thread of its own, while the main one minds Triton. The event is set when it ends."""
+    web = uvicorn.Server(
+        uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    )
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            web.run(sockets=[door])
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield ended
+    finally:
+        web.should_exit = True
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -64,20 +100,6 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         raise InputError(f"cannot listen on {host}:{port} ({why}): choose another --host or --port") from None
     with door:
         yield door
-
-
-@contextlib.contextmanager
-def triton(args: argparse.Namespace, console: Console) -> Iterator[str]:
-    """The gRPC address of the server: the one given, or one of our own that ends with us."""
-    if args.triton_url:
-        yield args.triton_url
-        return
-    with contextlib.ExitStack() as stack:
-        with console.status("starting Triton Inference Server"):
-            server = stack.enter_context(TritonServer(args.engine_dir, ServeConfig(device=args.device, drain_s=2)))
-        yield server.grpc_url
-        if not server.alive:
-            raise RunError(f"Triton Inference Server ended by itself: {server.log}")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,12 @@
-"""Prompts to token ids, and token ids back to text as they arrive."""
+"""Token ids back to text as they arrive."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from tokenizers.decoders import DecodeStream
 
-from llama_engine.errors import InputError
+from llama_engine.tokenizer import ChatTokenizer
 
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
 MAX_UNFINISHED = 8  # tokens: no character is longer, so these bytes are no character
-
-
-class ChatTokenizer:
-    """The tokenizer and chat template that lie in an engine directory."""
-
-    def __init__(self, engine_dir: Path | str) -> None:
-        if not (Path(engine_dir) / "tokenizer.json").is_file():
-            raise InputError(f"{engine_dir} has no tokenizer.json: the demo speaks text, give an engine that has one")
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(engine_dir, local_files_only=True)
-        self.eos_token_id: int | None = self._tokenizer.eos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text)["input_ids"]
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Raises :class:`InputError` when the model has no template or its template refuses these messages."""
-        if not self._tokenizer.chat_template:
-            raise InputError("this model has no chat template: use /v1/completions")
-        try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template refuses by raising what it likes
-            raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class TextStream:
@@ -48,24 +18,38 @@ class TextStream:
 
     def __init__(self, tokenizer: ChatTokenizer, stop: list[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
-        self._start = self._done = 0  # ids[start:done] are shown and give the next ones their context
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []  # ids that gave no text yet
         self._held = ""
+        self.tokens = 0
         self.stopped = False
-
-    @property
-    def tokens(self) -> int:
-        return len(self._ids)
 
     def push(self, ids: list[int], *, last: bool = False) -> str:
         """The text that these ids make final; with ``last``, all that is left."""
-        self._ids += ids
-        shown = self._tokenizer.decode(self._ids[self._start : self._done])
-        now = self._tokenizer.decode(self._ids[self._start :])
-        if last or not now.endswith(UNFINISHED) or len(self._ids) - self._done > MAX_UNFINISHED:
-            self._held += now[len(shown) :]
-            self._start, self._done = self._done, len(self._ids)
+        self.tokens += len(ids)
+        for token in ids:
+            if token not in self._tokenizer.special_ids:
+                self._held += self._decode(token)
+        if last:
+            self._held += self._tokenizer.decode(self._pending)
+            self._pending = []
         return self._release(last)
+
+    def _decode(self, token: int) -> str:
+        self._pending.append(token)
+        try:
+            piece = self._decoder.step(self._tokenizer.backend, token)
+            stuck = piece is None and len(self._pending) > MAX_UNFINISHED
+        except Exception:  # the library's own: bytes that are no character changed text that was already out
+            piece, stuck = None, True
+        if stuck:
+            piece = self._tokenizer.decode(self._pending)
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            self._decoder.step(self._tokenizer.backend, self._tokenizer.letter)  # what follows is not the first word
+        if piece is None:
+            return ""
+        self._pending = []
+        return piece
 
     def _release(self, last: bool) -> str:
         found = [at for at in map(self._held.find, self._stop) if at >= 0]

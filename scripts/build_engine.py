@@ -52,7 +52,10 @@ def main() -> None:
 
     backend = trtllm.pick_backend(args.backend)
     native = backend == "native"
-    positions = Checkpoint(args.checkpoint_dir).config.max_position_embeddings
+    source = Checkpoint(args.checkpoint_dir)
+    if not native:
+        trtllm.check_recipe(source)
+    positions = source.config.max_position_embeddings
     max_num_tokens = max(2048, args.max_batch_size) if native else 8192
     engine = EngineConfig(
         max_batch_size=args.max_batch_size,

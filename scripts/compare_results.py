@@ -12,23 +12,16 @@ Output: a table. Exit code 0 no regression, 3 regression, 4 not comparable.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from llama_engine.errors import InputError, run_cli
-from llama_engine.measure.result import Result, load_folder
-from llama_engine.measure.stats import bootstrap_ratio
-from llama_engine.measure.story import MEASUREMENTS, dig
+from llama_engine.measure.compare import compare
+from llama_engine.measure.result import load_folder
 
 REGRESSION, NOT_COMPARABLE = 3, 4
-METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower is better
-WORKLOAD = ("input_tokens", "output_tokens", "input_tokens_range", "output_tokens_range", "concurrency")
-WORKLOAD += ("streaming", "protocol")
-SAME = ("model.sha256", "summary.prefill_ttft_ms.input_tokens", *(f"workload.{name}" for name in WORKLOAD))
-FINGERPRINT = "environment.fingerprint"
 
 
 def main() -> int:
@@ -40,68 +33,23 @@ def main() -> int:
     args = parser.parse_args()
     if not 0 <= args.tolerance < 1:
         raise InputError(f"--tolerance must be in [0, 1), got {args.tolerance}")
-    old, new = load_folder(args.old), load_folder(args.new)
-    pairs = {name: (old[name], new[name]) for name in old if name in new and old[name]["benchmark"] in MEASUREMENTS}
+    found = compare(load_folder(args.old), load_folder(args.new), args.tolerance, args.force)
     console = Console(width=110)
-    if obstacles := list(differences(pairs, args.force)):
-        for obstacle in obstacles:
-            console.print(f"not comparable: {obstacle}")
+    for load in found.left_out:
+        console.print(f"left out: {load}", markup=False)
+    for obstacle in found.obstacles:
+        console.print(f"not comparable: {obstacle}", markup=False)
+    if found.obstacles:
         return NOT_COMPARABLE
-    foreign = any(dig(a, FINGERPRINT) != dig(b, FINGERPRINT) for a, b in pairs.values())
-    title = "DIFFERENT MACHINES OR VERSIONS (--force)" if foreign else None
+    title = "DIFFERENT MACHINES OR VERSIONS (--force)" if found.foreign else None
     table = Table("result", "metric", "new / old speed", "95 %", "verdict", title=title)
-    regressed = 0
-    for name, pair in pairs.items():
-        for load, before, after in loads(*pair):
-            if obstacles := list(unlike(before, after)):
-                console.print(f"left out: {name}, {load.strip()}: {'; '.join(obstacles)}")
-                continue
-            for metric in METRICS:
-                samples = dig(before, f"samples.{metric}"), dig(after, f"samples.{metric}")
-                if not all(samples):
-                    continue
-                ratio = bootstrap_ratio(*samples, paired=False)
-                low, high = ratio["ci95"]
-                bad = high < 1 - args.tolerance
-                regressed += bad
-                verdict = "REGRESSION" if bad else ratio["verdict"]
-                table.add_row(name, load + metric, f"{ratio['ratio']:.3f}", f"{low:.3f} to {high:.3f}", verdict)
-    if not table.rows:
-        console.print("not comparable: no load is in both folders")
-        return NOT_COMPARABLE
+    for row in found.rows:
+        low, high = row.ratio["ci95"]
+        verdict = "REGRESSION" if row.regressed else row.ratio["verdict"]
+        table.add_row(row.result, row.metric, f"{row.ratio['ratio']:.3f}", f"{low:.3f} to {high:.3f}", verdict)
     console.print(table)
-    console.print(f"{regressed} regressions" if regressed else "no regression")
-    return REGRESSION if regressed else 0
-
-
-def differences(pairs: dict[str, tuple[Result, Result]], force: bool) -> Iterator[str]:
-    """Why the two folders cannot be compared."""
-    if not pairs:
-        yield "no measurement is in both folders"
-    for name, (old, new) in pairs.items():
-        for obstacle in unlike(old, new):
-            yield f"{name}: {obstacle}"
-        if dig(old, FINGERPRINT) != dig(new, FINGERPRINT) and not force:
-            yield f"{name}: other machine or library versions (--force compares them all the same, labelled)"
-
-
-def unlike(old: Result, new: Result) -> Iterator[str]:
-    """Why two results, or a level of each, cannot be compared."""
-    for which, part in (("old", old), ("new", new)):
-        if dig(part, "validity.status") == "INVALID":
-            yield f"the {which} one is INVALID: {'; '.join(part['validity']['reasons'])}"
-    for path in SAME:
-        if dig(old, path) != dig(new, path):
-            yield f"{path} is {dig(old, path)} and {dig(new, path)}"
-
-
-def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:
-    """A result itself, named "", and the closed-loop levels that both have, such as "8 at once "."""
-    before, after = (
-        {"": x} | {f"{y['concurrency']} at once ": y for y in x.get("levels", []) if "concurrency" in y}
-        for x in (old, new)
-    )
-    yield from ((name, before[name], after[name]) for name in before if name in after)
+    console.print(f"{found.regressions} regressions" if found.regressions else "no regression")
+    return REGRESSION if found.regressions else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-r"""Convert a Hugging Face Llama to a TensorRT-LLM unified checkpoint, INT8 weight-only if asked.
+r"""Convert a Hugging Face Llama to a TensorRT-LLM unified checkpoint, INT8 weight-only or FP8 row-wise if asked.
 
 Purpose: one checkpoint that both TensorRT-LLM and the native engine build from.
 Method:  symmetric per-channel INT8 of every linear layer (max|w| / 128, half away from zero), packed in the byte
-         order of the target GPU; rows stream from the shards, so memory stays small at any model size.
+         order of the target GPU; or FP8 (e4m3), one scale a row (max|w| / 448), activations quantized per token at
+         run time: by NVIDIA's recipe the MLP of all layers but the first and the last, or every linear layer, which
+         the native engine alone runs. Rows stream from the shards, so memory stays small at any model size.
 Output:  OUTPUT_DIR/config.json, rank{N}.safetensors, tokenizer files.
 
     python scripts/convert_checkpoint.py --model_dir models/smollm2-135m-instruct --output_dir checkpoints/smollm2 \
@@ -15,7 +17,7 @@ import argparse
 import time
 from pathlib import Path
 
-from llama_engine.checkpoint.convert import ConvertOptions, convert
+from llama_engine.checkpoint.convert import FP8_RECIPES, ConvertOptions, convert
 from llama_engine.checkpoint.packing import TARGET_ARCHES, visible_arch
 from llama_engine.errors import InputError, run_cli
 
@@ -27,8 +29,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", help="float16 or bfloat16 (default: float16)")
     parser.add_argument("--use_weight_only", action="store_true", help="quantize the linear layers' weights")
     parser.add_argument("--weight_only_precision", choices=["int8"], help="int8 is the only one")
+    parser.add_argument("--use_fp8_rowwise", action="store_true", help="FP8 weights and activations (sm89 or later)")
+    parser.add_argument("--fp8_recipe", choices=[*FP8_RECIPES], help="which matrices (default: nvidia; see above)")
     parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: auto, the GPU or sm80")
-    parser.add_argument("--trtllm_version", help="whose byte layout (default: 0.15.0)")
+    parser.add_argument("--trtllm_version", help="whose byte layout or FP8 keys (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
     parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
@@ -36,9 +40,12 @@ def main() -> None:
 
     if args.weight_only_precision and not args.use_weight_only:
         raise InputError("--weight_only_precision needs --use_weight_only")
+    if args.fp8_recipe and not args.use_fp8_rowwise:
+        raise InputError("--fp8_recipe needs --use_fp8_rowwise")
     packed = args.use_weight_only and not args.quantize_at_build
-    if not packed and (args.target_arch or args.trtllm_version):
-        raise InputError("--target_arch and --trtllm_version choose the byte order of INT8: 16-bit weights have none")
+    if not packed and (args.target_arch or (args.trtllm_version and not args.use_fp8_rowwise)):
+        what = "FP8 has" if args.use_fp8_rowwise else "16-bit weights have"
+        raise InputError(f"--target_arch and --trtllm_version choose the byte order of INT8: {what} none")
     arch = args.target_arch or "auto"
     if arch == "auto":
         arch = (visible_arch() if packed else None) or "sm80"
@@ -51,11 +58,13 @@ def main() -> None:
         trtllm_version=args.trtllm_version or "0.15.0",
         quantize_at_build=args.quantize_at_build,
         tp_size=args.tp_size,
+        fp8=(args.fp8_recipe or "nvidia") if args.use_fp8_rowwise else None,
     )
     start = time.perf_counter()
     convert(args.model_dir, args.output_dir, options, force=args.force)
     size = sum(path.stat().st_size for path in args.output_dir.glob("rank*.safetensors"))
     what = f"INT8, layout {options.layout.name}" if options.layout else "16-bit weights"
+    what = f"FP8, {options.fp8} recipe" if options.fp8 else what
     print(f"{args.output_dir}: {size / 1e9:.2f} GB, {what}, {time.perf_counter() - start:.1f} s")
 
 

@@ -8,7 +8,7 @@
 #
 #   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
 #   --device DEVICE    auto, cpu or cuda                  --synthetic NAME    llama-3.1-8b, llama-3.2-1b, tiny
-#   --lm-head P        checkpoint (16-bit) or int8        --headline          also render into results/ itself
+#   --lm-head P        checkpoint (16-bit) or int8        --headline          report into results/ itself
 set -euo pipefail
 quick= name=local model_args=() device=auto lm_head=checkpoint headline=
 usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; }
@@ -82,8 +82,11 @@ step 7 "profile"
 ./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results/profile.json" --force
 
 step 8 "pictures and report"
-"$PY" scripts/plot_results.py --results-dir "$results"
-[ -z "$headline" ] || "$PY" scripts/plot_results.py --headline "$name"
+if [ -n "$headline" ]; then
+  "$PY" scripts/plot_results.py --headline "$name"
+else
+  "$PY" scripts/plot_results.py --results-dir "$results"
+fi
 
 printf '\n'
 "$PY" scripts/show_results.py "$results"

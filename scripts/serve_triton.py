@@ -5,6 +5,9 @@ Method:  renders triton_model_repo/ for the engine into a run directory, starts 
          nvidia-pytriton, waits until it is ready, and drains and stops it on Ctrl-C or TERM.
 Output:  the addresses; the server's log in the run directory.
 
+The HTTP port answers whoever reaches it, so a web page open in a browser on this machine can have text made. Set
+LLAMA_ENGINE_TRITON_KEY to a secret, here and for the clients: inference then needs it, over HTTP and gRPC.
+
     python scripts/serve_triton.py --engine-dir engines/smollm2-135m-instruct
 """
 
@@ -17,18 +20,16 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
 
 from llama_engine.engine_dir import load_engine_json
-from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.errors import InputError, run_cli
 from llama_engine.files import atomic_dir
+from llama_engine.serving.client import KEY_NAME, KEY_VARIABLE, inference_key
 from llama_engine.serving.repository import ServeConfig, own_names, render, serve_command
-from llama_engine.serving.server import TritonServer, listening
-
-MAX_RESTARTS = 5
+from llama_engine.serving.server import TritonServer, listening, supervise
 
 
 def main() -> None:
@@ -54,6 +55,12 @@ def main() -> None:
     parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
     parser.add_argument("--drain-s", type=float, default=10, help="seconds running requests get at shutdown")
     parser.add_argument("--exclude-input-in-output", action="store_true", help="answer with new tokens only")
+    parser.add_argument(
+        "--no-prefix-cache",
+        dest="enable_prefix_cache",
+        action="store_false",
+        help="compute every prompt whole, though one that starts alike was answered before (native engines)",
+    )
     parser.add_argument("--null-model", action="store_true", help="also serve null_model, the load generator's ceiling")
     parser.add_argument("--run-dir", type=Path, help="model repository and log (default: a temporary one)")
     args = parser.parse_args()
@@ -70,7 +77,7 @@ def main() -> None:
 
 
 def serve_native(server: TritonServer) -> None:
-    """Until Ctrl-C or TERM; a server that dies is started again, ``MAX_RESTARTS`` times."""
+    """Until Ctrl-C or TERM."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
         signal.signal(stop, signal.default_int_handler)
     console = Console()
@@ -83,13 +90,7 @@ def serve_native(server: TritonServer) -> None:
             soft_wrap=True,
             highlight=False,
         )
-        for left in reversed(range(MAX_RESTARTS)):
-            while server.alive:
-                time.sleep(0.5)
-            console.print(f"tritonserver ended by itself (see {server.log}); {left} restarts left", soft_wrap=True)
-            server.kill()  # what is left of it may still hold the GPU
-            server.start()
-        raise RunError(f"tritonserver ended {MAX_RESTARTS} times by itself: see {server.log}")
+        supervise(server, lambda message: console.print(message, soft_wrap=True, highlight=False))
     except KeyboardInterrupt:
         console.print("stopping")
     finally:
@@ -102,7 +103,8 @@ def serve_tensorrtllm(args: argparse.Namespace, config: ServeConfig, listen: lis
     with atomic_dir(models, own_names, inputs=[args.engine_dir], force=True) as scratch:
         render(args.engine_dir, scratch, config, "tensorrt_llm")
     command = serve_command(args.engine_dir, models, ["--disable-auto-complete-config", *listen])
-    print(shlex.join(command))
+    # the secret stays where it is: the shell that runs this line puts it in again
+    print(shlex.join(command).replace(f"{KEY_NAME}={inference_key()}", f'{KEY_NAME}="${KEY_VARIABLE}"'))
     if args.print:
         return
     if shutil.which(command[0]) is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama_engine.errors import run_cli
 from llama_engine.measure.result import load_folder
-from llama_engine.measure.show import show
+from llama_engine.report.show import show
 
 
 def main() -> None:
@@ -18,7 +18,8 @@ def main() -> None:
     parser.add_argument("results_dir", type=Path)
     folder = parser.parse_args().results_dir
     show(load_folder(folder).values())
-    print(f"report: {folder / 'PERFORMANCE_REPORT.md'}")
+    if (report := folder / "PERFORMANCE_REPORT.md").is_file():
+        print(f"report: {report}")
 
 
 if __name__ == "__main__":

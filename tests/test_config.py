@@ -41,6 +41,31 @@ def test_round_trip_through_json_types():
     assert config.eos_token_ids == (1, 2)
 
 
+LLAMA31_ENDS = {"eos_token_id": [128001, 128008, 128009]}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 128001}, LLAMA31_ENDS, (128001, 128008, 128009)),
+        ({"eos_token_id": 1}, {"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": None}, (2, 0)),
+        ({"eos_token_id": 0}, None, (0,)),
+        ({"eos_token_id": None}, {}, ()),
+    ],
+)
+def test_end_of_sequence_ids_come_from_the_generation_config_first(config, generation, expected):
+    assert ModelConfig.from_hf(HF | config, generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", ["2", [1, -1], [1, 2.0], True])
+def test_bad_end_of_sequence_ids_name_their_file(eos):
+    with pytest.raises(InputError, match=r"^config\.json: eos_token_id"):
+        ModelConfig.from_hf(HF | {"eos_token_id": eos})
+    with pytest.raises(InputError, match=r"^generation_config\.json: eos_token_id"):
+        ModelConfig.from_hf(HF, {"eos_token_id": eos})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -63,6 +88,13 @@ def test_round_trip_through_json_types():
         ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
         ({"rope_scaling": "llama3"}, "rope_scaling must be an object or null, got 'llama3'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters for each type of layer"),
+        (
+            {
+                "rope_scaling": LLAMA3 | {"rope_type": "llama3", "original_max_position_embeddings": None},
+                "original_max_position_embeddings": 4096,
+            },
+            "lacks original_max_position_embeddings",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights is not supported"),
         ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config is not supported"),
@@ -88,6 +120,7 @@ def test_missing_keys_are_named():
         ({"max_prefill_tokens": 0}, "max_prefill_tokens"),
         ({"kv_cache_free_gpu_memory_fraction": 0}, "fraction"),
         ({"lm_head": "fp4"}, "lm_head"),
+        ({"enable_prefix_cache": 1}, "enable_prefix_cache must be a bool"),
     ],
 )
 def test_bad_engine_settings_are_named(change, message):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_engine import files
+from llama_engine import files, tensor_files
 from llama_engine.errors import InputError, RunError
-from llama_engine.files import TensorFileWriter, atomic_dir, check_apart, parallel, row_chunks
+from llama_engine.files import atomic_dir, check_apart
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
 
 def own(path):
@@ -114,10 +115,12 @@ def test_places_that_cannot_be_written_are_one_clear_error(tmp_path, monkeypatch
         write(tmp_path / "file/out", "")
     with pytest.raises(InputError, match="loop cannot be written"):
         write(tmp_path / "loop", "")
-    write(tmp_path / "out", "1")
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(InputError, match="is a mount point, which cannot be replaced: choose a directory inside it"):
-        write(tmp_path / "out", "2", force=True)
+    write(tmp_path / "full", "1")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    for name in ("full", "empty"):
+        with pytest.raises(InputError, match="is a mount point, which cannot be replaced: choose a directory inside"):
+            write(tmp_path / name, "2", force=True)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -196,7 +199,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "posix_fallocate", full)
+    monkeypatch.setattr(tensor_files.os, "posix_fallocate", full)
     with (
         pytest.raises(RunError, match=r"cannot write .*t.safetensors .*No space left on device"),
         atomic_dir(tmp_path / "out", own) as out,
@@ -222,4 +225,4 @@ def test_row_chunks_cover_all_rows_from_even_starts(rows, columns):
     chunks = list(row_chunks(rows, columns))
     assert [row for start, stop in chunks for row in range(start, stop)] == list(range(rows))
     assert all(start % 2 == 0 for start, _ in chunks)
-    assert all((stop - start) * columns <= max(files.CHUNK_ELEMENTS, 2 * columns) for start, stop in chunks)
+    assert all((stop - start) * columns <= max(tensor_files.CHUNK_ELEMENTS, 2 * columns) for start, stop in chunks)

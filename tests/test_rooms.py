@@ -12,11 +12,12 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "llama_engine"
 # A room may import those named here, and itself. Modules at the top of the package are rooms of one module.
-BASE = {"errors", "config", "files", "sampling", "engine_dir"}
+BASE = {"errors", "config", "files", "tensor_files", "sampling", "engine_dir"}
 ROOMS = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
+    "tensor_files": {"errors"},
     "sampling": {"errors"},
     "engine_dir": {"errors", "config", "files"},
     "device": {"errors"},
@@ -26,9 +27,11 @@ ROOMS = {
     "kernels": BASE | {"model"},
     "cpu": BASE | {"model", "engine"},
     "gpu": BASE | {"model", "engine", "kernels"},
-    "native": BASE | {"device", "model", "engine", "cpu", "gpu"},
-    "trtllm": BASE | {"checkpoint"},
-    "runner": BASE | {"native", "trtllm"},
+    "native": BASE | {"backend", "device", "model", "engine", "kernels", "cpu", "gpu"},
+    "backend": {"sampling"},
+    "tokenizer": {"errors"},
+    "trtllm": BASE | {"backend", "checkpoint"},
+    "runner": BASE | {"backend", "native", "trtllm"},
     "serving": BASE | {"device"},
     "measure": BASE | {"device", "model", "checkpoint", "engine", "native", "runner", "serving", "report"},
     "report": BASE | {"measure"},

@@ -26,6 +26,23 @@ def test_default_is_one_new_token(runner):
     assert out.shape == (1, 1, 3)
 
 
+def test_any_stop_word_of_a_prompt_ends_its_answer(runner):
+    prompts = [torch.tensor([1, 2]), torch.tensor([3])]
+    free = runner.generate(prompts, max_new_tokens=10, end_id=NEVER, pad_id=0)
+    a, b = free[0, 0, 2:].tolist(), free[1, 0, 1:].tolist()
+    unseen = next(token for token in range(512) if token not in a + b)
+    out = runner.generate(
+        prompts,
+        max_new_tokens=10,
+        end_id=unseen,
+        pad_id=0,
+        stop_words_list=[[[unseen], [a[3]]], [[b[1]]]],
+        return_dict=True,
+        output_sequence_lengths=True,
+    )
+    assert out["sequence_lengths"].tolist() == [[2 + a.index(a[3]) + 1], [1 + b.index(b[1]) + 1]]
+
+
 def test_end_id_stops_and_lengths_tell(runner):
     free = runner.generate([torch.tensor([1, 2])], max_new_tokens=10, end_id=NEVER, pad_id=0)[0, 0, 2:].tolist()
     result = runner.generate(
@@ -56,8 +73,8 @@ def test_leaving_the_stream_early_frees_the_blocks(runner):
     stream = runner.generate([torch.tensor([1, 2, 3])], max_new_tokens=50, end_id=NEVER, pad_id=0, streaming=True)
     next(stream)
     stream.close()
-    runner.engine.step()
-    assert runner.engine.scheduler.blocks.used == 0
+    runner.backend.engine.step()
+    assert runner.backend.engine.scheduler.blocks.used == 0
 
 
 @pytest.mark.parametrize(
@@ -65,6 +82,8 @@ def test_leaving_the_stream_early_frees_the_blocks(runner):
     [
         ({"end_id": None, "pad_id": 0}, "end_id must be an int"),
         ({"end_id": 1, "pad_id": 2.0}, "pad_id must be an int"),
+        ({"end_id": 1, "pad_id": 0, "stop_words_list": [[[1, 2]]]}, "words of one token only"),
+        ({"end_id": 1, "pad_id": 0, "stop_words_list": [[], []]}, "words for 2 prompts"),
         ({"end_id": 1, "pad_id": 0, "max_new_tokens": 0}, "max_new_tokens"),
         ({"end_id": 1, "pad_id": 0, "top_p": 2.0}, "top_p"),
     ],

@@ -15,9 +15,10 @@ from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.measure import protocol, report
+from llama_engine.measure import protocol
 from llama_engine.measure.result import load_result
-from llama_engine.measure.story import Story
+from llama_engine.report.render import render
+from llama_engine.report.story import Story
 from llama_engine.runner import ModelRunner
 
 STANDIN = Path(__file__).parent / "standin"
@@ -153,6 +154,22 @@ def test_generation_stops_at_end_id(engine):
     assert result[0, 0].tolist() == [*toy([5], 2), *[end] * 7]
 
 
+def test_each_answer_ends_at_its_own_stop_words_too(engine):
+    rows = [toy([5], 6), toy([9], 6)]
+    result = ModelRunner.from_dir(engine).generate(
+        [torch.tensor([5]), torch.tensor([9])],
+        max_new_tokens=6,
+        end_id=rows[0][4],
+        pad_id=0,
+        stop_words_list=[[[600], [rows[0][2]]], [[rows[1][3]]]],
+        return_dict=True,
+        output_sequence_lengths=True,
+    )
+    assert result["sequence_lengths"].tolist() == [[3], [4]]
+    with pytest.raises(InputError, match="words for 1 prompts, but there are 2"):
+        ModelRunner.from_dir(engine).generate([torch.tensor([5])] * 2, end_id=-1, pad_id=0, stop_words_list=[[]])
+
+
 def test_the_runner_is_opened_with_memory_fraction_and_cuda_graphs(engine):
     from tensorrt_llm.runtime import ModelRunnerCpp
 
@@ -205,7 +222,7 @@ def test_an_engine_is_measured_under_the_name_of_its_backend(engine, tiny_model,
     common = ("--engine-dir", engine, "--model-dir", tiny_model, "--device", "cpu", "--threads", 1, *tokens)
     done = run_script("benchmarks/compare.py", *common, "--output", tmp_path / "box")
     assert done.returncode == 0, done.stderr
-    page = report.render(Story.load(tmp_path / "box"))
+    page = render(Story.load(tmp_path / "box"))[0]
     assert "| TensorRT-LLM engine: TPOT, ms |" in page
     assert "the accuracy gate was not run on this engine (benchmarks/accuracy.py, which takes native ones)" in page
     assert "faster" not in page

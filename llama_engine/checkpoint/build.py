@@ -1,6 +1,6 @@
 """Unified checkpoint to native engine directory.
 
-engine.json         configuration, hashes, where it came from
+engine.json         configuration, hashes, where it came from, what integer activations lose in each layer
 engine.safetensors  the tensors of llama_engine/model/weights.py: any checkpoint layout undone, qkv and gate_up stacked
 tokenizer files     so that the directory alone can serve text
 """
@@ -8,29 +8,21 @@ tokenizer files     so that the directory alone can serve text
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from llama_engine.checkpoint.calibration import activation_losses, calibration_ids
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.files import (
-    TOKENIZER_FILES,
-    Specs,
-    TensorFileWriter,
-    atomic_dir,
-    copy_tokenizer,
-    parallel,
-    read_json,
-    row_chunks,
-    sha256_file,
-    write_json,
-)
-from llama_engine.model.schemes import INT8, scheme_for
+from llama_engine.files import TOKENIZER_FILES, atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
+from llama_engine.model.schemes import FP8, INT8, scheme_for
 from llama_engine.model.weights import LINEARS, tensor_names
+from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 
 # The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
 SOURCES = {"embedding": (EMBEDDING,), "final_norm": (FINAL_NORM,), "lm_head": (LM_HEAD,)}
@@ -66,11 +58,11 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
     jobs: list[tuple[str, int, str, tuple[int, int]]] = []  # engine tensor, its row, checkpoint tensor, rows of that
     for name, shape in tensor_names(config):
         layer, _, kind = name.rpartition(".")
-        quantized = kind in int8
-        specs[name] = (torch.int8 if quantized else dtype, shape)
-        if quantized:
-            specs[f"{name}.scale"] = (torch.float32, shape[:1])
         sources = [f"transformer.{layer}.{part}.weight" for part in LAYER_SOURCES[kind]] if layer else SOURCES[kind]
+        held = FP8.weight_dtype if sources[0] in source.fp8 else INT8.weight_dtype if kind in int8 else dtype
+        specs[name] = (held, shape)
+        if held != dtype:
+            specs[f"{name}.scale"] = (torch.float32, shape[:1])
         rows = shape[0] // len(sources)
         for i, part in enumerate(sources):
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
@@ -82,7 +74,7 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             name, first, part, (start, stop) = job
             data = source.read(part, (start, stop))
             if f"{name}.scale" in specs:
-                if data.dtype == torch.int8:
+                if data.dtype == specs[name][0]:
                     scale = source.scale(part)[start:stop]
                 else:
                     data, scale = quantize(data)
@@ -93,7 +85,8 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        complete(out, "native", source, engine_config)
+        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if int8 else []
+        complete(out, "native", source, engine_config, losses)
 
 
 def own_names(path: Path) -> tuple[str, ...]:
@@ -106,7 +99,9 @@ def own_names(path: Path) -> tuple[str, ...]:
     return (ENGINE_JSON, WEIGHTS_FILE, "rank*.engine", *added, *TOKENIZER_FILES) if ours else ()
 
 
-def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig) -> None:
+def complete(
+    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = ()
+) -> None:
     """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
@@ -120,5 +115,6 @@ def complete(out: Path, backend: str, source: Checkpoint, engine_config: EngineC
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
+            "activation_losses": list(losses),
         },
     )

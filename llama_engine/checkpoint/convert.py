@@ -11,27 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_engine.checkpoint.hf import HFModel, model_identity
-from llama_engine.checkpoint.packing import Layout, layout_for, pack, quantize
+from llama_engine.checkpoint.packing import Layout, layout_for, pack, quantize, quantize_fp8
 from llama_engine.checkpoint.unified import (
     DTYPES,
+    FP8_CLAMP,
     Piece,
     Target,
     check_tp,
     config_json,
+    fp8_matrices,
     own_names,
     scale_name,
     targets,
     tensor_specs,
 )
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter, atomic_dir, copy_tokenizer, parallel, row_chunks, write_json
+from llama_engine.files import atomic_dir, copy_tokenizer, write_json
+from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
+FP8_RECIPES = {"nvidia": FP8_ROWWISE, "all": FP8_ALL}
 Job = tuple[TensorFileWriter, Target, Piece, tuple[int, int]]  # some of a piece's rows, to write into a rank's file
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the checkpoint shall hold. ``int8`` without ``quantize_at_build`` packs for ``target_arch``."""
+    """What the checkpoint shall hold. ``int8`` without ``quantize_at_build`` packs for ``target_arch``.
+
+    ``fp8``: the name in :data:`FP8_RECIPES` of a choice of matrices to hold in e4m3.
+    """
 
     dtype: str = "float16"
     int8: bool = False
@@ -39,13 +47,23 @@ class ConvertOptions:
     trtllm_version: str = "0.15.0"
     quantize_at_build: bool = False
     tp_size: int = 1
+    fp8: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype {self.dtype!r} is not supported: {' or '.join(DTYPES)}")
         if self.quantize_at_build and not self.int8:
             raise InputError("--quantize_at_build needs --use_weight_only --weight_only_precision int8")
+        if self.fp8 and self.int8:
+            raise InputError("--use_fp8_rowwise and --use_weight_only are two quantizations: give one")
+        if self.fp8 not in (None, *FP8_RECIPES):
+            raise InputError(f"--fp8_recipe {self.fp8!r} is not supported: {' or '.join(FP8_RECIPES)}")
         layout_for(self.target_arch, self.trtllm_version)
+
+    @property
+    def quant_algo(self) -> str | None:
+        """The name in the checkpoint's config.json."""
+        return FP8_RECIPES[self.fp8] if self.fp8 else "W8A16" if self.int8 else None
 
     @property
     def layout(self) -> Layout | None:
@@ -63,12 +81,19 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
     config, dtype, layout = model.config, DTYPES[options.dtype], options.layout
     check_tp(config, options.tp_size)
     ranks = [list(targets(config, rank, options.tp_size)) for rank in range(options.tp_size)]
-    specs = [tensor_specs(rank, dtype, layout) for rank in ranks]
+    fp8 = fp8_matrices(config, options.quant_algo)
+    if options.fp8 and not fp8:
+        raise InputError(
+            f"--fp8_recipe nvidia leaves the first and the last layer in 16 bits, and {model_dir} has no other: "
+            "give --fp8_recipe all"
+        )
+    specs = [tensor_specs(rank, dtype, layout, fp8) for rank in ranks]
     with atomic_dir(output_dir, own_names, inputs=[model_dir], force=force) as out:
         record = {
             "layout": layout.name if layout else None,
             "target_arch": options.target_arch if layout else None,
             "trtllm_version": options.trtllm_version,
+            "quant_algo": options.quant_algo,
             "source_sha256": model_identity(model_dir)["sha256"],
             "model": config.to_dict(),
         }
@@ -85,7 +110,11 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
             writer, target, piece, (start, stop) = job
             first = piece.rows[0]
             data = model.read(piece.source, (first + start, first + stop), dtype, piece.columns)
-            if target.linear and layout:
+            if target.name in fp8:
+                values, scale = quantize_fp8(data, FP8_CLAMP)
+                writer.write(target.name, piece.start + start, values)
+                writer.write(scale_name(target.name), piece.start + start, scale)
+            elif target.linear and layout:
                 q, scale = quantize(data)
                 # The file reports (in, out), but its bytes are out-major: rows of the matrix as it is here.
                 writer.write(target.name, piece.start + start, pack(q, layout).view(q.shape))
@@ -96,7 +125,6 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
 
         total = sum(math.prod(target.shape) * dtype.itemsize for rank in ranks for target in rank)
         parallel(write, jobs, "converting", total)
-        quant_algo = "W8A16" if options.int8 else None
-        settings = config_json(config, dtype=options.dtype, quant_algo=quant_algo, tp=options.tp_size)
-        write_json(out / "config.json", settings)
+        settings = {"dtype": options.dtype, "quant_algo": options.quant_algo, "version": options.trtllm_version}
+        write_json(out / "config.json", config_json(config, tp=options.tp_size, **settings))
         copy_tokenizer(model.dir, out)

@@ -13,7 +13,8 @@ import torch
 
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import checked, combined_sha256, open_tensors, read_json, row_chunks, sha256_files
+from llama_engine.files import checked, combined_sha256, read_json, sha256_files
+from llama_engine.tensor_files import open_tensors, row_chunks
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
@@ -60,8 +61,10 @@ class HFModel:
             raise InputError(f"{self.dir}/config.json: the weights are already quantized; a 16-bit model is needed")
         prepared = read_json(self.dir / PREPARED) if (self.dir / PREPARED).is_file() else {}
         name, source = prepared.get("name", directory_name(self.dir)), prepared.get("source", "pretrained")
+        generation = self.dir / "generation_config.json"
+        generation_config = read_json(generation) if generation.is_file() else {}
         with checked(self.dir / "config.json"):
-            self.config = ModelConfig.from_hf(hf_config, name=name, source=source)
+            self.config = ModelConfig.from_hf(hf_config, generation_config, name=name, source=source)
         self.files = self._weight_files()
         self.shapes = dict(tensor_shapes(replace(self.config, tie_word_embeddings=False)))
         self._where: dict[str, tuple[Path, str]] = {}  # of each tensor: its file, and its name there

@@ -1,10 +1,10 @@
-"""Symmetric per-channel INT8 and the byte orders in which TensorRT-LLM's kernels want it.
+"""Symmetric per-channel INT8 and the byte orders in which TensorRT-LLM's kernels want it; FP8, whose order is plain.
 
 Weights come as ``[N, K]`` (out, in), one scale a row. A packed matrix is what a checkpoint holds where its shape is
 reported as ``(K, N)``: always N-major, so any even range of rows packs to one contiguous range of bytes.
 
-Sources: ``symmetric_quantize`` and ``preprocess_weights_for_mixed_gemm`` in TensorRT-LLM's cutlass_preprocessors.cpp
-(see docs/TENSORRT_LLM.md).
+Sources: ``symmetric_quantize`` and ``preprocess_weights_for_mixed_gemm`` in TensorRT-LLM's cutlass_preprocessors.cpp,
+``fp8_per_channel_quant_weight_gpu`` in its models/llama/convert.py (see docs/TENSORRT_LLM.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llama_engine.errors import InputError
+from llama_engine.model.schemes import E4M3_MAX, E4M3_MIN_SCALE
 
 TARGET_ARCHES = ("sm80", "sm86", "sm89", "sm90")
 
@@ -45,16 +46,22 @@ def visible_arch() -> str | None:
     return "sm{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
-def layout_for(arch: str, version: str) -> Layout:
-    """The layout that TensorRT-LLM ``version`` ("0.15.0") uses on ``arch`` ("sm80")."""
-    if arch not in TARGET_ARCHES:
-        raise InputError(f"target arch {arch!r} is not supported: choose one of {', '.join(TARGET_ARCHES)}")
+def release_of(version: str) -> tuple[int, ...]:
+    """(0, 15) of TensorRT-LLM "0.15.0". Raises :class:`InputError` for what is older or no version."""
     try:
         release = tuple(int(part) for part in version.split(".")[:2])
     except ValueError:
         release = ()
     if len(release) != 2 or release < (0, 15):
         raise InputError(f"TensorRT-LLM version {version!r} is not supported: 0.15.0 or later, written like 0.15.0")
+    return release
+
+
+def layout_for(arch: str, version: str) -> Layout:
+    """The layout that TensorRT-LLM ``version`` ("0.15.0") uses on ``arch`` ("sm80")."""
+    if arch not in TARGET_ARCHES:
+        raise InputError(f"target arch {arch!r} is not supported: choose one of {', '.join(TARGET_ARCHES)}")
+    release = release_of(version)
     if arch != "sm90":
         return LAYOUTS["column_major_interleaved"]
     if release == (0, 15):
@@ -75,6 +82,17 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = ratio.trunc()
     whole += ratio.sub_(whole).abs_().ge_(0.5).copysign_(weight)
     return whole.clamp_(-128, 127).to(torch.int8), scale
+
+
+def quantize_fp8(weight: torch.Tensor, clamp: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[N, K]`` floating point to float8_e4m3fn ``[N, K]`` and float32 scales ``[N]``.
+
+    Of the values clamped to ``clamp``: scale = max|w| / 448, at least 1 / (448 * 512); q = w / scale, clamped to
+    [-448, 448] and rounded half to even. All in float32.
+    """
+    weight = weight.float().clamp(*clamp)
+    scale = (weight.abs().amax(dim=1) / E4M3_MAX).clamp(min=E4M3_MIN_SCALE)
+    return (weight / scale[:, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def check_packable(n: int, k: int, layout: Layout, name: str) -> None:

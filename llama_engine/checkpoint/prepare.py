@@ -19,11 +19,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_engine.checkpoint.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
-from llama_engine.config import ModelConfig
+from llama_engine.config import DEFAULT_MODEL, ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter, atomic_dir, parallel, read_json, row_chunks, sha256_files, write_json
+from llama_engine.files import atomic_dir, read_json, sha256_files, write_json
+from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 SEEDED_ELEMENTS = 4 << 20  # random weights depend on where their row ranges begin: never change it
 SHARD_BYTES = 5 * 10**9
 _LLAMA3_ROPE = {

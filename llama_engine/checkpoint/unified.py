@@ -14,22 +14,16 @@ from typing import Any
 
 import torch
 
-from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, unpack
+from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, release_of, unpack
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import (
-    SAFE_DTYPES,
-    TOKENIZER_FILES,
-    Specs,
-    checked,
-    combined_sha256,
-    open_tensors,
-    read_json,
-    sha256_files,
-)
+from llama_engine.files import TOKENIZER_FILES, checked, combined_sha256, read_json, sha256_files
+from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
+from llama_engine.tensor_files import SAFE_DTYPES, Specs, open_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
+FP8_CLAMP = (-1200.0, 1200.0)  # TensorRT-LLM's default clamp_val
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Target:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    linear: bool = False  # one of the matrices that W8A16 quantizes
+    linear: bool = False  # one of the matrices that a scheme may quantize
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
@@ -101,15 +95,31 @@ def targets(config: ModelConfig, rank: int = 0, tp: int = 1) -> Iterator[Target]
     yield Target(LM_HEAD, (rows, hidden), (Piece(0, source, (rank * rows, min((rank + 1) * rows, vocab))),))
 
 
-def tensor_specs(rank: Iterable[Target], dtype: torch.dtype, layout: Layout | None) -> Specs:
-    """Dtype and shape in the file of a rank's tensors, scales included; ``layout`` None keeps all in ``dtype``.
+def fp8_matrices(config: ModelConfig, quant_algo: str | None) -> frozenset[str]:
+    """Names of the matrices that a checkpoint of this ``quant_algo`` holds in e4m3.
+
+    NVIDIA's recipe, after Meta's for Llama 3.1, leaves attention, the first and the last layer in 16 bits.
+    """
+    inner = [f"transformer.layers.{i}.mlp." for i in range(1, config.num_layers - 1)]
+    prefixes = {FP8_ROWWISE: tuple(inner), FP8_ALL: ("transformer.layers.",)}.get(quant_algo or "", ())
+    return frozenset(target.name for target in targets(config) if target.linear and target.name.startswith(prefixes))
+
+
+def tensor_specs(
+    rank: Iterable[Target], dtype: torch.dtype, layout: Layout | None, fp8: frozenset[str] = frozenset()
+) -> Specs:
+    """Dtype and shape in the file of a rank's tensors, scales included: the matrices named in ``fp8`` are e4m3, with
+    ``layout`` all are INT8, and the rest is ``dtype``.
 
     Raises :class:`InputError` for a shape that cannot be packed.
     """
     specs: Specs = {}
     for target in rank:
         specs[target.name] = (dtype, target.shape)
-        if target.linear and layout:
+        if target.name in fp8:
+            specs[target.name] = (torch.float8_e4m3fn, target.shape)
+            specs[scale_name(target.name)] = (torch.float32, target.shape[:1])
+        elif target.linear and layout:
             n, k = target.shape
             check_packable(n, k, layout, target.name)
             specs[target.name] = (torch.int8, (k, n))
@@ -117,8 +127,19 @@ def tensor_specs(rank: Iterable[Target], dtype: torch.dtype, layout: Layout | No
     return specs
 
 
-def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int) -> dict[str, Any]:
-    """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases."""
+def recipe_key(version: str) -> dict[str, bool]:
+    """``use_meta_recipe`` for the releases of TensorRT-LLM that have it; 0.15 always follows that recipe."""
+    return {"use_meta_recipe": True} if release_of(version) > (0, 15) else {}
+
+
+def config_json(
+    config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int, version: str = "0.15.0"
+) -> dict[str, Any]:
+    """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases.
+
+    ``version``: the release that an FP8 checkpoint is for.
+    """
+    fp8 = quant_algo in (FP8_ROWWISE, FP8_ALL)
     return {
         "architecture": "LlamaForCausalLM",
         "dtype": dtype,
@@ -158,16 +179,17 @@ def config_json(config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: 
             "kv_cache_quant_algo": None,
             "group_size": 128,
             "smoothquant_val": 0.5,
-            "clamp_val": None,
+            "clamp_val": list(FP8_CLAMP) if fp8 else None,
             "has_zero_point": False,
             "pre_quant_scale": False,
             "exclude_modules": None,
+            **(recipe_key(version) if quant_algo == FP8_ROWWISE else {}),
         },
     }
 
 
 class Checkpoint:
-    """Read a checkpoint that ``convert`` wrote; INT8 matrices come back as plain ``[out, in]``, whatever their layout.
+    """Read a checkpoint that ``convert`` wrote; matrices come back as plain ``[out, in]``, whatever their layout.
 
     Raises :class:`InputError` for a missing rank, a missing or misshapen tensor, a config.json that does not belong to
     the weights, or one from elsewhere, which lacks the record of its byte layout.
@@ -201,12 +223,15 @@ class Checkpoint:
         with checked(first):
             self.config = ModelConfig.from_dict(self.record["model"])
             self.layout: Layout | None = LAYOUTS[self.record["layout"]] if self.record["layout"] else None
-        quant_algo = "W8A16" if self.layout else self.quant_algo
-        wanted = config_json(self.config, dtype=self.dtype_name, quant_algo=quant_algo, tp=self.tp_size)
+            self.version: str = self.record["trtllm_version"]
+            quant_algo = "W8A16" if self.layout else self.record.get("quant_algo", self.quant_algo)
+            settings = {"dtype": self.dtype_name, "quant_algo": quant_algo, "version": self.version}
+            wanted = config_json(self.config, tp=self.tp_size, **settings)
+        self.fp8 = fp8_matrices(self.config, quant_algo)  # names of the matrices held in e4m3
         if changed := [key for key, value in wanted.items() if data.get(key) != value]:
             raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
         for rank, path in enumerate(self.files):
-            specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout)
+            specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout, self.fp8)
             with open_tensors(path) as file:
                 if missing := specs.keys() - file.keys():
                     raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
@@ -239,7 +264,7 @@ class Checkpoint:
             return unpack(data.clone(), stop - start, k, self.layout)
 
     def scale(self, name: str, rank: int = 0) -> torch.Tensor:
-        """Per-channel scales ``[out]`` of a quantized matrix, in the checkpoint's dtype."""
+        """Per-channel scales ``[out]`` of a quantized matrix: of INT8 in the checkpoint's dtype, of FP8 float32."""
         with open_tensors(self.files[rank]) as file:
             return file.get_tensor(scale_name(name))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.fused import CpuModel
-from llama_engine.engine.executor import ReadyHandle, Step
+from llama_engine.engine.executor import ReadyHandle
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
+from llama_engine.model.sampler import list_logprobs, logprobs, sample
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import SamplingParams, sample
+from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams, count_tokens
 
 
 class HostExecutor:
@@ -35,10 +38,14 @@ class HostExecutor:
         slots = engine.max_batch_size
         self._last = [0] * slots
         self._params = [SamplingParams()] * slots
+        self._counts: dict[int, torch.Tensor] = {}  # of the penalized slots
+        self._vocab_size = config.vocab_size
         self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
 
-    def bind(self, slot: int, params: SamplingParams) -> None:
+    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
         self._params[slot] = params
+        if params.penalized:
+            self._counts[slot] = torch.from_numpy(count_tokens(prompt, output, self._vocab_size)).to(self._device)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._tables[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
@@ -56,9 +63,53 @@ class HostExecutor:
             torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots, rows)
         )
         logits = self._model.forward(ids, positions, slots, self._tables, rows)
-        sampled = []
-        for chunk, row in zip((chunk for chunk in step.chunks if chunk.samples), last_rows):
-            index = row if step.logits == "all" else len(sampled)
-            self._last[chunk.slot] = sample(logits[index], self._params[chunk.slot], chunk.start + chunk.length)
-            sampled.append(self._last[chunk.slot])
-        return ReadyHandle(sampled, None if step.logits == "none" else logits)
+        ends = logits[last_rows] if step.logits == "all" else logits
+        chunks = [chunk for chunk in step.chunks if chunk.samples]
+        scored = [row for row, chunk in enumerate(chunks) if self._params[chunk.slot].logprobs is not None]
+        raw = ends[scored] if scored else None
+        sampled = self._sample(ends.clone() if step.logits == "last" else ends, chunks)
+        # an id in any case, for whoever decodes on before the engine has read this step
+        ids = [token if isinstance(token, int) and token != NOT_FINITE else 0 for token in sampled]
+        for chunk, token in zip(chunks, ids):
+            self._last[chunk.slot] = token
+        found: list[Logprobs | None] = [None] * len(chunks)
+        if raw is not None:
+            params = [self._params[chunks[row].slot] for row in scored]
+            tokens = torch.tensor([ids[row] for row in scored], device=self._device)
+            parts = logprobs(raw, tokens, max(p.logprobs for p in params))
+            for row, value in zip(scored, list_logprobs(params, *parts)):
+                found[row] = value
+        return ReadyHandle(sampled, None if step.logits == "none" else logits, found)
+
+    def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int | Exception]:
+        """The token of each row of ``logits`` ``[chunks, vocab]``, or what went wrong in it; ``logits`` is scratch."""
+        if not isinstance(self._model, CpuModel):
+            with contextlib.suppress(Exception):  # in a row, which its own turn below will name
+                return self._draw(logits, chunks)
+        sampled: list[int | Exception] = []
+        for row, chunk in enumerate(chunks):
+            try:
+                sampled += self._draw(logits[row : row + 1], [chunk])
+            except Exception as error:  # this row's request ends, the others go on
+                sampled.append(error)
+        return sampled
+
+    def _draw(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int]:
+        params = [self._params[chunk.slot] for chunk in chunks]
+        positions = [chunk.start + chunk.length for chunk in chunks]
+        counts = [self._counts.get(chunk.slot) if p.penalized else None for chunk, p in zip(chunks, params)]
+        if isinstance(self._model, CpuModel):
+            draw = self._model.sampler.sample
+            rows = zip(logits, params, positions, counts)
+            return [draw(row, p.record, position, p.biases, count) for row, p, position, count in rows]
+        if not chunks:
+            return []
+        history = None
+        if any(p.penalized for p in params):
+            none = torch.zeros(self._vocab_size, dtype=torch.int16, device=self._device)
+            history = torch.stack([none if count is None else count for count in counts])
+        tokens = sample(logits, params, positions, history).tolist()
+        for token, count in zip(tokens, counts):
+            if count is not None and token != NOT_FINITE:
+                count[token] += 2 * (count[token] < 32766)
+        return tokens

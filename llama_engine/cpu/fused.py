@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,32 @@ class _StepView(ctypes.Structure):
         *_fields(_INT, "tokens logit_rows table_stride"),
         *_fields(_POINTER, "ids positions slots block_tables rows logits"),
     )
+
+
+class _SampleView(ctypes.Structure):
+    _fields_ = (
+        *_fields(_POINTER, "logits record counts bias_ids biases"),
+        ("position", ctypes.c_int64),
+        ("vocab", _INT),
+    )
+
+
+class CpuSampler:
+    """:func:`llama_engine.sampling.sample` for one row at a time, in the compiled ``library``."""
+
+    def __init__(self, library: Path) -> None:
+        self._sample = ctypes.CDLL(str(library)).llama_sample
+        self._sample.argtypes, self._sample.restype = (ctypes.POINTER(_SampleView),), _INT
+
+    def sample(
+        self, logits: Tensor, record: np.ndarray, position: int, biases: dict[int, float], counts: Tensor | None = None
+    ) -> int:
+        """The token of ``logits`` float32 ``[vocab]``, which it overwrites when penalized or biased; ``counts`` int16
+        ``[vocab]``, needed when penalized, take in the token. All contiguous."""
+        bias_ids, values = np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32)
+        pointers = (logits.data_ptr(), record.ctypes.data, None if counts is None else counts.data_ptr())
+        view = _SampleView(*pointers, bias_ids.ctypes.data, values.ctypes.data, position, logits.numel())
+        return self._sample(ctypes.byref(view))
 
 
 def fingerprint() -> str:
@@ -135,6 +162,7 @@ class CpuModel:
         self._lib.llama_destroy.argtypes = (ctypes.c_void_p,)
         self._lib.llama_isa.restype = ctypes.c_char_p
         self.name = f"cpu-{self._lib.llama_isa().decode()}"
+        self.sampler = CpuSampler(library)
         c = self.config = config
         self._keep: list[torch.Tensor] = []
         kv_shape = (engine.num_kv_blocks, c.num_kv_heads, engine.tokens_per_block, c.head_size)

@@ -13,15 +13,17 @@ struct Matrices : State {
   using State::State;
 
   void quantize_row(const float* in, int64_t K, int row, bool digits) {
-    v16f top{};
+    v16i top{};  // magnitudes by their bits: the order of floats, NaN above infinity, where a float's maximum drops NaN
     for (int64_t k = 0; k < K; k += 16) {
-      v16f v = load<v16f>(in + k);
-      v = v < 0.f ? -v : v;
+      v16i v = load<v16i>(in + k) & 0x7fffffff;
       top = v > top ? v : top;
     }
-    float amax = max_of(top);
+    int32_t bits = top[0];
+    for (int i = 1; i < 16; ++i) bits = std::max(bits, (int32_t)top[i]);
+    float amax;
+    std::memcpy(&amax, &bits, 4);
     float inverse = amax > 0 ? kActMax / amax : 0.f;
-    scale[row] = amax / kActMax;
+    scale[row] = amax / kActMax;  // NaN or infinite where the row holds such a value, and so is every product with it
     int16_t* q = quantized.data() + (int64_t)row * max_in;
     for (int64_t k = 0; k < K; k += 16) {
       v16f v = load<v16f>(in + k) * inverse + 12582912.f;  // adding 1.5 * 2^23 rounds to nearest even

@@ -7,6 +7,7 @@
 // sums), V cache [layer][block][kv_head][tokens_per_block][head_size], both IEEE half.
 
 #include "attention.h"
+#include "sampler.h"
 
 namespace {
 

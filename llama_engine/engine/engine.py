@@ -7,22 +7,25 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
-from llama_engine.engine.executor import Executor, Step, StepHandle
+from llama_engine.engine.executor import Executor, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
 from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler
 from llama_engine.engine.scheduler import Sequence as RunningSequence
-from llama_engine.errors import InputError
-from llama_engine.sampling import SamplingParams
+from llama_engine.engine.step import Step
+from llama_engine.errors import ErrorCode, InputError, RunError
+from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length"]
 
 
 class Output(NamedTuple):
-    """New tokens of one request, and why it ended, if it did."""
+    """New tokens of one request, and why it ended, if it did: a word, or the error that this request alone met."""
 
     request_id: int
     token_ids: list[int]
-    reason: FinishReason | None = None
+    reason: FinishReason | RunError | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    logprobs: list[Logprobs] | None = None  # of token_ids, if SamplingParams.logprobs asks for them
 
     @property
     def finished(self) -> bool:
@@ -64,6 +67,8 @@ class Engine:
     ) -> RunningSequence:
         """A checked request for :meth:`add`. The one method that any thread may call."""
         self.validate(prompt, max_new_tokens)
+        if params is not None:
+            params.check_vocabulary(self.model.vocab_size)
         return RunningSequence(
             next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
         )
@@ -80,7 +85,8 @@ class Engine:
         if blocks.blocks_for(total) > blocks.usable:
             raise InputError(
                 f"{total} tokens need {blocks.blocks_for(total)} KV blocks of {self.config.tokens_per_block} tokens; "
-                f"the cache has {blocks.usable}"
+                f"the cache has {blocks.usable}",
+                ErrorCode.CONTEXT_LENGTH,
             )
 
     def cancel(self, request_id: int) -> bool:
@@ -97,6 +103,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step and return what became known. On an asynchronous executor that is the step before."""
+        try:
+            return self._step()
+        except BaseException:  # whatever ended it: blocks may be registered that were never written
+            self.scheduler.reset_prefix_cache()
+            raise
+
+    def _step(self) -> list[Output]:
         outputs: list[Output] = []
         try:
             plan = self.scheduler.schedule()
@@ -110,7 +123,7 @@ class Engine:
 
     def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
         for sequence in plan.admitted:
-            self.executor.bind(sequence.slot, sequence.params)
+            self.executor.bind(sequence.slot, sequence.params, sequence.prompt, sequence.output)
         for sequence in plan.grown:
             self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1
@@ -122,18 +135,32 @@ class Engine:
         plan, handle = step
         sampling = [sequence for sequence, chunk in plan.work if chunk.samples]
         outputs = []
-        for sequence, token in zip(sampling, handle.tokens()):
+        for sequence, token, logprobs in zip(sampling, handle.tokens(), handle.logprobs()):
             if sequence.finished:
                 continue  # cancelled, or stopped while this step was already on its way
-            sequence.output.append(token)
-            self.tokens_generated += 1
-            reason: FinishReason | None = None
-            if token in sequence.stop_token_ids:
-                reason = "stop"
-            elif len(sequence.output) == sequence.max_new_tokens:
-                reason = "length"
+            reason: FinishReason | RunError | None = None
+            tokens = []
+            if isinstance(token, Exception):
+                reason = RunError(f"no token could be sampled: {type(token).__name__}: {token}")
+            elif token == NOT_FINITE:
+                made = len(sequence.output)
+                reason = RunError(
+                    f"the model's logits are not finite after {len(sequence.prompt)} prompt and {made} new tokens: its "
+                    "activations, or keys and values in the fp16 cache, overflow on this text",
+                    ErrorCode.NOT_FINITE,
+                )
+                self.scheduler.reset_prefix_cache()  # its blocks may hold what is not finite
+            else:
+                tokens = [token]
+                sequence.output.append(token)
+                self.tokens_generated += 1
+                if token in sequence.stop_token_ids:
+                    reason = "stop"
+                elif len(sequence.output) == sequence.max_new_tokens:
+                    reason = "length"
             if reason:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
-            outputs.append(Output(sequence.request_id, [token], reason))
+            given = [logprobs] if logprobs and tokens else None
+            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0, given))
         return outputs

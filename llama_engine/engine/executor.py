@@ -9,44 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-from llama_engine.sampling import SamplingParams
-
-
-class Chunk(NamedTuple):  # there are hundreds in a step, and a frozen dataclass takes three times as long to make
-    """Part of one sequence to run in this step.
-
-    ``tokens`` are the input ids at positions ``start .. start + len(tokens) - 1`` (prefill), or None to decode: the
-    one input is the token that the slot sampled last. ``samples`` is true when the chunk ends at the sequence's last
-    known position, so that a new token is sampled from its final logits.
-    """
-
-    slot: int
-    start: int
-    tokens: Sequence[int] | None = None
-    samples: bool = True
-
-    @property
-    def length(self) -> int:
-        return 1 if self.tokens is None else len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward pass: chunks of distinct slots. ``logits`` asks for logits besides the sampled tokens."""
-
-    chunks: tuple[Chunk, ...]
-    logits: Literal["none", "last", "all"] = "none"
+from llama_engine.engine.step import Step
+from llama_engine.sampling import Logprobs, SamplingParams
 
 
 class StepHandle(Protocol):
-    """A submitted step. Both methods wait for the device if they must."""
+    """A submitted step. The methods wait for the device if they must."""
 
-    def tokens(self) -> list[int]:
-        """Sampled ids, one for each chunk with ``samples``, in chunk order."""
+    def tokens(self) -> list[int | Exception]:
+        """Sampled ids, one for each chunk with ``samples``, in chunk order.
+
+        :data:`llama_engine.sampling.NOT_FINITE` where the logits are not finite; the exception where sampling a row
+        raised one.
+        """
+        ...
+
+    def logprobs(self) -> list[Logprobs | None]:
+        """Log-probabilities of :meth:`tokens` whose sequences ask for them."""
         ...
 
     def logits(self) -> torch.Tensor:
@@ -63,8 +46,8 @@ class Executor(Protocol):
     step_nbytes: int  # weight bytes one decode step reads
     kv_nbytes_per_token: int  # KV bytes one position holds over all layers
 
-    def bind(self, slot: int, params: SamplingParams) -> None:
-        """Give ``slot`` to a new sequence with these sampling parameters."""
+    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        """Give ``slot`` to a new sequence with these sampling parameters; penalties count the tokens so far."""
         ...
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
@@ -80,11 +63,15 @@ class Executor(Protocol):
 class ReadyHandle:
     """The handle of an executor that has already finished."""
 
-    sampled: list[int]
+    sampled: list[int | Exception]
     step_logits: torch.Tensor | None = field(default=None)
+    step_logprobs: list[Logprobs | None] = field(default_factory=list)
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list[int | Exception]:
         return self.sampled
+
+    def logprobs(self) -> list[Logprobs | None]:
+        return self.step_logprobs or [None] * len(self.sampled)
 
     def logits(self) -> torch.Tensor:
         if self.step_logits is None:

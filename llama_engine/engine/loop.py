@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llama_engine.engine.engine import Engine
+from llama_engine.engine.engine import Engine, FinishReason
 from llama_engine.engine.scheduler import Sequence
-from llama_engine.errors import RunError
+from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.sampling import SamplingParams
 
-OnTokens = Callable[[list[int], "str | None"], None]
+OnTokens = Callable[[list[int], "FinishReason | RunError | None"], None]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class _Request:
 class EngineLoop:
     """In-flight batching for many threads.
 
-    ``on_tokens(new_ids, reason)`` is called on the loop's thread; ``reason`` is None, or at the end stop, length,
-    cancelled, timeout or "error: ...". At most ``max_queue`` requests wait beyond those that run.
+    ``on_tokens(new_ids, reason)`` is called on the loop's thread; ``reason`` is None, or at the end "stop", "length" or
+    the :class:`RunError`, with its code, that ended the request. At most ``max_queue`` requests wait beyond those that
+    run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
@@ -62,25 +63,29 @@ class EngineLoop:
     ) -> int:
         """Queue a request; returns its id.
 
-        Raises ``InputError`` for one that can never fit, :class:`RunError` when the queue is full or shutting down.
+        Raises :class:`InputError` for one that can never run, :class:`RunError` when the queue is full or the engine is
+        shutting down.
         """
+        if timeout_s is not None and not timeout_s >= 0:
+            raise InputError(f"timeout_s must be a number >= 0, got {timeout_s!r}")
         sequence = self._engine.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             if self._closed:
-                raise RunError("the engine is shutting down")
+                raise _shutting_down()
             if (count := len(self._requests)) >= self._capacity:
-                raise RunError(f"the queue is full: {count} requests running or waiting of {self._capacity}")
+                message = f"the queue is full: {count} requests running or waiting of {self._capacity}"
+                raise RunError(message, ErrorCode.QUEUE_FULL)
             self._requests[sequence.request_id] = _Request(sequence, on_tokens, deadline)
         self._inbox.put(partial(self._add, sequence))
         return sequence.request_id
 
     def cancel(self, request_id: int) -> None:
         """Stop a request; its blocks are free before the next step. Unknown ids are ignored."""
-        self._inbox.put(partial(self._drop, request_id, "cancelled"))
+        self._inbox.put(partial(self._drop, request_id, _cancelled()))
 
     def stats(self) -> dict[str, Any]:
-        """Counters for metrics: queue depth, running, KV blocks, preemptions, tokens."""
+        """Counters for metrics: queue depth, running, KV blocks, prefix cache, preemptions, tokens."""
         scheduler = self._engine.scheduler
         return {
             "requests": len(self._requests),
@@ -88,6 +93,8 @@ class EngineLoop:
             "waiting": len(self._requests) - len(scheduler.running),
             "kv_blocks_used": scheduler.blocks.used,
             "kv_blocks_total": scheduler.blocks.usable,
+            "prefix_cache_query_tokens": scheduler.prefix_cache_query_tokens,
+            "prefix_cache_hit_tokens": scheduler.prefix_cache_hit_tokens,
             "preemptions": scheduler.preemptions,
             "tokens_generated": self._engine.tokens_generated,
             "tokens_per_s": self._tokens_per_s,
@@ -112,15 +119,18 @@ class EngineLoop:
             if not self._engine.has_unfinished:
                 continue
             now = time.monotonic()
-            self._drop_all("timeout", lambda request, now=now: request.deadline < now)
+            for request_id, request in list(self._requests.items()):
+                if request.deadline < now:
+                    made = len(request.sequence.output)
+                    self._drop(request_id, RunError(f"the request timed out after {made} tokens", ErrorCode.TIMEOUT))
             try:
                 outputs = self._engine.step()
             except Exception as error:  # the device failed: nobody in the batch can be answered
-                self._drop_all(f"error: {error}")
+                self._drop_all(RunError(f"a step of the engine failed: {type(error).__name__}: {error}"))
                 continue
             for output in outputs:
                 self._deliver(output.request_id, output.token_ids, output.reason)
-        self._drop_all("cancelled")
+        self._drop_all(_shutting_down())
 
     def _take_messages(self) -> None:
         """Act on what has been asked; an idle engine waits for it."""
@@ -134,23 +144,22 @@ class EngineLoop:
         if sequence.request_id in self._requests:
             self._engine.add(sequence)
 
-    def _deliver(self, request_id: int, tokens: list[int], reason: str | None) -> None:
+    def _deliver(self, request_id: int, tokens: list[int], reason: FinishReason | RunError | None) -> None:
         request = self._requests.pop(request_id, None) if reason else self._requests.get(request_id)
         if request is None:
             return
         try:
             request.on_tokens(tokens, reason)
         except Exception:  # one client's callback must not take the others down
-            self._drop(request_id, "cancelled")
+            self._drop(request_id, _cancelled())
 
-    def _drop(self, request_id: int, reason: str) -> None:
+    def _drop(self, request_id: int, reason: RunError) -> None:
         self._engine.cancel(request_id)
         self._deliver(request_id, [], reason)
 
-    def _drop_all(self, reason: str, which: Callable[[_Request], bool] = lambda request: True) -> None:
-        for request_id, request in list(self._requests.items()):
-            if which(request):
-                self._drop(request_id, reason)
+    def _drop_all(self, reason: RunError) -> None:
+        for request_id in list(self._requests):
+            self._drop(request_id, reason)
 
     def _measure_rate(self) -> None:
         since, tokens = self._window
@@ -158,3 +167,11 @@ class EngineLoop:
         if now - since >= 1.0:
             self._tokens_per_s = (self._engine.tokens_generated - tokens) / (now - since)
             self._window = (now, self._engine.tokens_generated)
+
+
+def _cancelled() -> RunError:
+    return RunError("the request was cancelled", ErrorCode.CANCELLED)
+
+
+def _shutting_down() -> RunError:
+    return RunError("the engine is shutting down", ErrorCode.SHUTTING_DOWN)

@@ -6,6 +6,10 @@ Decodes go first, then prefills that are under way, then new admissions, each fi
 a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
 When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
 it has said.
+
+With ``enable_prefix_cache`` a sequence starts behind the longest prefix whose full blocks are registered. A block is
+registered when a step that fills it has been planned and the host knows its tokens. Steps run in the order of their
+planning, so what a later step finds is there when it reads.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
-from llama_engine.engine.executor import Chunk
-from llama_engine.engine.kv_cache import BlockManager
+from llama_engine.engine.kv_cache import BlockManager, block_key
+from llama_engine.engine.step import Chunk
 from llama_engine.sampling import SamplingParams
 
 
@@ -39,6 +43,15 @@ class Sequence:
     sampled: int = 0
     last_on_device: bool = False  # the slot holds this sequence's newest token
     finished: bool = False
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks, each computed once
+    registered: int = 0  # blocks of the table that are registered, or have an equal that is
+    doubtful: bool = False  # a step failed: what the table holds must not be registered
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The ids at positions ``start .. end - 1``, as far as the host knows them."""
+        n = len(self.prompt)
+        return self.prompt[start:end] + self.output[max(0, start - n) : max(0, end - n)]
 
     @property
     def known(self) -> int:
@@ -68,10 +81,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self._slots = list(range(config.max_batch_size - 1, -1, -1))
-        self._grown: list[
-            Sequence
-        ] = []  # since the last plan, which is not the last call where DrainFirst came between
+        self._grown: list[Sequence] = []  # kept over a DrainFirst, which ends a schedule half-way
         self.preemptions = 0
+        self.prefix_cache_query_tokens = 0  # prompt tokens looked up, once a request
+        self.prefix_cache_hit_tokens = 0
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -89,11 +102,16 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all that is cached, and what the running sequences hold: after a step that failed, it may be wrong."""
+        self.blocks.forget_all()
+        for sequence in self.running:
+            sequence.doubtful = True
+
     def schedule(self) -> Plan | None:
         """The next step, or None when there is nothing to run. Raises :class:`DrainFirst`."""
         budget = self._config.max_num_tokens
         work: list[tuple[Sequence, Chunk]] = []
-        grown = self._grown
         admitted: list[Sequence] = []
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -106,7 +124,8 @@ class Scheduler:
             if sequence.computed >= len(sequence.table) * self.blocks.tokens_per_block:
                 if not self._make_room(sequence):
                     continue
-                grown.append(sequence)
+                self._grown.append(sequence)
+                self._register(sequence)
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
         prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
@@ -119,7 +138,7 @@ class Scheduler:
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
             admitted.append(sequence)
-            grown.append(sequence)
+            self._grown.append(sequence)
             budget -= self._prefill(work, sequence, budget)
         # what was preempted after it was planned does not run
         work = [(sequence, chunk) for sequence, chunk in work if sequence.slot >= 0]
@@ -128,10 +147,12 @@ class Scheduler:
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
+            if chunk.tokens is not None:  # decodes are seen to when their tables grow
+                self._register(sequence)
         if not work:
             return None
-        self._grown = []
-        return Plan(work, [sequence for sequence in grown if sequence.slot >= 0], admitted)
+        grown, self._grown = [sequence for sequence in self._grown if sequence.slot >= 0], []
+        return Plan(work, grown, admitted)
 
     def _admissible(self) -> int:
         """About how many waiting sequences have room to run."""
@@ -142,18 +163,46 @@ class Scheduler:
 
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
-        spare = self.blocks.free - self.blocks.blocks_for(sequence.known)
-        return spare >= len(self.running) and self.blocks.grow(sequence.table, sequence.known)
+        size, table = self.blocks.tokens_per_block, sequence.table
+        if self._config.enable_prefix_cache:  # the last token is computed always: its logits are wanted
+            self.blocks.match(table, self._keys(sequence, (sequence.known - 1) // size))
+        cached = len(table)
+        if self.blocks.free - (self.blocks.blocks_for(sequence.known) - cached) < len(self.running):
+            self.blocks.release(table)
+            return False
+        self.blocks.grow(table, sequence.known)
+        sequence.registered, sequence.computed, sequence.doubtful = cached, cached * size, False
+        if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
+            sequence.cached_tokens = sequence.computed
+            self.prefix_cache_hit_tokens += sequence.computed
+            self.prefix_cache_query_tokens += len(sequence.prompt) if self._config.enable_prefix_cache else 0
+        return True
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The keys of the first ``count`` full blocks."""
+        keys, size = sequence.keys, self.blocks.tokens_per_block
+        while len(keys) < count:
+            tokens = sequence.tokens(len(keys) * size, (len(keys) + 1) * size)
+            keys.append(block_key(keys[-1] if keys else b"", tokens))
+        return keys[:count]
+
+    def _register(self, sequence: Sequence) -> None:
+        """Put the full blocks whose tokens the host knows into the prefix cache."""
+        known = min(sequence.computed, len(sequence.prompt) + len(sequence.output))
+        full = known // self.blocks.tokens_per_block
+        if self._config.enable_prefix_cache and full > sequence.registered and not sequence.doubtful:
+            keys = self._keys(sequence, full)
+            for index in range(sequence.registered, full):
+                self.blocks.register(sequence.table[index], keys[index])
+            sequence.registered = full
 
     def _prefill(self, work: list[tuple[Sequence, Chunk]], sequence: Sequence, budget: int) -> int:
         """Plan the next tokens of a prompt, at most ``budget``; how many."""
-        start, prompt, output = sequence.computed, sequence.prompt, sequence.output
-        length = len(prompt) + len(output)
-        end = min(length, start + budget)
-        if end > start:
-            part = prompt[start:end] + output[max(0, start - len(prompt)) : max(0, end - len(prompt))]
-            work.append((sequence, Chunk(sequence.slot, start, part, samples=end == length)))
-        return max(0, end - start)
+        end = min(sequence.known, sequence.computed + budget)
+        if end > sequence.computed:
+            part = sequence.tokens(sequence.computed, end)
+            work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == sequence.known)))
+        return max(0, end - sequence.computed)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Grow the sequence by one position, preempting from the youngest on; False if it was itself preempted."""
@@ -174,6 +223,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self._register(sequence)
         self.blocks.release(sequence.table)
         self._slots.append(sequence.slot)
         sequence.slot = -1

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, RunError
-from llama_engine.kernels import gemm, quant
+from llama_engine.kernels import gemm, library, quant
 from llama_engine.kernels.attention import PagedAttention
 from llama_engine.kernels.finish import finish
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as stream_supported
 from llama_engine.kernels.tiles import Tiles
-from llama_engine.model.schemes import BF16, INT8
+from llama_engine.model.schemes import BF16, FP8, FP16
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 ALL_LAYERS = slice(None)
 EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
 ROW_PADDING = 128  # buffers hold a multiple of the largest tile's rows
+LIBRARY_ROWS = 4096  # of a product that cuBLAS leaves to a kernel after it
 
 
 class GpuModel:
@@ -37,10 +39,10 @@ class GpuModel:
         weights: EngineWeights,
         tiles: Tiles,
         stream: bool = True,
-        library: str | None = None,
+        attention_library: str | None = None,
     ) -> None:
-        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs; ``library`` is that
-        of :class:`PagedAttention`."""
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs;
+        ``attention_library`` is the ``library`` of :class:`PagedAttention`."""
         self.config, self.engine = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
@@ -60,15 +62,15 @@ class GpuModel:
         self.qkv = zeros(capacity, config.qkv_size)
         self.attended = zeros(capacity, config.q_size)
         self.hidden = zeros(capacity, config.intermediate_size)
-        widths = {config.hidden_size, config.q_size, config.intermediate_size}
-        digits = zeros(2 * capacity * max(widths), dtype=torch.int8)
-        self.digits = {k: digits[: 2 * capacity * k].view(2, capacity, k) for k in widths}
+        self._inputs = self._input_buffers(capacity)
         self.a_scale = zeros(capacity, dtype=torch.float32)
-        self.final = zeros(LM_HEAD_ROWS, config.hidden_size)
+        kept = [linear for name in ("o", "gate_up", "down") for linear in self.linears(name) if library.runs(linear)]
+        widest = max((linear.weight.shape[0] for linear in kept), default=0)
+        self.product = zeros(min(capacity, LIBRARY_ROWS) * widest)
         self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
-        self.attention = PagedAttention(config, engine, self.block_tables, library=library)
+        self.attention = PagedAttention(config, engine, self.block_tables, library=attention_library)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
@@ -87,25 +89,83 @@ class GpuModel:
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
 
-    def _input(self, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The buffers that hold a matrix's activations: digits and their row scales, or fp16 and None."""
-        if linear.scheme is INT8:
-            return self.digits[linear.weight.shape[1]], self.a_scale
-        return self.final, None
+    def _input_buffers(self, capacity: int) -> dict[tuple[str, str], torch.Tensor]:
+        """By scheme and matrix, what holds its activations: the same bytes, but for 16-bit down and lm_head."""
+        c = self.config
+        widths = dict.fromkeys(("qkv", "gate_up", "lm_head"), c.hidden_size)
+        widths |= {"o": c.q_size, "down": c.intermediate_size}
+        half = capacity * max(widths.values())
+        raw = torch.zeros(2 * half, dtype=torch.int8, device=self.device)
+        buffers = {}
+        for name, k in widths.items():
+            whole = raw[: 2 * capacity * k]
+            # Of FP8, down has a place of its own: it is written while gate_up's activations are still read.
+            one = raw[half:][: capacity * k] if name == "down" else raw[: capacity * k]
+            buffers["int8", name] = whole.view(2, capacity, k)
+            buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
+            buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+        buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
+        return buffers
 
-    def _linear(self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None) -> None:
-        """``linear``, which is called ``name``, over the activations of its width; with ``tile``, only compile that."""
-        a, a_scale = self._input(linear)
-        if tile is None and self.streams(name, rows):
+    def input_of(self, name: str, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The buffers that hold the activations of ``linear``, called ``name``, in the form that
+        :func:`llama_engine.kernels.quant.norm` gives them: with their row scales, or fp16 and None."""
+        return self._inputs[linear.scheme.name, name], None if linear.scheme is FP16 else self.a_scale
+
+    def _linear(
+        self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None
+    ) -> torch.Tensor | None:
+        """``linear``, which is called ``name``, over its activations; with ``tile``, only compile that.
+
+        Returns what the caller has still to add to ``out``, if anything.
+        """
+        a, a_scale = self.input_of(name, linear)
+        if tile is None and self.streams(name, linear, rows):
             self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
-            return
-        partials = self.partials if name == "lm_head" else None
-        operands = (a, a_scale, linear, out, rows, EPILOGUES[name], tile or self.tiles.get(name, linear, rows))
-        gemm.gemm(*operands, self.workspace, partials, compile_only=tile is not None)
+            return None
+        chosen = tile or self.tiles.get(name, linear, rows)
+        if not chosen.library:
+            partials = self.partials if name == "lm_head" else None
+            operands = (a, a_scale, linear, out, rows, EPILOGUES[name], chosen, self.workspace, partials)
+            gemm.gemm(*operands, compile_only=tile is not None)
+        elif tile is None:
+            return self._by_library(name, linear, out, None, rows)
+        return None
 
-    def streams(self, name: str, rows: int) -> bool:
-        """Whether the streaming kernel runs matrix ``name`` for so many rows; else it is the Triton kernel's."""
-        return self.stream is not None and self.stream.runs(self.linears(name)[0], rows, EPILOGUES[name])
+    def _by_library(
+        self, name: str, linear: Linear, out: torch.Tensor, out_scale: torch.Tensor | None, rows: int
+    ) -> torch.Tensor | None:
+        """:meth:`_linear` through cuBLAS; what gate_up leaves takes the form of ``out``, with ``out_scale``."""
+        a, a_scale = self.input_of(name, linear)
+        n = linear.weight.shape[0]
+        step = rows if name == "qkv" else self.product.numel() // n
+        for first in range(0, rows, step):
+            piece = slice(first, min(first + step, rows))
+            count = piece.stop - first
+            y = out[piece] if name == "qkv" else self.product[: count * n].view(count, n)
+            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y)
+            if name == "gate_up":
+                scale = None if out_scale is None else out_scale[piece]
+                quant.norm(y, None, 0.0, out[piece], scale, count, gated=True)
+            elif name != "qkv":
+                if count == rows:
+                    return y
+                out[piece] += y
+        return None
+
+    def _gate_up(self, gate_up: Linear, down: Linear, rows: int) -> None:
+        """``silu(gate) * up`` as the activations of ``down``."""
+        out, scale = self.input_of("down", down)
+        if down.scheme is gate_up.scheme and self.tiles.get("gate_up", gate_up, rows).library:
+            self._by_library("gate_up", gate_up, out, scale, rows)
+            return
+        self._linear("gate_up", gate_up, self.hidden, rows)
+        if scale is not None:
+            quant.norm(self.hidden, None, 0.0, out, scale, rows)
+
+    def streams(self, name: str, linear: Linear, rows: int) -> bool:
+        """Whether the streaming kernel runs ``linear``, called ``name``, for so many rows; else it is the others'."""
+        return self.stream is not None and self.stream.runs(linear, rows, EPILOGUES[name])
 
     def linears(self, name: str) -> list[Linear]:
         """Every matrix called ``name``."""
@@ -121,39 +181,41 @@ class GpuModel:
     def _layers(
         self,
         rows: int,
-        attend: Callable[[torch.Tensor, torch.Tensor], None],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None],
         ends: torch.Tensor | None = None,
         part: slice = ALL_LAYERS,
     ) -> torch.Tensor:
-        """``part`` of the decoder layers over ``x[:rows]``; ``attend(kv, digits)`` quantizes the attention of ``qkv``.
+        """``part`` of the decoder layers over ``x[:rows]``; ``attend(kv, out, scale)`` makes the activations of ``o``
+        out of ``qkv``.
 
         Returns the buffer whose first rows hold the result: all of them, or with ``ends`` (int32 ``[n]``) only these,
         which then are all that the last layer computes once its keys and values are cached.
         """
         x = self.x
-        c, eps = self.config, self.config.rms_norm_eps
-        hidden, inner = self.digits[c.hidden_size], self.digits[c.intermediate_size]
-        query = self.digits[c.q_size]
+        eps = self.config.rms_norm_eps
+        rest = None  # what x still lacks
         for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
-            quant.norm(self.x, layer.input_norm, eps, hidden, self.a_scale, rows)
+            quant.norm(self.x, layer.input_norm, eps, *self.input_of("qkv", layer.qkv), rows, add=rest)
             self._linear("qkv", layer.qkv, self.qkv, rows)
-            attend(kv, query)
+            query = self.input_of("o", layer.o)
+            attend(kv, *query)
             if ends is not None and layer is self.weights.layers[-1]:
                 rows = ends.numel()
-                quant.norm(self.attended, None, 0.0, query, self.a_scale, rows, ends)
+                quant.norm(self.attended, None, 0.0, *query, rows, ends)
                 quant.embed(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
-            self._linear("o", layer.o, x, rows)
-            quant.norm(x, layer.post_norm, eps, hidden, self.a_scale, rows)
-            self._linear("gate_up", layer.gate_up, self.hidden, rows)
-            quant.norm(self.hidden, None, eps, inner, self.a_scale, rows)
-            self._linear("down", layer.down, x, rows)
+            rest = self._linear("o", layer.o, x, rows)
+            quant.norm(x, layer.post_norm, eps, *self.input_of("gate_up", layer.gate_up), rows, add=rest)
+            self._gate_up(layer.gate_up, layer.down, rows)
+            rest = self._linear("down", layer.down, x, rows)
+        if rest is not None:
+            x[:rows] += rest
         return x
 
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
         """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
-        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, *self._input(head), rows, which)
+        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, *self.input_of("lm_head", head), rows, which)
         self._linear("lm_head", head, logits, rows)
         return -(-c.vocab_size // self.tiles.get("lm_head", head, rows).n)
 
@@ -183,7 +245,7 @@ class GpuModel:
         quant.embed(self.weights.embedding, self.last_token, self.x, rows, slots)
         x = self._layers(
             rows,
-            lambda kv, digits: self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, rows),
+            lambda kv, *out: self.attention.decode(self.qkv, kv, slots, self.position, *out, rows),
         )
         self._sample(x, rows, None, slots, sampled, None)
 
@@ -212,12 +274,13 @@ class GpuModel:
         if not part.start:
             quant.embed(self.weights.embedding, ids[d:], self.x[d:], rows - d)
 
-        def attend(kv: torch.Tensor, digits: torch.Tensor) -> None:
+        def attend(kv: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
             if d:
-                self.attention.decode(self.qkv, kv, slots, self.position, digits, self.a_scale, d)
+                self.attention.decode(self.qkv, kv, slots, self.position, out, scale, d)
             new = (slots[d:], positions[d:], tiles, self.attended[d:], rows - d)
             self.attention.prefill(self.qkv[d:], kv, *new, whole)
-            quant.norm(self.attended[d:], None, 0.0, digits[:, d:], self.a_scale[d:], rows - d)
+            rest = None if scale is None else scale[d:]
+            quant.norm(self.attended[d:], None, 0.0, out[..., d:, :], rest, rows - d)
 
         count = ends.shape[1]
         x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)
@@ -259,19 +322,26 @@ class GpuModel:
 
 
 def _checked(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
-    """``weights`` with a 16-bit embedding and lm_head in fp16. Raises :class:`InputError` for what no kernel runs."""
+    """``weights`` with embedding and bf16 matrices in fp16. Raises :class:`InputError` for what no kernel runs."""
+    device = weights.embedding.device
+    before_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
             scheme = getattr(layer, name).scheme
             if "gpu" not in scheme.executors:
+                raise InputError(f"layer {i} {name} is {scheme.name}, which no GPU kernel runs: give kernels='torch'")
+            if scheme is FP8 and before_fp8:
+                arch = "sm{}{}".format(*torch.cuda.get_device_capability(device))
                 raise InputError(
-                    f"layer {i} {name} is {scheme.name}, not INT8: convert with --use_weight_only, or give "
-                    "kernels='torch'"
+                    f"layer {i} {name} is fp8, and this GPU is {arch}: FP8 needs sm89 (Ada) or later. Convert with "
+                    "--use_weight_only, or run with --device cpu"
                 )
     for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if size % 32:
             raise InputError(f"{name} {size} is not a multiple of 32: give kernels='torch'")
-    head = weights.lm_head
-    if head.scheme is BF16:
-        head = Linear(head.weight.to(torch.float16))
-    return EngineWeights(weights.embedding.to(torch.float16), weights.layers, weights.final_norm, head)
+
+    def fp16(linear: Linear) -> Linear:
+        return Linear(linear.weight.to(torch.float16)) if linear.scheme is BF16 else linear
+
+    layers = [replace(layer, **{name: fp16(getattr(layer, name)) for name in LINEARS}) for layer in weights.layers]
+    return EngineWeights(weights.embedding.to(torch.float16), layers, weights.final_norm, fp16(weights.lm_head))

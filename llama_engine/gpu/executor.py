@@ -1,8 +1,9 @@
 """The asynchronous executor of a CUDA GPU: one graph replay a decode step, prefill in graphs or eagerly.
 
 A step's decodes run as one replay of their batch bucket's graph, its prefill chunks as a second pass. Rows never see
-each other and every kernel's result for a row is independent of the batch, so a request's tokens do not depend on what
-ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently).
+each other and with INT8 matrices every kernel's result for a row is independent of the batch, so a request's tokens do
+not depend on what ran beside it (batches of 1 or 2 run the persistent kernel, whose attention rounds differently; FP8
+and 16-bit matrices sum in an order that depends on the number of rows).
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import numpy as np
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.engine.executor import Chunk, Step
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import persistent
 from llama_engine.kernels.attention import LIBRARY
+from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
+from llama_engine.model.sampler import list_logprobs, logprobs
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import SamplingParams, sample
+from llama_engine.sampling import Logprobs, SamplingParams
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
@@ -48,6 +51,9 @@ class _Pass:
     sampling: list[int]  # the chunks that end in a token
     ids: torch.Tensor  # their tokens, pinned int32
     logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
+    logprobs: tuple[
+        dict[int, SamplingParams], list[torch.Tensor]
+    ]  # which chunks ask for them, sampling.logprobs pinned
 
 
 class CudaHandle:
@@ -60,10 +66,19 @@ class CudaHandle:
         if self._event is not None:
             self._event.synchronize()
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list[int | Exception]:
         self._wait()
         found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
         return [token for _, token in found]
+
+    def logprobs(self) -> list[Logprobs | None]:
+        self._wait()
+        found: dict[int, Logprobs | None] = {chunk: None for part in self._passes for chunk in part.sampling}
+        for part in self._passes:
+            params, tensors = part.logprobs
+            if params:
+                found |= zip(params, list_logprobs(list(params.values()), *tensors))
+        return [found[chunk] for chunk in sorted(found)]
 
     def logits(self) -> torch.Tensor:
         self._wait()
@@ -111,6 +126,8 @@ class CudaExecutor:
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
         self._new_tables: dict[int, np.ndarray] = {}
+        self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
+        self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._persistent: persistent.PersistentDecode | None = None
         if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
             try:
@@ -142,7 +159,11 @@ class CudaExecutor:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def bind(self, slot: int, params: SamplingParams) -> None:
+    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        if params.mode or self._params[slot].mode:
+            with torch.cuda.stream(self._stream):
+                for target, values in self._sampler.updates(slot, params, prompt, output):
+                    self._upload(target, values)
         self._params[slot] = params
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
@@ -170,6 +191,16 @@ class CudaExecutor:
 
     def _decode(self, step: Step, indices: list[int]) -> _Pass:
         chunks = [step.chunks[i] for i in indices]
+        bucket = self._set_slots(chunks)
+        if bucket in self._decode_graphs:
+            self._decode_graphs[bucket].replay()
+        else:
+            self._decode_kernels(bucket)
+        logits = self._rows(indices) if step.logits != "none" else {}
+        return self._pass(indices, logits, self._draw(indices, chunks))
+
+    def _set_slots(self, chunks: list[Chunk]) -> int:
+        """Name the slots of the first rows on the device; returns the bucket that holds them."""
         slots = [chunk.slot for chunk in chunks]
         bucket = bucket_of(len(slots), self._buckets)
         if bucket is None:
@@ -178,12 +209,7 @@ class CudaExecutor:
         if padded != self._bound:
             self._upload(self._slots, np.asarray(padded, dtype=np.int32))
             self._bound = padded
-        if bucket in self._decode_graphs:
-            self._decode_graphs[bucket].replay()
-        else:
-            self._decode_kernels(bucket)
-        self._draw(chunks, self._slots)
-        return self._pass(indices, self._rows(indices) if step.logits != "none" else {})
+        return bucket
 
     def _decode_kernels(self, bucket: int) -> None:
         slots, sampled = self._slots[:bucket], self._sampled[:bucket]
@@ -212,14 +238,13 @@ class CudaExecutor:
             by_library = alone is not None and self.model.attention.by_library(alone.start, total)
             whole = (alone.slot, alone.start) if by_library else None
             self.model.prefill(*inputs, self._sampled, every_row=every_row, whole=whole)
-        self._draw([chunk for chunk in chunks if chunk.samples], inputs[-1][1])
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
         elif step.logits == "all":
             logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
-        return self._pass(sampling, logits)
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
@@ -238,8 +263,8 @@ class CudaExecutor:
         else:
             self._mixed_kernels(bucket, inputs)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
-        self._draw([step.chunks[i] for i in sampling], inputs[-1][1])
-        return self._pass(sampling, self._rows(sampling) if step.logits == "last" else {})
+        logits = self._rows(sampling) if step.logits == "last" else {}
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
 
     def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
         self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
@@ -302,6 +327,7 @@ class CudaExecutor:
         first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
         for bucket in self._buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
+            self._sampler_graphs[bucket] = self._capture(lambda b=bucket: self._sampler_kernel(b))
         for tokens in PREFILL_BUCKETS:
             for chunks in PREFILL_CHUNKS:
                 if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine.max_batch_size):
@@ -353,19 +379,31 @@ class CudaExecutor:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor]) -> _Pass:
-        ids = self._sampled[: len(sampling)]
-        host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=self._cuda)
-        return _Pass(sampling, host.copy_(ids, non_blocking=True), logits)
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], scored: tuple) -> _Pass:
+        return _Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, scored)
 
-    def _draw(self, chunks: list[Chunk], slots: torch.Tensor) -> None:
-        """Replace the greedy token of each row whose sequence samples. Waits for the logits."""
-        drawn = [
-            (row, sample(self.model.logits[row], self._params[chunk.slot], chunk.start + chunk.length))
-            for row, chunk in enumerate(chunks)
-            if not self._params[chunk.slot].greedy
-        ]
-        if drawn:
-            index, ids = (torch.tensor(part, device=self.device) for part in zip(*drawn))
-            self._sampled[index] = ids.int()
-            self.model.last_token[slots[index].long()] = ids.int()
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _sampler_kernel(self, bucket: int) -> None:
+        m = self.model
+        self._sampler.launch(m.logits, self._sampled, self._slots, m.last_token, m.position, bucket)
+
+    def _draw(self, indices: list[int], chunks: list[Chunk]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
+        """Replace the greedy token of each row whose sequence asks for another; the rows' logits are the scratch.
+        Returns :attr:`_Pass.logprobs`."""
+        params = [self._params[chunk.slot] for chunk in chunks]
+        scored = [row for row, p in enumerate(params) if p.logprobs is not None]
+        raw = torch.stack([self.model.logits[row] for row in scored]) if scored else None
+        if any(p.mode for p in params):
+            bucket = self._set_slots(chunks)
+            if bucket in self._sampler_graphs:
+                self._sampler_graphs[bucket].replay()
+            else:
+                self._sampler_kernel(bucket)
+        if raw is None:
+            return {}, []
+        tokens = torch.stack([self._sampled[row] for row in scored])
+        parts = logprobs(raw, tokens, max(params[row].logprobs for row in scored))
+        return {indices[row]: params[row] for row in scored}, [self._to_host(part) for part in parts]

@@ -19,26 +19,36 @@ from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
 from llama_engine.gpu.chain import GpuModel
-from llama_engine.kernels.gemm import Tile, fit
+from llama_engine.kernels import library
+from llama_engine.kernels.gemm import LM_HEAD_ROWS, Tile, fit
 from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
-from llama_engine.model.weights import load_weights
+from llama_engine.model.schemes import INT8
+from llama_engine.model.weights import Linear, load_weights
 
 
-def candidates(name: str, bucket: int) -> list[Tile]:
+def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
     """Tiles worth timing for a matrix and a row bucket, the default first."""
-    tiles = [default_tile(name, bucket)]
+    use_library = name != "lm_head" and library.runs(linear)
+    tiles = [default_tile(name, bucket, linear.scheme, use_library)]
+    if bucket >= 64 and use_library:
+        tiles += [replace(tiles[0], library=not tiles[0].library)]
     if name == "lm_head" and bucket >= 128:
         tiles += [Tile(64, 128, 128), Tile(64, 256, 64, warps=8), Tile(128, 128, 64, warps=8, stages=3)]
     elif bucket >= 128:
+        k = 128 // linear.scheme.weight_dtype.itemsize
         splits = (1,) if name == "gate_up" or bucket >= 1024 else (1, 2, 4) if bucket == 128 else (1, 2)
-        shapes = ((64, 256, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4))
-        tiles += [Tile(m, n, 128, way, False, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
+        shapes = [(64, 256, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)]
+        if linear.scheme is not INT8:
+            shapes += [(64, 256, 8, 4), (128, 256, 8, 3), (128, 256, 8, 4)]
+        tiles += [Tile(m, n, k, way, False, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
+        if bucket == 128:
+            tiles += [Tile(m, n, k, way) for m, n, way in itertools.product((64, 128), (64, 128), splits)]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
         splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
         shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
-        tiles += [Tile(bucket, n, k, split, stages=stages) for n, (k, stages), split in shapes]
+        tiles += [Tile(tiles[0].m, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 
 
@@ -67,47 +77,47 @@ def time_graph(run: Callable[[], None], repeats: int = 3) -> float:
 def tune(
     model: GpuModel,
     progress: Callable[[str], None] = lambda _: None,
-    choices: Callable[[str, int], Iterable[Tile]] = candidates,
+    choices: Callable[[str, int, Linear], Iterable[Tile]] = candidates,
 ) -> dict[str, Any]:
-    """Choose the tiles of every matrix and row bucket; the dict of tuning.json.
+    """Choose the tiles of every matrix, in each of its schemes, and row bucket; the dict of tuning.json.
 
     One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
-    work: dict[int, dict[str, list[Tile]]] = {}
+    work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
     prefill = {bucket: bucket > model.engine.max_batch_size for bucket in ROW_BUCKETS}
-    for bucket, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
-        if (
-            bucket > model.engine.max_num_tokens
-            or model.streams(name, bucket)
-            or (name == "lm_head" and (bucket == 8 or prefill[bucket]))
-        ):
-            continue  # another kernel's; lm_head has no tiles of 8 rows, and a prefill needs it for one row
-        linear = model.linears(name)[0]
-        tiles = dict.fromkeys(fit(tile, linear, bucket) for tile in choices(name, bucket))
-        work.setdefault(bucket, {})[name] = list(tiles)
+    for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
+        if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
+            continue  # lm_head has no tiles of 8 rows, never runs more than 512, and a prefill needs it for one
+        linears = model.linears(name)
+        for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
+            linear = linears[index]
+            if not model.streams(name, linear, rows):
+                tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, rows, linear))
+                work.setdefault(rows, {})[name, index] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for bucket, names in work.items():
-            for name, tiles in names.items():
+            for (name, index), tiles in names.items():
                 for tile in tiles:
-                    model.run_linear(name, 0, bucket, tile)
+                    model.run_linear(name, index, bucket, tile)
     best: dict[str, Any] = {}
     for bucket, names in work.items():
         run = model.sample_step(bucket, prefill[bucket])
-        for name, tiles in names.items():
-            timed = []
+        for (name, index), tiles in names.items():
+            timed, scheme = [], model.linears(name)[index].scheme
             for tile in tiles:
-                model.tiles.set(name, bucket, tile)
+                model.tiles.set(name, scheme, bucket, tile)
                 try:
                     timed.append((time_graph(run), tile))
                 except (triton.runtime.OutOfResources, triton.CompilationError):
                     continue  # too large for this GPU's shared memory or registers
             fastest, tile = min(timed, key=lambda pair: pair[0])
-            model.tiles.set(name, bucket, tile)
-            best[f"{name}/{bucket}"] = asdict(tile)
-            progress(f"{name}, {bucket} rows: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
+            model.tiles.set(name, scheme, bucket, tile)
+            best[f"{name}/{scheme.name}/{bucket}"] = asdict(tile)
+            what = f"{name} {scheme.name}, {bucket} rows"
+            progress(f"{what}: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")
     model.position.zero_()
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 

@@ -12,7 +12,9 @@ Conventions that the GPU kernels share
   token 0 at position 0 of block 0.
 * **RoPE** rotates halves (dimensions ``d`` and ``d + head_size / 2``), from float32 tables ``cos, sin
   [max_seq_len, head_size / 2]`` (:func:`llama_engine.model.rope.rope_tables`).
-* **Activations** between operations are fp16 in the residual stream; a linear layer's input row is quantized to
-  ``a = 256 * hi + lo`` with signed 8-bit digits, ``|a| <= 32512``, and one float32 scale ``amax / 32512`` a row
-  (rounded half away from zero), so ``y = (256 * (hi . W) + lo . W) * row_scale * weight_scale``, the sums exact.
+* **Activations** between operations are fp16 in the residual stream, and so is the input of a 16-bit matrix. The input
+  row of an FP8 matrix is e4m3 with one float32 scale (:func:`llama_engine.model.schemes.quantize_e4m3`); that of an
+  INT8 one is quantized to ``a = 256 * hi + lo`` with signed 8-bit digits, ``|a| <= 32512``, and one float32 scale
+  ``amax / 32512`` a row (rounded half away from zero), so
+  ``y = (256 * (hi . W) + lo . W) * row_scale * weight_scale``, the sums exact.
 """

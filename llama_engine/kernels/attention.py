@@ -84,11 +84,12 @@ class PagedAttention:
         kv: torch.Tensor,
         slots: torch.Tensor,
         position: torch.Tensor,
-        digits: torch.Tensor,
-        a_scale: torch.Tensor,
+        out: torch.Tensor,
+        a_scale: torch.Tensor | None,
         num_rows: int,
     ) -> None:
-        """One new token a row: rotate, cache, attend; the result goes quantized to ``digits`` and ``a_scale``.
+        """One new token a row: rotate, cache, attend; the result goes to ``out``, in the form that its dtype asks for
+        (:func:`llama_engine.kernels.quant.norm`), and its row scales to ``a_scale``.
 
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
@@ -125,9 +126,9 @@ class PagedAttention:
             self.stat,
             slots,
             position,
-            digits,
+            out,
             a_scale,
-            digits.stride(0),
+            out.stride(0),
             HEADS=c.num_heads,
             HEADS_P=triton.next_power_of_2(c.num_heads),
             HEAD=c.head_size,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_engine.kernels.quant import store_digits
+from llama_engine.kernels.quant import store_row
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def merge(
     stat_ptr,
     slots_ptr,
     position_ptr,
-    digits_ptr,
+    out_ptr,
     scale_ptr,
     plane,
     HEADS: tl.constexpr,
@@ -157,4 +157,4 @@ def merge(
             acc_c = tl.load(part + chunk * (HEADS * HEAD), mask=mask & (chunk < chunks), other=0.0)
             acc += weight[:, None] * acc_c
     out = tl.where(mask, acc / tl.where(h < HEADS, total, 1.0)[:, None], 0.0)
-    store_digits(out, digits_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)
+    store_row(out, out_ptr, scale_ptr, row, offs, mask, HEADS * HEAD, plane)

@@ -33,12 +33,13 @@ def _finish(
     offs = tl.arange(0, BLOCK)
     mask = offs < tiles
     best = tl.load(best_ptr + row * tiles + offs, mask=mask, other=float("-inf"))
-    tile = tl.argmax(best, axis=0)
+    top, tile = tl.max(best, axis=0, return_indices=True)
     token = tl.load(index_ptr + row * tiles + tile)
+    token = tl.where(tl.abs(top) < float("inf"), token, -1)
     slot = tl.load(slots_ptr + row)
     tl.store(sampled_ptr + row, token)
     if slot != dummy:
-        tl.store(last_ptr + slot, token)
+        tl.store(last_ptr + slot, tl.maximum(token, 0))  # the next step may be on its way before the host reads this
         if ADVANCE:
             tl.store(position_ptr + slot, tl.load(position_ptr + slot) + 1)
         else:
@@ -58,7 +59,8 @@ def finish(
     """Greedy tokens from the tiles' maxima (the lowest id wins a tie), and the slots' next state.
 
     ``sampled[r]`` int32; ``last_token[slots[r]]`` becomes it, ``position[slots[r]]`` advances by one or becomes
-    ``next_position[r]``. The last slot is the padding's and stays as it is.
+    ``next_position[r]``. The last slot is the padding's and stays as it is. A row whose maximum is infinite samples
+    :data:`llama_engine.sampling.NOT_FINITE`, and its ``last_token`` becomes 0.
     """
     block = triton.next_power_of_2(tiles)
     _finish[(num_rows,)](

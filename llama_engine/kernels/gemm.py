@@ -1,8 +1,10 @@
 # ruff: noqa: ANN001, ANN202 (Triton kernels take untyped pointers)
-"""Linear layers: INT8 weights times fixed-point activations on the integer tensor cores, and the fp16 lm_head.
+"""Linear layers: INT8 weights times fixed-point activations on the integer tensor cores; FP8 times e4m3; 16 bits.
 
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
 exact in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the batch's other rows.
+FP8 and 16-bit products are summed in float32 (:data:`FP8_STEP`): their last bits depend on the tiling, which is a
+matter of the number of rows, but never on the other rows' values nor on timing.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options, shared_memory
-from llama_engine.model.schemes import FP16, INT8
+from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import Linear
 
 STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
 _STORE, _RESIDUAL, _SILU_MUL, _LOGITS = (tl.constexpr(i) for i in range(4))
 MAX_SPLIT, MAX_TILES, MAX_PARTIAL = 16, 4096, 1 << 22
+# Hopper's tensor cores keep 14 bits of an FP8 sum: after so many of K it goes on in float32. None: it stays there.
+FP8_STEP: int | None = 128
 LM_HEAD_ROWS = 512  # rows of logits computed at once
 
 
@@ -32,6 +36,7 @@ class Tile:
     """How one matrix is cut: ``m`` activation rows by ``n`` weight rows by ``k`` a step, ``split`` ways along K.
 
     ``swap`` puts the weights on the matrix unit's 64-row side, which few activation rows would leave idle.
+    ``library``: leave the matrix to cuBLAS (:mod:`llama_engine.kernels.library`), which has its own.
     """
 
     m: int = 16
@@ -41,6 +46,7 @@ class Tile:
     swap: bool = True
     warps: int = 4
     stages: int = 4
+    library: bool = False
 
 
 @triton.jit
@@ -82,10 +88,21 @@ def _epilogue(
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
         if EPILOGUE == _LOGITS:
             axis: tl.constexpr = 0 if SWAP else 1
-            best, index = tl.max(tl.where(mask, y, float("-inf")), axis=axis, return_indices=True)
+            judged = tl.where(y == y, y, float("inf"))  # a maximum may drop NaN, but not infinity
+            best, index = tl.max(tl.where(mask, judged, float("-inf")), axis=axis, return_indices=True)
             tiles = tl.cdiv(N, BN)
             tl.store(best_ptr + offs_m * tiles + pid_n, best, mask=offs_m < M)
             tl.store(index_ptr + offs_m * tiles + pid_n, index + pid_n * BN, mask=offs_m < M)
+
+
+@triton.jit
+def _last_to_arrive(count_ptr, SPLIT: tl.constexpr):
+    """Whether this is the last of the SPLIT programs of a tile, whose partial sums are then all to be seen."""
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        tl.store(count_ptr, 0)
+    return last
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -104,6 +121,8 @@ def _gemm(
     plane,
     K: tl.constexpr,
     INT8: tl.constexpr,
+    SCALED: tl.constexpr,
+    STEP: tl.constexpr,
     EPILOGUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -135,12 +154,19 @@ def _gemm(
     if PDL:
         gdc_launch_dependents()
     # Scales are read long before their use: where memory is busy a small load takes microseconds.
-    if INT8:
+    if SCALED:
         w_scale = tl.load(w_scale_ptr + rows)
     if PDL:
         gdc_wait()
-    if INT8:
+    if SCALED:
         a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
+    size: tl.constexpr = BM * BN
+    if SWAP:
+        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    else:
+        inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    done = True
+    if INT8:
         if SWAP:
             high = tl.zeros((BN, BM), tl.int32)
             low = tl.zeros((BN, BM), tl.int32)
@@ -157,20 +183,12 @@ def _gemm(
             else:
                 high = tl.dot(hi, tl.trans(w), high, out_dtype=tl.int32)
                 low = tl.dot(lo, tl.trans(w), low, out_dtype=tl.int32)
-        done = True
         if SPLIT > 1:
-            size: tl.constexpr = BM * BN
-            if SWAP:
-                inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-            else:
-                inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
             base = partial_ptr + pid * (SPLIT * 2 * size) + inner
             tl.store(base + split * (2 * size), high)
             tl.store(base + split * (2 * size) + size, low)
-            tl.debug_barrier()
-            done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel") == SPLIT - 1
+            done = _last_to_arrive(count_ptr + pid, SPLIT)
             if done:
-                tl.store(count_ptr + pid, 0)
                 for other in range(SPLIT):
                     if other != split:
                         high += tl.load(base + other * (2 * size), cache_modifier=".cg")
@@ -191,10 +209,24 @@ def _gemm(
             w = tl.load(w_ptrs + k, eviction_policy=evict)
             a = tl.load(a_ptrs + k)
             if SWAP:
-                acc = tl.dot(w, tl.trans(a), acc)
+                acc = tl.dot(w, tl.trans(a), acc, max_num_imprecise_acc=STEP)
             else:
-                acc = tl.dot(a, tl.trans(w), acc)
-        _epilogue(acc, offs_m, offs_n, pid_n, out_ptr, best_ptr, index_ptr, M, N, EPILOGUE, BM, BN, SWAP)
+                acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=STEP)
+        if SPLIT > 1:
+            base = partial_ptr + pid * (SPLIT * size) + inner
+            tl.store(base + split * size, acc)
+            done = _last_to_arrive(count_ptr + pid, SPLIT)
+            if done:  # in order, whichever came last
+                acc = tl.load(base, cache_modifier=".cg")
+                for other in range(1, SPLIT):
+                    acc += tl.load(base + other * size, cache_modifier=".cg")
+        if done:
+            if SCALED:
+                if SWAP:
+                    acc = acc * a_scale[None, :] * w_scale[:, None]
+                else:
+                    acc = acc * a_scale[:, None] * w_scale[None, :]
+            _epilogue(acc, offs_m, offs_n, pid_n, out_ptr, best_ptr, index_ptr, M, N, EPILOGUE, BM, BN, SWAP)
 
 
 class Workspace:
@@ -208,10 +240,12 @@ class Workspace:
 def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     """``tile`` with its K step made a divisor of K, its stages made to fit this GPU's shared memory, and its split
     bounded by the workspace. Raises :class:`InputError` for a K that no step divides."""
+    if tile.library:
+        return tile
     n, k = linear.weight.shape
-    int8 = linear.scheme is INT8
     step, stages = tile.k, tile.stages
-    column = tile.n + 2 * tile.m if int8 else 2 * (tile.n + tile.m)  # bytes of one k
+    # bytes of one k
+    column = tile.n + 2 * tile.m if linear.scheme is INT8 else linear.weight.element_size() * (tile.n + tile.m)
     # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
     buffers = 0 if (tile.n if tile.swap else tile.m) >= 64 and tile.m >= 16 else 1
     room = shared_memory(linear.weight.device)
@@ -225,7 +259,7 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     split = min(tile.split, k // step, MAX_SPLIT)
     while split > 1 and (tiles > MAX_TILES or tiles * split * 2 * tile.m * tile.n > MAX_PARTIAL):
         split //= 2
-    return replace(tile, k=step, stages=stages, split=split if int8 else 1)
+    return replace(tile, k=step, stages=stages, split=split)
 
 
 def _launch(kernel: Any, grid: tuple[int, int], compile_only: bool) -> Any:
@@ -246,18 +280,19 @@ def gemm(
 ) -> None:
     """``out = epilogue(a @ W.T)`` for the first ``num_rows`` rows.
 
-    ``a``: digits int8 ``[2, capacity, K]`` with ``a_scale`` float32 ``[capacity]`` for INT8 weights, else fp16
-    ``[capacity, K]``; capacity must be ``num_rows`` rounded up to ``tile.m`` or more. ``out``: ``[*, N]``, or
-    ``[*, N / 2]`` for SILU_MUL over stacked ``[gate; up]`` rows; RESIDUAL adds to what it holds. LOGITS also writes the
-    maximum of each tile and its column to ``partials`` (float32 and int32 ``[rows, tiles]``, tiles = ceil(N / tile.n)).
+    ``a``: digits int8 ``[2, capacity, K]`` for INT8 weights or e4m3 ``[capacity, K]`` for FP8, each with ``a_scale``
+    float32 ``[capacity]``, else fp16 ``[capacity, K]``; capacity must be ``num_rows`` rounded up to ``tile.m`` or more.
+    ``out``: ``[*, N]``, or ``[*, N / 2]`` for SILU_MUL over stacked ``[gate; up]`` rows; RESIDUAL adds to what it
+    holds. LOGITS also writes the maximum of each tile (infinity where there is NaN) and its column to ``partials``
+    (float32 and int32 ``[rows, tiles]``, tiles = ceil(N / tile.n)).
     """
     n, k = linear.weight.shape
-    if linear.scheme not in (INT8, FP16):
+    if linear.scheme not in (INT8, FP8, FP16):
         raise InputError(f"gemm: no kernel for {linear.scheme.name} weights")
     int8 = linear.scheme is INT8
     capacity = a.shape[-2]
     tiles_m = -(-num_rows // tile.m)
-    if a.shape[-1] != k or capacity < tiles_m * tile.m or (a.dim() == 3) != int8:
+    if a.shape[-1] != k or capacity < tiles_m * tile.m or (a.dim() == 3) != int8 or a.dtype != linear.weight.dtype:
         raise InputError(f"gemm: activations {tuple(a.shape)} do not fit weights {n}x{k} and {tile}")
     if not (a.is_contiguous() and linear.weight.is_contiguous() and out.is_contiguous()):
         raise InputError("gemm: operands must be contiguous")
@@ -269,13 +304,15 @@ def gemm(
         linear.scale,
         out,
         *(partials or (None, None)),
-        workspace.partial,
+        workspace.partial if int8 else workspace.partial.view(torch.float32),
         workspace.count,
         num_rows,
         n,
         a.stride(0) if int8 else 0,
         K=k,
         INT8=int8,
+        SCALED=linear.scale is not None,
+        STEP=min(FP8_STEP, tile.k) if linear.scheme is FP8 and FP8_STEP else None,
         EPILOGUE=epilogue,
         BM=tile.m,
         BN=tile.n,
@@ -289,8 +326,8 @@ def gemm(
     )
 
 
-def gemm_reference(digits: torch.Tensor, a_scale: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 ``linear``, exact up to the final scaling."""
-    high, low = (plane.double() @ linear.weight.double().T for plane in digits)
-    assert linear.scheme is INT8
-    return ((256 * high + low) * a_scale[:, None] * linear.scale[None, :]).float()
+def gemm_reference(a: torch.Tensor, a_scale: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 ``linear``, or of e4m3 ``[M, K]`` times the FP8 one,
+    exact up to the final scaling."""
+    values = 256 * a[0].double() + a[1].double() if linear.scheme is INT8 else a.double()
+    return (values @ linear.weight.double().T * a_scale[:, None] * linear.scale[None, :]).float()

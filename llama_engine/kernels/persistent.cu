@@ -126,7 +126,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     for (int r = 0; r < ROWS; ++r) best[r] = -INF, best_id[r] = 0;
     auto judge = [&](int r, int n, float logit) {
         if (p.logits) p.logits[(u64)r * VOCAB + n] = logit;
-        if (!(logit <= best[r])) best[r] = logit, best_id[r] = n;
+        if (logit != logit) logit = INF;  // a comparison drops NaN, but not infinity
+        if (logit > best[r]) best[r] = logit, best_id[r] = n;
     };
 #ifdef LM_INT8
     Digits<HIDDEN> d;
@@ -212,9 +213,12 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     consumer_sync();
     if (!s.last) return;
     if (tid < ROWS) {
-        const int token = (int)(0xffffffffu - (u32)__ldcg((const u64*)(p.sync + BEST) + tid)), slot = s.slot[tid];
-        p.sampled[tid] = token;
-        if (slot != p.dummy_slot) p.last_token[slot] = token, p.position[slot] = s.position[tid] + 1;
+        const u64 key = __ldcg((const u64*)(p.sync + BEST) + tid);
+        const u32 ordered = key >> 32, bits = ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered;
+        const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+        const int token = finite ? (int)(0xffffffffu - (u32)key) : -1, slot = s.slot[tid];
+        p.sampled[tid] = token;  // the slot takes an id in any case: the next step may be on its way already
+        if (slot != p.dummy_slot) p.last_token[slot] = max(token, 0), p.position[slot] = s.position[tid] + 1;
     }
     consumer_sync();
     if (tid > LAUNCHES && tid < SYNC_WORDS) p.sync[tid] = 0;

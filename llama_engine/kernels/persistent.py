@@ -9,8 +9,8 @@ Interface for an executor::
 ``launch`` enqueues on the current stream, allocates nothing and can be captured into a CUDA graph. Rows must be one of
 :attr:`PersistentDecode.row_counts` (1, 2); pad with the dummy slot (the last row of the slot state), which the
 kernel never moves on. For every other row it reads ``last_token[slot]`` and ``position[slot]`` (where that token will
-stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_token[slot]`` and adds 1 to
-``position[slot]``. Layouts are those of :mod:`llama_engine.kernels`. The reference is
+stand), writes its KV, puts the greedy choice into ``sampled[row]`` and ``last_token[slot]`` (-1 and 0 where the logits
+are not finite) and adds 1 to ``position[slot]``. Layouts are those of :mod:`llama_engine.kernels`. The reference is
 :class:`llama_engine.model.llama.TorchModel`; the off-switch is not to construct this class.
 """
 

@@ -100,10 +100,16 @@ template <int N, typename At> __device__ __forceinline__ void receive_shared(flo
         }
 }
 
-__device__ __forceinline__ float largest_of(float4 a, float top) {
-    return fmaxf(top, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(a.z), fabsf(a.w))));
+// NaN where either is, unlike fmaxf: a row that holds one must not pass for numbers.
+__device__ __forceinline__ float larger(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
 }
-__device__ __forceinline__ float warp_max(float v) {  // of values >= 0
+__device__ __forceinline__ float largest_of(float4 a, float top) {
+    return larger(top, larger(larger(fabsf(a.x), fabsf(a.y)), larger(fabsf(a.z), fabsf(a.w))));
+}
+__device__ __forceinline__ float warp_max(float v) {  // of values >= 0, and NaN, whose bits are above all
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(v)));
 }
 // Residual words of this lane -> times the norm's weight, and a row's RMS factor and largest magnitude before it.
@@ -128,7 +134,7 @@ __device__ void normalize(Shared& s, const float4 (&weight)[HIDDEN / 1024], floa
     for (int r = 0; r < ROWS; ++r) {
         float sum = 0, top = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += s.reduce[w][r][0], top = fmaxf(top, s.reduce[w][r][1]);
+        for (int w = 0; w < WARPS; ++w) sum += s.reduce[w][r][0], top = larger(top, s.reduce[w][r][1]);
         rstd[r] = rsqrtf(sum / HIDDEN + eps), amax[r] = top;
     }
 }
@@ -156,7 +162,7 @@ template <int K, bool POLL> __device__ void plain_digits(Shared& s, const u32* s
         if (threadIdx.x % 32 == 0) s.reduce[threadIdx.x / 32][r][0] = top;
         consumer_sync();
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, s.reduce[w][r][0]);
+        for (int w = 0; w < WARPS; ++w) top = larger(top, s.reduce[w][r][0]);
         d.scale[r] = top / 32512.0f;
 #pragma unroll
         for (int w = 0; w < K / 1024; ++w) pack(v[w], inverse_of(top), d.hi[r][w], d.lo[r][w]);

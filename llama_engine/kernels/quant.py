@@ -1,8 +1,9 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
-"""Embedding, RMSNorm and the 16-bit fixed-point form of activations.
+"""Embedding, RMSNorm, SiLU * mul and the forms of activations: 16-bit fixed point, e4m3 or plain.
 
-A row ``x`` becomes ``a = 256 * hi + lo`` with ``a = round(x / scale)``, half away from zero, ``scale = max|x| / 32512``
-and both digits in -128 .. 127, so that an INT8 matrix multiplies it exactly in two integer products.
+For an INT8 matrix a row ``x`` becomes ``a = 256 * hi + lo`` with ``a = round(x / scale)``, half away from zero,
+``scale = max|x| / 32512`` and both digits in -128 .. 127, so that the matrix multiplies it exactly in two integer
+products. For an FP8 matrix it becomes e4m3 as :func:`llama_engine.model.schemes.quantize_e4m3` says.
 """
 
 from __future__ import annotations
@@ -18,18 +19,52 @@ LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
 
 
 @triton.jit
-def store_digits(x, digits_ptr, scale_ptr, row, offs, mask, K, plane):
-    """Quantize the row ``x`` (float32, zero where masked; element ``offs``) and store its digits and scale."""
-    amax = tl.max(tl.abs(x))
+def round_e4m3(x):
+    """float32 ``x`` at e4m3's nearest value, ties to even, |x| at most 448: what casts exactly, also by truncation, as
+    Triton's interpreter casts."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    subnormal = (x + 24576.0) - 24576.0  # multiples of 2**-9
+    return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def store_row(x, out_ptr, scale_ptr, row, offs, mask, K, plane):
+    """Store the row ``x`` (float32, zero where masked; element ``offs``) in the form that the type of ``out_ptr`` asks
+    for: int8 takes digits and their scale, e4m3 values and their scale, any other the row as it is."""
+    at = out_ptr + row * K + offs
+    if out_ptr.dtype.element_ty == tl.int8:
+        _store_digits(x, at, scale_ptr + row, mask, plane)
+    elif out_ptr.dtype.element_ty == tl.float8e4nv:
+        amax = _largest(x)
+        scale = tl.maximum(tl.div_rn(amax, 448.0), 1.0 / (448.0 * 512.0))
+        scale = tl.where(amax < float("inf"), scale, amax)
+        y = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -448.0), 448.0)
+        tl.store(at, round_e4m3(y).to(tl.float8e4nv), mask=mask)
+        tl.store(scale_ptr + row, scale)
+    else:
+        tl.store(at, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _largest(x):
+    """The largest magnitude of ``x``; NaN or infinite where ``x`` holds such a value: then so is the row's scale, and
+    every product with the row."""
+    # magnitudes by their bits: the order of floats, NaN above infinity, where a float's maximum drops NaN
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_digits(x, at, scale_ptr, mask, plane):
+    amax = _largest(x)
     inverse = 32512.0 / tl.maximum(amax, 1e-30)
     magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
     a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)
     lo = ((a + 128) & 255) - 128
     hi = (a - lo) >> 8
-    at = digits_ptr + row * K + offs
     tl.store(at, hi.to(tl.int8), mask=mask)
     tl.store(at + plane, lo.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + row, amax / 32512.0)
+    tl.store(scale_ptr, amax / 32512.0)
 
 
 @triton.jit
@@ -37,6 +72,7 @@ def _norm(
     x_ptr,
     norm_ptr,
     rows_ptr,
+    add_ptr,
     out_ptr,
     scale_ptr,
     K,
@@ -44,7 +80,8 @@ def _norm(
     eps,
     NORM: tl.constexpr,
     GATHER: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -59,13 +96,20 @@ def _norm(
     source = row
     if GATHER:
         source = tl.load(rows_ptr + row)
-    x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        at = x_ptr + source.to(tl.int64) * (2 * K) + offs
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x = gate / (1.0 + tl.exp(-gate)) * tl.load(at + K, mask=mask, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(add_ptr + row * K + offs, mask=mask, other=0.0).to(tl.float32)
+        total = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + row * K + offs, total, mask=mask)
+        x = total.to(tl.float32)
     if NORM:
         x = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * gain
-    if QUANTIZE:
-        store_digits(x, out_ptr, scale_ptr, row, offs, mask, K, plane)
-    else:
-        tl.store(out_ptr + row * K + offs, x.to(out_ptr.dtype.element_ty), mask=mask)
+    store_row(x, out_ptr, scale_ptr, row, offs, mask, K, plane)
 
 
 @triton.jit
@@ -124,25 +168,32 @@ def norm(
     scale: torch.Tensor | None,
     num_rows: int,
     rows: torch.Tensor | None = None,
+    gated: bool = False,
+    add: torch.Tensor | None = None,
 ) -> None:
     """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, or the rows as they are.
 
-    With ``scale`` float32 ``[capacity]``, which receives the row scales, to fixed point: ``out`` int8
-    ``[2, capacity, K]`` takes the planes of hi and lo. Else ``out`` is ``[num_rows, K]`` in its own dtype.
+    ``gated``: ``x`` is ``[*, 2 K]``, gate and up, of which ``silu(gate) * up`` is taken. ``add`` ``[num_rows, K]`` is
+    first added to ``x`` itself, whose rows are then not to be chosen. ``out`` decides the form: int8
+    ``[2, capacity, K]`` takes the planes of hi and lo, float8_e4m3fn ``[capacity, K]`` e4m3 values, both with ``scale``
+    float32 ``[capacity]`` for the row scales; a plain ``[*, K]`` takes its own dtype.
     """
-    block = triton.next_power_of_2(x.shape[-1])
+    width = x.shape[-1] // 2 if gated else x.shape[-1]
+    block = triton.next_power_of_2(width)
     _norm[(num_rows,)](
         x,
         weight,
         rows,
+        add,
         out,
         scale,
-        x.shape[-1],
+        width,
         out.stride(0),  # to the plane of lo
         eps,
         NORM=weight is not None,
         GATHER=rows is not None,
-        QUANTIZE=scale is not None,
+        ADD=add is not None,
+        GATED=gated,
         BLOCK=block,
         num_warps=_warps(block),
         **launch_options(x.device),

@@ -11,15 +11,16 @@ import torch
 from torch.nn import functional as F
 
 from llama_engine.engine.engine import Engine
-from llama_engine.engine.executor import Chunk, Executor, Step
+from llama_engine.engine.executor import Executor
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.stats import summary
+from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 from llama_engine.sampling import SamplingParams
 
 MAX_PERPLEXITY_RATIO = 1.01  # one percent: below what changing the evaluation text by a paragraph does
 MAX_KL_MEAN = 0.01  # nat; at this size a reader needs hundreds of tokens to tell the two models apart
 MAX_LOGIT_ERROR_RMS = 0.01  # of the logits' RMS: rounding, not a wrong kernel, which is off by the logits themselves
-MIN_TOKENS = 20_000  # of text; below this the perplexity of a window decides
 CHUNK_TOKENS = 256  # bounds the float32 logits in memory: 256 x 128,256 x 4 B = 131 MB
 
 Logits = Callable[[list[int]], torch.Tensor]  # ids -> float32 [len(ids), vocab]
@@ -130,6 +131,6 @@ def gate(figures: dict[str, Any], *, full: bool = True) -> dict[str, Any]:
         limits = {"logit_error_rms": MAX_LOGIT_ERROR_RMS, "served_error_rms": MAX_LOGIT_ERROR_RMS}
     found = {key: figures.get(key, math.nan) for key in limits}
     reasons = [f"{key} {found[key]:.5f} is above {limit}" for key, limit in limits.items() if not found[key] <= limit]
-    if full and not synthetic and figures["tokens"] < MIN_TOKENS:
-        reasons.append(f"{figures['tokens']:,} tokens scored, at least {MIN_TOKENS:,} are needed")
+    if full and not synthetic and figures["tokens"] < MIN_ACCURACY_TOKENS:
+        reasons.append(f"{figures['tokens']:,} tokens scored, at least {MIN_ACCURACY_TOKENS:,} are needed")
     return {"status": "FAILED" if reasons else "PASSED", "reasons": reasons, "limits": limits, "quick": not full}

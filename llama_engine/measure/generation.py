@@ -15,9 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from llama_engine.checkpoint.hf import HFModel
-from llama_engine.config import ModelConfig
 from llama_engine.engine.engine import Engine
 from llama_engine.errors import InputError, RunError
+from llama_engine.measure.cost import Cost
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
 
@@ -62,28 +62,6 @@ class GenerationRun:
     @property
     def clock_backwards(self) -> int:
         return sum(b < a for a, b in itertools.pairwise([self.t0, *self.token_times]))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a token must cost whatever the code: bytes for decode, FLOP for prefill."""
-
-    weight_nbytes: int  # read once a decode step, whatever the batch
-    kv_nbytes_per_token: int  # read a step for every live position of every sequence
-    flop_per_token: float  # 2 x multiply-adds of the linear layers, lm_head excluded
-
-    def decode_nbytes(self, input_tokens: float, output_tokens: float, batch: int = 1) -> float:
-        """Mean bytes a decode step reads: weights once + KV of the live tokens, averaged over the run's steps."""
-        return self.weight_nbytes + batch * self.kv_nbytes_per_token * (input_tokens + output_tokens / 2)
-
-    @classmethod
-    def of(cls, config: ModelConfig, weight_nbytes: int, kv_nbytes_per_token: int) -> Cost:
-        return cls(weight_nbytes, kv_nbytes_per_token, 2.0 * linear_weights(config))
-
-
-def linear_weights(config: ModelConfig) -> int:
-    """How many weights the linear layers hold, lm_head excluded."""
-    return config.num_layers * config.hidden_size * (config.qkv_size + config.q_size + 3 * config.intermediate_size)
 
 
 class Stack(Protocol):
@@ -173,6 +151,8 @@ class EngineStack:
             outputs = self.engine.step()
             stamp = now()
             for output in outputs:
+                if isinstance(output.reason, RunError):
+                    raise output.reason
                 runs[output.request_id].add(output.token_ids, stamp)
         return list(runs.values())
 

@@ -15,17 +15,16 @@ from llama_engine.checkpoint.hf import model_identity
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import WEIGHTS, EngineInfo, load_engine_json
 from llama_engine.errors import InputError
+from llama_engine.measure.cost import Cost, linear_weights
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,
-    Cost,
     EngineStack,
     GenerationRun,
     RunnerStack,
     Stack,
     TransformersStack,
     add_device,
-    linear_weights,
     make_prompts,
     mfu,
     progress_bar,
@@ -34,10 +33,11 @@ from llama_engine.measure.generation import (
     summarize,
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.show import show
 from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.native import load_engine
+from llama_engine.report.show import show
+from llama_engine.runner import ModelRunner
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (
@@ -131,10 +131,8 @@ def open_engine(args: argparse.Namespace, device: str) -> Stack:
     if "batch" in args:  # not among the flags of accuracy.py
         check_limits(args, info)
     if info.backend == "native":
-        engine = load_engine(args.engine_dir, device=device, threads=args.threads)
+        engine = load_engine(args.engine_dir, device=device, threads=args.threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
-    from llama_engine.runner import ModelRunner
-
     model = info.model
     nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
     cost = Cost.of(model, nbytes, model.kv_nbytes())
@@ -199,6 +197,7 @@ def measure(stacks: Sequence[Stack], args: argparse.Namespace, device: str) -> d
         if stack.about:
             part["engine"] = stack.about
         if isinstance(stack, EngineStack):
+            part["checks"]["prefix_cache_hit_tokens"] = stack.engine.scheduler.prefix_cache_hit_tokens
             part["levels"] = measure_batches(stack, args, device, environment)
         results[stack.name] = new_result(
             "optimized" if stack.about else "baseline",
@@ -258,6 +257,7 @@ def measure_batches(
                     "failed_requests": 0,
                     "distinct_outputs": len(outputs),
                     "clock_backwards": sum(run.clock_backwards for run in runs),
+                    "prefix_cache_hit_tokens": stack.engine.scheduler.prefix_cache_hit_tokens,
                     "requests_per_s": len(runs) / sum(walls),
                     "mean_latency_s": sum(samples["latency_s"]) / len(runs),
                 },

@@ -14,6 +14,7 @@ from llama_engine.files import check_apart, read_json, write_text
 from llama_engine.measure import validity
 
 SCHEMA_VERSION = "1.0"
+MEASUREMENTS = ("baseline", "optimized", "triton")  # benchmarks whose samples are times
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 Result = dict[str, Any]
 
@@ -104,9 +105,24 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
+def result_files(folder: str | Path) -> list[Path]:
+    """The JSON of one machine's folder, sorted, without the sources of its report."""
+    return sorted(path for path in Path(folder).glob("*.json") if not path.name.endswith(".sources.json"))
+
+
 def load_folder(folder: str | Path) -> dict[str, Result]:
     """All result files of one machine's folder, by file stem. Raises :class:`InputError` when there is none."""
-    paths = sorted(Path(folder).glob("*.json"))
+    paths = result_files(folder)
     if not paths:
         raise InputError(f"{folder} holds no result files: run the benchmarks first (scripts/run_all.sh)")
     return {path.stem: load_result(path) for path in paths}
+
+
+def dig(data: Any, path: str) -> Any:
+    """``dig(result, "summary.ttft_ms.p50")``; None where a step is missing. A number indexes a list."""
+    for key in path.split("."):
+        if isinstance(data, list):
+            data = dict(enumerate(data)).get(int(key))
+        else:
+            data = data.get(key) if isinstance(data, dict) else None
+    return data

@@ -13,8 +13,6 @@ import psutil
 import pynvml
 import torch
 
-from llama_engine.measure.stats import bootstrap_ratio
-
 SAMPLE_HZ = 25
 SETTLE_S = 0.2  # NVML utilization looks back up to this long, so a section's first samples belong to the one before
 THROTTLE_BITS = {
@@ -159,29 +157,3 @@ class Telemetry:
 
     def _read_energy(self) -> int | None:
         return self._nvml.read("nvmlDeviceGetTotalEnergyConsumption") if self._nvml else None
-
-
-def measure_cost(device: str = "cpu", pairs: int = 15) -> dict[str, Any]:
-    """Time of a fixed piece of work with the sampler / without it, interleaved, as a bootstrap ratio."""
-    data = torch.randn(1024, 1024, device=device)
-
-    def work() -> float:
-        start = time.perf_counter()
-        for _ in range(100 if device == "cpu" else 2000):
-            data @ data
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    work()
-    on, off = [], []
-    with Telemetry(device) as telemetry:
-        for _ in range(pairs):
-            off.append(work())
-            with telemetry.section("on"):
-                on.append(work())
-    return bootstrap_ratio(on, off) | {"sampler_busy_share": telemetry.summary("on")["sampler_busy_share"]}
-
-
-if __name__ == "__main__":
-    print(measure_cost("cuda" if torch.cuda.is_available() else "cpu"))

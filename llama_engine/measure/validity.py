@@ -1,7 +1,7 @@
 """When a measurement may be believed. Every threshold has a name and a reason; a broken one marks the part INVALID.
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level.
-``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hits``,
+``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hit_tokens``,
 ``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, ``responses_per_s`` with ``null_responses_per_s``, and
 for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
 """
@@ -19,9 +19,10 @@ MAX_THROTTLED_SHARE = 0.05  # a few samples at the power limit happen at start; 
 MAX_CLIENT_LAG_MS = 5.0  # a client that wakes later than this after its due time measures itself
 MAX_LITTLE_GAP = 0.10  # L = X * R holds for any stable system; ramps of a finite run explain up to a tenth
 MAX_FAILED_REQUESTS = 0  # failed requests are often the slow ones: leaving them out flatters
-MAX_PREFIX_CACHE_HITS = 0  # a cached prompt is no prefill: TTFT would measure a lookup
+MAX_PREFIX_CACHE_HIT_TOKENS = 0  # unless asked for: a cached prompt is no prefill, TTFT would measure a lookup
 MAX_DISTINCT_OUTPUTS = 1  # an engine whose sums do not depend on their order repeats itself, or something is wrong
 MIN_NULL_HEADROOM = 1.25  # a client that takes hardly more from a null model than from the engine measures itself
+MIN_ACCURACY_TOKENS = 20_000  # of text behind an accuracy gate; below this the perplexity of a window decides
 THROTTLE_REASONS = ("sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
 
 
@@ -62,8 +63,9 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
     if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
         yield f"{failed} requests failed"
-    if (hits := checks.get("prefix_cache_hits", 0)) > MAX_PREFIX_CACHE_HITS:
-        yield f"{hits} prompts were answered from a prefix cache"
+    hits = 0 if workload.get("prefix_cache") else checks.get("prefix_cache_hit_tokens", 0)
+    if hits > MAX_PREFIX_CACHE_HIT_TOKENS:
+        yield f"{hits} prompt tokens came from a prefix cache, which was not asked for"
     if repeats and (outputs := checks.get("distinct_outputs", 1)) > MAX_DISTINCT_OUTPUTS:
         yield f"greedy runs of the same prompts gave {outputs} different outputs"
     if checks.get("clock_backwards", 0):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import INT8
+from llama_engine.model.schemes import FP8, INT8, quantize_e4m3
 from llama_engine.model.weights import EngineWeights, Linear
 
 
@@ -54,7 +54,13 @@ class TorchModel:
         self.kv = [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(config.num_layers)]
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU."""
+        """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU.
+
+        FP8 is emulated: the products of e4m3 values are summed in float32.
+        """
+        if linear.scheme is FP8:
+            values, scale = quantize_e4m3(x)
+            return (F.linear(values.float(), linear.weight.float()) * scale[:, None] * linear.scale).to(x.dtype)
         if linear.scheme is INT8 and self.device.type == "cpu" and x.shape[0] <= 64:
             return torch._weight_int8pack_mm(x, linear.weight, linear.scale.to(x.dtype))
         return F.linear(x, linear.dequantize(x.dtype))

@@ -20,10 +20,10 @@ ExecutorName = Literal["torch", "cpu", "gpu"]
 class Scheme:
     """One way to hold and multiply a weight matrix ``[N, K]``.
 
-    ``scale``: "row", one float32 for each output channel, or None. ``activations``: what the fast kernels multiply the
-    weights with; the PyTorch reference always uses floating point. ``executors`` run it in the decoder layers,
-    ``lm_head_executors`` as lm_head. ``quant_algo``: TensorRT-LLM's name for it in a checkpoint's config, None for
-    unquantized weights.
+    ``scale``: "row", one float32 for each output channel, or None. ``activations``: what the weights are multiplied
+    with: in FP8 by every executor, otherwise by the fast kernels, while the PyTorch reference uses floating point.
+    ``executors`` run it in the decoder layers, ``lm_head_executors`` as lm_head. ``quant_algo``: TensorRT-LLM's name
+    for it in a checkpoint's config, None for unquantized weights.
     """
 
     name: str
@@ -45,10 +45,16 @@ class Scheme:
 
 REFERENCE: frozenset[ExecutorName] = frozenset(("torch",))
 EVERYWHERE: frozenset[ExecutorName] = frozenset(("torch", "cpu", "gpu"))
+GPU = REFERENCE | {"gpu"}
+FP8_ROWWISE = "FP8_PER_CHANNEL_PER_TOKEN"  # of a checkpoint that TensorRT-LLM loads
+FP8_ALL = f"{FP8_ROWWISE}_ALL"  # ours: the same format in every linear layer, under a name that TensorRT-LLM refuses
 INT8 = Scheme("int8", torch.int8, "row", "16-bit fixed point, one scale per token", EVERYWHERE, EVERYWHERE, "W8A16")
-FP16 = Scheme("fp16", torch.float16, None, "float16", REFERENCE, EVERYWHERE)
-BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", REFERENCE, REFERENCE | {"gpu"})  # a GPU's lm_head becomes fp16
-SCHEMES = {scheme.name: scheme for scheme in (INT8, FP16, BF16)}
+FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU, REFERENCE, FP8_ROWWISE)
+FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
+BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
+SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, FP16, BF16)}
+E4M3_MAX = 448.0
+E4M3_MIN_SCALE = 1 / (448 * 512)  # TensorRT-LLM's least scale, of weights and of activations
 
 
 def scheme_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Scheme:
@@ -66,8 +72,25 @@ def scheme_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Scheme:
     raise InputError(f"no quantization scheme has {what}: this engine knows {', '.join(SCHEMES)}")
 
 
+def quantize_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations ``[T, K]`` as e4m3 ``[T, K]`` and one float32 scale a row ``[T]``, as the FP8 scheme defines them.
+
+    scale = max|x| / 448, at least :data:`E4M3_MIN_SCALE`; the value is x times 1 / scale, nearest, ties to even.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(dim=-1)
+    # Divided by a tensor: on a GPU PyTorch multiplies by the inverse of a number, which rounds otherwise.
+    scale = (largest / torch.full_like(largest, E4M3_MAX)).clamp(min=E4M3_MIN_SCALE)
+    return (wide * (1 / scale)[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
 def scheme_for(quant_algo: str | None, dtype: torch.dtype) -> Scheme:
-    """The scheme of a checkpoint's linear layers, by its ``quant_algo`` and dtype. Raises :class:`InputError`."""
+    """The scheme of a checkpoint's quantized linear layers (of all, where none is), by its ``quant_algo`` and dtype.
+
+    Raises :class:`InputError`.
+    """
+    if quant_algo == FP8_ALL:
+        return FP8
     for scheme in SCHEMES.values():
         if scheme.quant_algo == quant_algo and (quant_algo or scheme.weight_dtype == dtype):
             return scheme

@@ -1,8 +1,8 @@
 """The weights of a built engine: what ``build_engine`` packs and every executor reads.
 
 All linear weights are stored ``[out_features, in_features]`` row-major, the order a GEMV streams, on CPU and GPU
-alike. INT8 rows carry one float32 scale a row: ``w[n, k] = scale[n] * q[n, k]``. Fused matrices are stacked rows:
-``qkv = [Q; K; V]`` and ``gate_up = [gate; up]``.
+alike. INT8 and FP8 rows carry one float32 scale a row: ``w[n, k] = scale[n] * q[n, k]``. Fused matrices are stacked
+rows: ``qkv = [Q; K; V]`` and ``gate_up = [gate; up]``. Each matrix has a scheme of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from llama_engine.config import ModelConfig
 from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.files import open_tensors
-from llama_engine.model.schemes import Scheme, scheme_of
+from llama_engine.model.schemes import E4M3_MAX, INT8, Scheme, scheme_of
+from llama_engine.tensor_files import open_tensors
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 
@@ -79,7 +79,7 @@ class EngineWeights:
 
 
 def tensor_names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors in :data:`WEIGHTS_FILE`; INT8 linears also have ``<name>.scale`` ``[N]``."""
+    """Names and shapes of the tensors in :data:`WEIGHTS_FILE`; scaled linears also have ``<name>.scale`` ``[N]``."""
     hidden = config.hidden_size
     yield "embedding", (config.vocab_size, hidden)
     for i in range(config.num_layers):
@@ -111,16 +111,29 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
     return _assemble(tensors, config)
 
 
-def random_weights(config: ModelConfig, device: torch.device | str, seed: int = 0) -> EngineWeights:
-    """Seeded random weights of ``config``'s geometry, scaled so that activations stay in fp16's range."""
+def random_weights(
+    config: ModelConfig, device: torch.device | str, seed: int = 0, scheme: Scheme = INT8
+) -> EngineWeights:
+    """Seeded random weights of ``config``'s geometry, scaled so that activations stay in fp16's range.
+
+    ``scheme`` is that of the layers' matrices; the rest is fp16.
+    """
     bits = {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
     tensors = {}
     for name, shape in tensor_names(config):
         if len(shape) == 1:
             tensors[name] = (torch.rand(shape, **bits) + 0.5).half()
         elif name.rpartition(".")[2] in LINEARS:
-            tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
-            tensors[f"{name}.scale"] = (torch.rand(shape[0], **bits) * 0.02 + 0.005) / shape[1] ** 0.5
+            if scheme is INT8:
+                tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
+            else:
+                values = torch.randn(shape, dtype=torch.float16, **bits) * 100
+                tensors[name] = values.clamp_(-E4M3_MAX, E4M3_MAX).to(scheme.weight_dtype)
+            scale = (torch.rand(shape[0], **bits) * 0.02 + 0.005) / shape[1] ** 0.5
+            if scheme.scale:
+                tensors[f"{name}.scale"] = scale
+            else:
+                tensors[name] *= scale[:, None].to(scheme.weight_dtype)
         else:
             std = config.hidden_size**-0.5 if name == "lm_head" else 1
             tensors[name] = torch.randn(shape, dtype=torch.float16, **bits) * std
@@ -130,7 +143,7 @@ def random_weights(config: ModelConfig, device: torch.device | str, seed: int = 
 
 
 def _assemble(tensors: dict[str, torch.Tensor], config: ModelConfig) -> EngineWeights:
-    """The tensors of :func:`tensor_names`, and of the INT8 ones the scales."""
+    """The tensors of :func:`tensor_names`, and of the scaled ones the scales."""
 
     def linear(name: str) -> Linear:
         return Linear(tensors[name], tensors.get(f"{name}.scale"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from llama_engine.errors import RunError
+from llama_engine.errors import ErrorCode, InputError, RunError, split_code
 
 # inputs that are neither BOOL nor INT32
 DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
@@ -31,17 +33,36 @@ CHANNEL = [
 ]
 
 
+KEY_VARIABLE = "LLAMA_ENGINE_TRITON_KEY"
+KEY_NAME = "inference-key"  # the HTTP header; over gRPC it has a prefix
+
+
+def inference_key() -> str | None:
+    """The secret that inference needs, from ``LLAMA_ENGINE_TRITON_KEY``. Raises :class:`InputError`."""
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key and not re.fullmatch(r"[\w.~-]+", key, re.ASCII):
+        raise InputError(f"{KEY_VARIABLE} may hold letters, digits and -._~ only: it becomes a header")
+    return key
+
+
 class RequestFailed(RunError):
-    """The server refused or dropped one request."""
+    """The server refused or dropped one request. ``code`` is the engine's own, or else that it is unavailable."""
+
+    def __init__(self, text: str) -> None:
+        message, code = split_code(text)
+        super().__init__(message, code or ErrorCode.UNAVAILABLE)
 
 
 class GrpcClient:
     """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server.
 
     ``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`.
+    Both clients send :func:`inference_key`.
     """
 
     def __init__(self, url: str) -> None:
+        key = inference_key()
+        self._headers = {f"triton-grpc-protocol-{KEY_NAME}": key} if key else None
         self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL)
 
     async def ready(self, model: str = "tensorrt_llm") -> bool:
@@ -59,12 +80,12 @@ class GrpcClient:
         inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
         for name, value in values.items():
             dtype = np.bool_ if isinstance(value, bool) else DTYPES.get(name, np.int32)
-            inputs.append(_tensor(name, np.array([[value]], dtype)))
+            inputs.append(_tensor(name, np.array([value] if isinstance(value, list) else [[value]], dtype)))
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
 
-        responses, ended = self._client.stream_infer(requests()), False
+        responses, ended = self._client.stream_infer(requests(), headers=self._headers), False
         try:
             async for result, error in responses:
                 response = None if error else result.get_response()
@@ -94,8 +115,10 @@ class HttpClient:
     """The same over HTTP/1.1 connections, one a concurrent request; streams are server-sent events."""
 
     def __init__(self, url: str) -> None:
+        key = inference_key()
         self._session = aiohttp.ClientSession(
             f"http://{url}",
+            headers={KEY_NAME: key} if key else None,
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         )
@@ -112,7 +135,11 @@ class HttpClient:
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
     ) -> AsyncIterator[list[int]]:
         body = {"input_ids": prompt, "request_output_len": new_tokens, "streaming": streaming}
-        body |= {"exclude_input_in_output": True, **options}
+        body |= {"exclude_input_in_output": True}
+        # Triton takes lists flat and shapes them itself
+        body |= {
+            name: np.ravel(value).tolist() if isinstance(value, list) else value for name, value in options.items()
+        }
         path = f"/v2/models/{model}/{'generate_stream' if streaming else 'generate'}"
         try:
             async with self._session.post(path, json=body) as response:

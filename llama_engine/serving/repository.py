@@ -28,7 +28,8 @@ class ServeConfig:
 
     ``decoupled`` chooses Triton's transaction policy: true serves gRPC streams and HTTP ``generate`` and
     ``generate_stream``; false serves the plain HTTP and gRPC ``infer`` calls, which Triton refuses for decoupled
-    models. ``text`` adds the ensemble, text in and text out.
+    models. ``text`` adds the ensemble, text in and text out. ``enable_prefix_cache`` is the parameter
+    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off.
     """
 
     device: str = "auto"
@@ -37,6 +38,7 @@ class ServeConfig:
     request_timeout_s: float = 0.0
     drain_s: float = 10.0
     exclude_input_in_output: bool = False
+    enable_prefix_cache: bool = True
     null_model: bool = False
     text: bool = False
 
@@ -88,11 +90,15 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
 
 def serve_command(engine_dir: Path | str, models_dir: Path, arguments: list[str]) -> list[str]:
     """How to start Triton over :func:`render`'s repository for TensorRT-LLM: directly where the backend is installed,
-    else in NVIDIA's container, which sees the engine at /engine and the repository at /models."""
+    else in NVIDIA's container, which sees the engine at /engine, the repository at /models and this package, for the
+    text models, in /package."""
+    package = Path(__file__).resolve().parents[1]
     if BACKEND.is_dir():
-        return ["/opt/tritonserver/bin/tritonserver", f"--model-repository={models_dir}", *arguments]
+        server = ["env", f"PYTHONPATH={package.parent}", "/opt/tritonserver/bin/tritonserver"]
+        return [*server, f"--model-repository={models_dir}", *arguments]
     docker = ["docker", "run", "--rm", "--gpus", "all", "--network", "host", "--shm-size", "2g"]
-    docker += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro", CONTAINER]
+    docker += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro"]
+    docker += ["-v", f"{package}:/package/{package.name}:ro", "-e", "PYTHONPATH=/package", CONTAINER]
     return [*docker, "tritonserver", "--model-repository=/models", *arguments]
 
 

@@ -1,6 +1,6 @@
 """One Triton request under the tensor names of NVIDIA's ``tensorrt_llm`` model: arrays in, checked values out.
 
-What TensorRT-LLM offers and this engine does not (beam search, penalties, log-probabilities ...) is accepted at its
+What TensorRT-LLM offers and this engine does not (beam search, log-probabilities ...) is accepted at its
 neutral value and refused by name at any other: nothing a client asks for is silently ignored.
 """
 
@@ -15,14 +15,8 @@ import numpy as np
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
-ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "repetition_penalty", "early_stopping")
-ZERO = (
-    "presence_penalty",
-    "frequency_penalty",
-    "return_log_probs",
-    "return_context_logits",
-    "return_generation_logits",
-)
+ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "early_stopping")
+ZERO = ("return_log_probs", "return_context_logits", "return_generation_logits")
 NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 
@@ -57,8 +51,6 @@ def parse(arrays: Mapping[str, np.ndarray], *, exclude_input_default: bool = Fal
     for name, accepted in NEUTRAL.items():
         if (value := scalar(arrays, name, accepted[0])) not in accepted:
             raise InputError(f"{name}={value} is not supported by the native engine (only {accepted[-1]})")
-    if np.any(arrays.get("bad_words_list", np.zeros(0)) > 0):
-        raise InputError("bad_words_list is not supported by the native engine")
     return GenerationRequest(
         prompt=_prompt(arrays),
         max_new_tokens=int(scalar(arrays, "request_output_len", 0)),
@@ -91,20 +83,33 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
     top_p = float(scalar(arrays, "runtime_top_p", 0.0))
     asked = "temperature" in arrays or top_k > 1 or 0 < top_p < 1
     temperature = float(scalar(arrays, "temperature", 1.0 if asked else 0.0))
-    return SamplingParams(temperature, top_k, top_p or 1.0, int(scalar(arrays, "random_seed", 0)))
+    return SamplingParams(
+        temperature,
+        top_k,
+        top_p or 1.0,
+        int(scalar(arrays, "random_seed", 0)),
+        repetition_penalty=float(scalar(arrays, "repetition_penalty", 1.0)),
+        presence_penalty=float(scalar(arrays, "presence_penalty", 0.0)),
+        frequency_penalty=float(scalar(arrays, "frequency_penalty", 0.0)),
+        banned=tuple(_words(arrays, "bad_words_list", "bans")),
+    )
 
 
 def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """``end_id`` and the one-token words of ``stop_words_list`` ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
+    """``end_id`` and the words of ``stop_words_list``."""
     end_id = int(scalar(arrays, "end_id", -1))
-    stops = [end_id] if end_id >= 0 else []
-    words = arrays.get("stop_words_list")
-    if words is not None and words.size:
-        if words.ndim not in (2, 3) or words.shape[-2] != 2:
-            raise InputError(f"stop_words_list must have shape [1, 2, n], got {list(words.shape)}")
-        flat, offsets = words.reshape(2, -1)
-        ends = [int(end) for end in offsets if end > 0]
-        if ends != list(range(1, len(ends) + 1)) or len(ends) > flat.size:
-            raise InputError("stop_words_list: the native engine stops at words of one token only")
-        stops += flat[: len(ends)].tolist()
-    return tuple(stops)
+    return tuple(([end_id] if end_id >= 0 else []) + _words(arrays, "stop_words_list", "stops at"))
+
+
+def _words(arrays: Mapping[str, np.ndarray], name: str, what: str) -> list[int]:
+    """The one-token words of a list ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
+    words = arrays.get(name)
+    if words is None or not words.size:
+        return []
+    if words.ndim not in (2, 3) or words.shape[-2] != 2:
+        raise InputError(f"{name} must have shape [1, 2, n], got {list(words.shape)}")
+    flat, offsets = words.reshape(2, -1)
+    ends = [int(end) for end in offsets if end > 0]
+    if ends != list(range(1, len(ends) + 1)) or len(ends) > flat.size:
+        raise InputError(f"{name}: the native engine {what} words of one token only")
+    return flat[: len(ends)].tolist()

@@ -21,20 +21,29 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+import psutil
+import tritonclient.grpc as grpc_client
+from tritonclient.utils import InferenceServerException
 
 from llama_engine.device import pick_device
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import check_apart, check_replaceable
+from llama_engine.serving import lifeline
+from llama_engine.serving.client import KEY_NAME, inference_key
 from llama_engine.serving.repository import REPOSITORY, ServeConfig, own_names, render
 
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Linux on x86-64 or arm64)"
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 READY_TIMEOUT_S = 600
+RESTART_AFTER_S = (0, 1, 4, 15, 60)  # a server's deaths in a row; one that has run for STEADY_S starts a new row
+STEADY_S = 120
 _instances = itertools.count()
 
 
@@ -92,10 +101,23 @@ def free_port(host: str = "127.0.0.1", port: int | None = None, what: str = "fre
         return probe.getsockname()[1]
 
 
-def listening(host: str, http_port: int, grpc_port: int, metrics_port: int) -> list[str]:
-    """tritonserver's arguments for where it listens."""
+def listening(host: str, http_port: int | None, grpc_port: int, metrics_port: int) -> list[str]:
+    """tritonserver's arguments for where it listens, and for what: inference, metadata, health and statistics.
+
+    The other interfaces need a header that nobody knows, and inference the secret of :func:`inference_key` if there is
+    one. ``http_port`` None: no HTTP at all.
+    """
     ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
-    return [part for name, port in ports.items() for part in (f"--{name}-address={host}", f"--{name}-port={port}")]
+    wanted = {name: port for name, port in ports.items() if port is not None}
+    flags = [part for name, port in wanted.items() for part in (f"--{name}-address={host}", f"--{name}-port={port}")]
+    rules = [f"{CLOSED_APIS}:admin={secrets.token_hex(16)}"]
+    if key := inference_key():
+        rules.append(f"inference:{KEY_NAME}={key}")
+    if http_port is None:
+        flags.append("--allow-http=false")
+    else:
+        flags += [f"--http-restricted-api={rule}" for rule in rules]
+    return [*flags, *(f"--grpc-restricted-protocol={rule}" for rule in rules)]
 
 
 def read_metrics(url: str) -> tuple[dict[str, float], str]:
@@ -110,8 +132,8 @@ def read_metrics(url: str) -> tuple[dict[str, float], str]:
 class TritonServer:
     """A running server: ``with TritonServer(engine_dir) as server: ... server.grpc_url``.
 
-    Ports left None are chosen free. Raises :class:`InputError` before anything starts, :class:`RunError` when the
-    server dies or does not get ready; the message names the log.
+    Ports left None are chosen free; ``http`` false leaves gRPC as the only way in. Raises :class:`InputError` before
+    anything starts, :class:`RunError` when the server dies or does not get ready; the message names the log.
     """
 
     def __init__(
@@ -120,6 +142,7 @@ class TritonServer:
         config: ServeConfig | None = None,
         *,
         host: str = "127.0.0.1",
+        http: bool = True,
         http_port: int | None = None,
         grpc_port: int | None = None,
         metrics_port: int | None = None,
@@ -131,7 +154,7 @@ class TritonServer:
         pick_device(self.config.device)  # a device that is not there is no failure of the server
         self._root = wheel()
         self._env = environment(self._root) | (env or {})
-        self.http_port = free_port(host, http_port, "HTTP")
+        self.http_port = free_port(host, http_port, "HTTP") if http else None
         self.grpc_port = free_port(host, grpc_port, "gRPC")
         self.metrics_port = free_port(host, metrics_port, "metrics")
         self.run_dir = Path(run_dir or tempfile.mkdtemp(prefix="triton-"))
@@ -139,6 +162,8 @@ class TritonServer:
         self._prefix = f"llama_engine_{os.getpid()}_{next(_instances)}_"
         self.log = self.run_dir / "triton.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self._backends: list[psutil.Process] = []
+        self._lifeline: subprocess.Popen[bytes] | None = None
 
     @property
     def http_url(self) -> str:
@@ -180,9 +205,6 @@ class TritonServer:
             *listening(self.host, self.http_port, self.grpc_port, self.metrics_port),
             "--allow-gpu-metrics=false",
             "--model-control-mode=none",
-            # these need a header that nobody knows: clients infer, read metadata, health and statistics, no more
-            f"--http-restricted-api={CLOSED_APIS}:admin={secrets.token_hex(16)}",
-            f"--grpc-restricted-protocol={CLOSED_APIS}:admin={secrets.token_hex(16)}",
             f"--exit-timeout-secs={math.ceil(self.config.drain_s) + 3}",  # 3: what unloading takes
         ]
         with self.log.open("ab") as log:
@@ -191,7 +213,10 @@ class TritonServer:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._env, start_new_session=True
             )
         try:
+            watch = [sys.executable, "-IS", lifeline.__file__, str(self.process.pid), self._prefix]
+            self._lifeline = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
             self._wait_ready()
+            self._backends = psutil.Process(self.process.pid).children()
         except BaseException:
             self.stop()
             raise
@@ -205,17 +230,20 @@ class TritonServer:
         self.kill()  # or what is left of it: a backend may wait for its server for ever
 
     def kill(self) -> None:
-        """kill -9 the server and its backend processes."""
+        """kill -9 the server and its backend processes. Safe to call twice."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            lifeline.end(self.process.pid, self._prefix)
             self.process.wait()
-        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-            region.unlink(missing_ok=True)
+            self.process, self._backends = None, []
+        if self._lifeline is not None:
+            with self._lifeline:  # which waits for it
+                self._lifeline.kill()
+            self._lifeline = None
 
     @property
     def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        """False too once a backend process is dead: this Triton calls itself ready then, and starts none again."""
+        return self.process is not None and self.process.poll() is None and all(map(_runs, self._backends))
 
     def metrics(self) -> dict[str, float]:
         """This engine's metrics by name, without the prefix ``llama_engine_``."""
@@ -226,9 +254,14 @@ class TritonServer:
         while time.monotonic() < deadline:
             if not self.alive:
                 raise RunError(f"tritonserver ended while starting: {self._last_error()} (log: {self.log})")
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2)
-                return
+            # connections of its own: a shared one waits longer after each refusal
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            client = grpc_client.InferenceServerClient(self.grpc_url, channel_args=options)
+            with client, contextlib.suppress(InferenceServerException, OSError):
+                if client.is_server_ready(client_timeout=2):
+                    for port in filter(None, (self.http_port, self.metrics_port)):  # they open after gRPC's
+                        socket.create_connection((self.host, port), timeout=2).close()
+                    return
             time.sleep(0.1)
         raise RunError(f"tritonserver was not ready within {READY_TIMEOUT_S} s (log: {self.log})")
 
@@ -238,3 +271,41 @@ class TritonServer:
         failed = [line.split("] ", 1)[-1] for line in lines if line.startswith("E") and "CudaDriver" not in line]
         failed = [line for line in failed if "failed to load" in line or "Failed" in line] or failed or lines[-1:]
         return failed[0].split("\\n")[0].strip('"') if failed else "no output"
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def supervise(server: TritonServer, say: Callable[[str], None], ended: threading.Event | None = None) -> None:
+    """Keep a started server running until ``ended`` is set; one that dies is started again on the same ports.
+
+    Raises :class:`RunError` when it died more often in a row than ``RESTART_AFTER_S`` has pauses.
+    """
+    ended = ended or threading.Event()
+    deaths, started = 0, time.monotonic()
+    while True:
+        while server.alive:
+            if ended.wait(0.5):
+                return
+        server.kill()  # what is left of it may still hold the GPU
+        deaths = 1 if time.monotonic() - started > STEADY_S else deaths + 1
+        if deaths > len(RESTART_AFTER_S):
+            raise RunError(f"tritonserver ended {deaths} times in a row: see {server.log}")
+        pause = RESTART_AFTER_S[deaths - 1]
+        say(
+            f"tritonserver or its backend ended by itself (see {server.log}); starting it again"
+            + f" in {pause} s" * bool(pause)
+        )
+        if ended.wait(pause):
+            return
+        started = time.monotonic()
+        try:
+            server.start()
+        except RunError as error:
+            say(str(error))
+        else:
+            say("tritonserver serves again")

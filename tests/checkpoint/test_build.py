@@ -1,5 +1,6 @@
 """Checkpoint to native engine, and engine.json."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,10 +15,12 @@ from llama_engine.checkpoint.hf import HFModel, model_identity
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
-from llama_engine.engine_dir import load_engine_json
+from llama_engine.engine.step import Chunk, Step
+from llama_engine.engine_dir import ACTIVATION_BUDGET, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear, load_weights
-from llama_engine.native import load_engine
+from llama_engine.native import load_engine, prepare_machine
+from tests.model.test_llama import dequantized_transformers
 
 SMALL = EngineConfig(max_batch_size=4, max_seq_len=128)
 EVERY_FORM = [
@@ -135,7 +138,7 @@ def bad_not_an_engine(engine, edit_json):
 
 def bad_version(engine, edit_json):
     edit_json(engine / "engine.json", {"format_version": 99})
-    return "format_version 99, expected 1"
+    return "format_version 99, expected 2"
 
 
 def bad_key(engine, edit_json):
@@ -253,3 +256,52 @@ def test_bad_flags_are_one_line_and_exit_2(tiny_checkpoint, tmp_path, run_script
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "e").exists()
+
+
+def with_outlier_channel(model_dir, directory):
+    """A channel 8,192 times larger than those beside it, which no weight reads: one scale a token drowns the others."""
+    shutil.copytree(model_dir, directory)
+    weights = load_file(directory / "model.safetensors")
+    for name, value in weights.items():
+        if "post_attention_layernorm" in name:
+            value[3] *= 8192
+        elif "gate_proj" in name or "up_proj" in name:
+            value[:, 3] = 0
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def all_logits(engine, ids):
+    engine.executor.set_block_table(0, range(1, 1 + -(-len(ids) // engine.config.tokens_per_block)))
+    return engine.executor.submit(Step((Chunk(0, 0, ids),), "all")).logits()
+
+
+@pytest.mark.parametrize("lm_head", ["checkpoint", "int8"])
+def test_channels_that_integer_activations_cannot_hold_are_found_at_build_and_run_in_float(
+    tiny_model, tmp_path, capsys, lm_head
+):
+    model = with_outlier_channel(tiny_model, tmp_path / "model")
+    convert(model, tmp_path / "checkpoint", ConvertOptions(int8=True))
+    build_native(tmp_path / "checkpoint", tmp_path / "engine", dataclasses.replace(SMALL, lm_head=lm_head))
+    info = load_engine_json(tmp_path / "engine")
+    assert len(info.activation_losses) == info.model.num_layers + (lm_head == "int8")
+    assert max(info.activation_losses) > 0.05
+    capsys.readouterr()
+    engine = load_engine(tmp_path / "engine", device="cpu")
+    assert engine.executor.kernels == "torch"
+    note = capsys.readouterr().err
+    assert note.startswith("note: integer activations lose ")
+    assert note.count("\n") == 1
+    ids = [(31 * i + 3) % 512 for i in range(60)]
+    with torch.inference_mode():
+        expected = dequantized_transformers(model, tmp_path / "engine")(torch.tensor([ids])).logits[0]
+    assert torch.nn.functional.cosine_similarity(all_logits(engine, ids), expected).min() > 0.999
+    assert prepare_machine(tmp_path / "engine")[0].startswith("PyTorch operations")
+
+
+def test_a_normal_model_loses_far_less_than_the_budget_and_keeps_its_kernels(tiny_engine, smollm2_engine):
+    for engine in (tiny_engine, smollm2_engine):
+        info = load_engine_json(engine)
+        assert min(info.activation_losses) > 0
+        assert max(info.activation_losses) < ACTIVATION_BUDGET / 4
+        assert not info.needs_float_activations

@@ -20,8 +20,8 @@ from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.checkpoint.unified import Checkpoint, targets
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
-from llama_engine.files import TensorFileWriter
 from llama_engine.native import load_engine
+from llama_engine.tensor_files import TensorFileWriter
 from tests.conftest import ROOT
 
 INT8 = ConvertOptions(int8=True)
@@ -206,7 +206,7 @@ def test_scales_are_taken_after_splitting(tmp_path):
 
 
 def test_conversion_does_not_depend_on_chunks(tiny_model, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_engine.files.CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("llama_engine.tensor_files.CHUNK_ELEMENTS", 1000)
     convert(tiny_model, tmp_path / "c", INT8)
     assert Checkpoint(tmp_path / "c").sha256() == Checkpoint(tiny_checkpoint).sha256()
 

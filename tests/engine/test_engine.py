@@ -1,15 +1,19 @@
 """The engine end to end: tokens equal transformers', batches change nothing, blocks never leak."""
 
+import math
 import random
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llama_engine.config import EngineConfig
 from llama_engine.device import pick_device
+from llama_engine.engine.step import Chunk, Step
+from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.model.weights import WEIGHTS_FILE
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 from tests.model.test_llama import dequantized_transformers
@@ -78,7 +82,15 @@ def test_paris(smollm2_model, smollm2_engine):
 def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
     rng = random.Random(1)
     prompts = [[rng.randrange(512) for _ in range(n)] for n in (5, 40, 17, 63, 1, 90)]
-    params = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), SamplingParams(temperature=1.5, top_k=20)] * 2
+    penalized = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.3}
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.8, seed=3),
+        SamplingParams(temperature=1.5, top_k=20, logprobs=2),
+        SamplingParams(**penalized, banned=(7,)),
+        SamplingParams(temperature=0.9, top_p=0.9, min_p=0.01, **penalized),
+        SamplingParams(temperature=2.0, logit_bias=((11, 4.0), (12, -3.0))),
+    ]
     alone = []
     for prompt, param in zip(prompts, params):
         engine = load_engine(tiny_engine, device="cpu", kernels=kernels)
@@ -89,13 +101,104 @@ def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
     assert [together[i] for i in ids] == alone
 
 
+@pytest.fixture(scope="module")
+def innocents(tiny_engine):
+    """An engine, and requests with the answers it gives each of them alone."""
+    engine = load_engine(tiny_engine, device="cpu")
+    requests = [([5, 6], SamplingParams()), ([9] * 20, SamplingParams(0.8, seed=3)), ([1], SamplingParams(1.5, 20))]
+    return engine, [(prompt, params, generate(engine, prompt, 12, params=params)) for prompt, params in requests]
+
+
+ANY = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.none(), st.text(max_size=2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    params=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 2) | st.floats(0, 1e-30) | st.floats(1e30) | ANY,
+            "top_k": st.integers(0, 600) | ANY,
+            "top_p": st.floats(0, 1) | st.floats(0, 1e-30) | ANY,
+            "seed": st.integers(0, 2**64 - 1) | ANY,
+        },
+    ),
+    new=st.integers(-2, 20) | ANY,
+    prompt=st.lists(st.integers(0, 511), max_size=20) | st.lists(ANY, max_size=3),
+)
+@example({"temperature": 1e-45}, 12, [3])
+@example({"temperature": 1.0, "top_p": 1e-300}, 12, [3])
+@example({"temperature": 1.0, "seed": 0.5}, 12, [3])
+@example({}, math.nan, [3])
+@example({}, 12, [3, 4.5])
+def test_whatever_one_request_asks_for_the_others_get_the_answers_they_get_alone(innocents, params, new, prompt):
+    engine, requests = innocents
+    ids = [engine.add_request(prompt, 12, params=params) for prompt, params, _ in requests]
+    try:
+        ids.append(engine.add_request(prompt, new, params=SamplingParams(**params)))
+    except InputError:
+        new = 0
+    tokens = finish(engine)
+    assert [tokens[i] for i in ids[:3]] == [expected for _, _, expected in requests]
+    assert len(tokens.get(ids[-1], [])) == (new or 12)
+    assert engine.scheduler.blocks.used == 0
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_chat_with_cached_turns_says_what_it_says_without(tiny_engine, kernels):
+    warm, cold = (
+        load_engine(tiny_engine, device="cpu", kernels=kernels, enable_prefix_cache=cached) for cached in (True, False)
+    )
+    rng, chat = random.Random(2), []
+    for turn in range(5):
+        chat += [rng.randrange(512) for _ in range(20)]
+        params = SamplingParams(temperature=0.9 if turn % 2 else 0.0, seed=turn)
+        said = generate(warm, chat, 21, params=params)
+        assert generate(cold, chat, 21, params=params) == said
+        chat += said
+    found = [
+        (engine.scheduler.prefix_cache_hit_tokens, engine.scheduler.prefix_cache_query_tokens)
+        for engine in (warm, cold)
+    ]
+    # turn t asks 41 t + 20 tokens; of those before it, all but the last one said have their keys in blocks of 16
+    assert found == [(sum((41 * t - 1) // 16 * 16 for t in (1, 2, 3, 4)), sum(41 * t + 20 for t in range(5))), (0, 0)]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_logprobs_come_with_the_tokens_that_ask_for_them(tiny_engine, kernels):
+    engine = load_engine(tiny_engine, device="cpu", kernels=kernels)
+    asking = SamplingParams(temperature=0.8, repetition_penalty=1.5, logprobs=20)
+    requests = [engine.add_request([5, 9, 2], 6, params=p) for p in (asking, SamplingParams())]
+    outputs = [output for _ in range(20) for output in engine.step()]
+    assert all(output.logprobs is None for output in outputs if output.request_id == requests[1])
+    found = [output for output in outputs if output.request_id == requests[0]]
+    assert len(found) == 6
+    sequence = [5, 9, 2]
+    for output in found:
+        engine.executor.set_block_table(0, [1])
+        expected = engine.executor.submit(Step((Chunk(0, 0, sequence),), "last")).logits()[0].log_softmax(0)
+        (given,), (token,) = output.logprobs, output.token_ids
+        assert given.token == pytest.approx(expected[token].item(), abs=1e-3)
+        assert [value for _, value in given.top] == pytest.approx(expected.topk(20).values.tolist(), abs=1e-3)
+        assert [expected[i].item() for i, _ in given.top] == pytest.approx([v for _, v in given.top], abs=1e-3)
+        sequence.append(token)
+
+
+def test_a_token_that_does_not_exist_cannot_be_biased(tiny_engine):
+    engine = load_engine(tiny_engine, device="cpu")
+    with pytest.raises(InputError, match="names token 512, the vocabulary has 0 to 511"):
+        engine.add_request([1], 1, params=SamplingParams(banned=(512,)))
+
+
 def test_preemption_recomputes_the_same_tokens(tiny_engine):
     prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
     roomy = load_engine(tiny_engine, device="cpu")
-    expected = [roomy.add_request(prompt, 100) for prompt in prompts]
+    repeating = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.5)  # depends on what has been said
+    params = [SamplingParams(), repeating, SamplingParams(temperature=0.8, seed=5, presence_penalty=1.0), repeating]
+    expected = [roomy.add_request(prompt, 100, params=p) for prompt, p in zip(prompts, params)]
     expected_tokens = finish(roomy)
     tight = load_engine(tiny_engine, device="cpu", num_kv_blocks=18)
-    ids = [tight.add_request(prompt, 100) for prompt in prompts]
+    ids = [tight.add_request(prompt, 100, params=p) for prompt, p in zip(prompts, params)]
     tokens = finish(tight, check=True)
     assert tight.scheduler.preemptions > 0
     assert [tokens[i] for i in ids] == [expected_tokens[i] for i in expected]
@@ -120,14 +223,18 @@ class DelayedExecutor:
 
 
 def random_load(engine, steps, seed):
-    """Arrivals, cancellations and stops at random; invariants after every step. Tokens of what finished."""
+    """Arrivals, half of them alike, cancellations and stops at random; invariants after every step. Tokens of what
+    finished."""
     rng = random.Random(seed)
+    common = [rng.randrange(512) for _ in range(100)]
     jobs, tokens, finished = {}, {}, {}
     for step in range(steps):
         if rng.random() < 0.25 and len(jobs) < 12:
             prompt = [rng.randrange(512) for _ in range(rng.choice((1, 3, 15, 16, 17, 60, 130)))]
+            prompt = [*common[: rng.choice((0, 0, 40, 100))], *prompt][:130]
             new = rng.randint(1, 60)
-            params = SamplingParams(temperature=rng.choice((0.0, 0.9)), seed=step)
+            hot, said = rng.choice((0.0, 0.9)), rng.choice((0.0, 0.0, 0.7))
+            params = SamplingParams(hot, top_p=0.95, seed=step, frequency_penalty=said)
             stops = tuple(rng.sample(range(512), 8)) if rng.random() < 0.3 else ()
             request = engine.add_request(prompt, new, params=params, stop_token_ids=stops)
             jobs[request] = (prompt, new, params, stops)
@@ -152,11 +259,12 @@ def random_load(engine, steps, seed):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_random_load_keeps_every_invariant_and_every_answer(tiny_engine, asynchronous):
-    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=16)
+    engine = load_engine(tiny_engine, device="cpu", num_kv_blocks=16, enable_prefix_cache=True)
     if asynchronous:
         engine.executor = DelayedExecutor(engine.executor)
     finished = random_load(engine, 1500, seed=5)
     assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.prefix_cache_hit_tokens > 1000
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     alone = load_engine(tiny_engine, device="cpu")

@@ -4,9 +4,11 @@ import time
 
 import pytest
 
+from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine.loop import EngineLoop
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.native import load_engine
+from llama_engine.sampling import SamplingParams
 
 
 class Client:
@@ -72,8 +74,9 @@ def test_full_queue_refuses_and_recovers(loop):
     clients = [Client() for _ in range(8)]
     for client in clients:
         loop.submit([1], 200, on_tokens=client)
-    with pytest.raises(RunError, match="the queue is full: 8 requests"):
+    with pytest.raises(RunError, match="the queue is full: 8 requests") as full:
         loop.submit([1], 1, on_tokens=Client())
+    assert full.value.code is ErrorCode.QUEUE_FULL
     for client in clients:
         client.wait()
     late = Client()
@@ -86,7 +89,7 @@ def test_cancel_frees_blocks_and_tells_the_client(loop):
     request = loop.submit([1, 2], 250, on_tokens=client)
     loop.cancel(request)
     client.wait()
-    assert client.reason == "cancelled"
+    assert client.reason.code is ErrorCode.CANCELLED
     assert len(client.tokens) < 250
     assert loop.stats()["kv_blocks_used"] == 0
     loop.cancel(request)
@@ -97,7 +100,10 @@ def test_timeout_ends_a_request(loop):
     client = Client()
     loop.submit([1], 250, on_tokens=client, timeout_s=1e-4)
     client.wait()
-    assert client.reason == "timeout"
+    assert client.reason.code is ErrorCode.TIMEOUT
+    assert str(client.reason) == f"the request timed out after {len(client.tokens)} tokens"
+    with pytest.raises(InputError, match="timeout_s"):
+        loop.submit([1], 250, on_tokens=client, timeout_s=float("nan"))
 
 
 def test_a_raising_callback_leaves_the_others_alone(loop):
@@ -124,7 +130,8 @@ def test_a_failing_step_is_reported_to_everyone_in_it_and_the_loop_lives(loop, m
     first, second = Client(), Client()
     loop.submit([1], 20, on_tokens=first)
     first.wait()
-    assert "device lost" in first.reason
+    assert "device lost" in str(first.reason)
+    assert first.reason.code is ErrorCode.INTERNAL
     loop.submit([2], 20, on_tokens=second)
     assert len(second.wait()) == 20
     assert loop.stats()["kv_blocks_used"] == 0
@@ -136,8 +143,9 @@ def test_shutdown_drains_then_refuses(tiny_engine):
     loop.submit([1], 100, on_tokens=client)
     loop.shutdown(drain_s=30)
     assert client.reason == "length"
-    with pytest.raises(RunError, match="shutting down"):
+    with pytest.raises(RunError, match="shutting down") as refused:
         loop.submit([1], 1, on_tokens=Client())
+    assert refused.value.code is ErrorCode.SHUTTING_DOWN
 
 
 def test_shutdown_without_drain_cancels(tiny_engine):
@@ -147,10 +155,37 @@ def test_shutdown_without_drain_cancels(tiny_engine):
     started = time.monotonic()
     loop.shutdown(drain_s=0)
     client.wait()
-    assert client.reason == "cancelled"
+    assert client.reason.code is ErrorCode.SHUTTING_DOWN
     assert time.monotonic() - started < 30
 
 
 def test_impossible_requests_are_refused_at_submission(loop):
-    with pytest.raises(InputError, match="max_seq_len"):
+    with pytest.raises(InputError, match="max_seq_len") as refused:
         loop.submit([1], 10_000, on_tokens=Client())
+    assert refused.value.code is ErrorCode.CONTEXT_LENGTH
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_row_that_cannot_be_sampled_ends_its_own_request_alone(tiny_engine, monkeypatch, kernels):
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu", kernels=kernels), max_queue=4)
+    draw = HostExecutor._draw
+
+    def broken(self, logits, chunks):
+        if any(self._params[chunk.slot].seed == 13 for chunk in chunks):
+            raise IndexError("no such row")
+        return draw(self, logits, chunks)
+
+    monkeypatch.setattr(HostExecutor, "_draw", broken)
+    unlucky, lucky = Client(), Client()
+    loop.submit([1], 30, params=SamplingParams(1.0, seed=13), on_tokens=unlucky)
+    loop.submit([2], 30, params=SamplingParams(1.0, seed=12), on_tokens=lucky)
+    assert unlucky.wait() == []
+    assert str(unlucky.reason) == "no token could be sampled: IndexError: no such row"
+    assert unlucky.reason.code is ErrorCode.INTERNAL
+    tokens = lucky.wait()
+    assert lucky.reason == "length"
+    alone = Client()
+    loop.submit([2], 30, params=SamplingParams(1.0, seed=12), on_tokens=alone)
+    assert alone.wait() == tokens
+    assert loop.stats()["kv_blocks_used"] == 0
+    loop.shutdown(0)

@@ -1,15 +1,19 @@
 """The CUDA executor against the PyTorch reference: on a GPU, and in Triton's interpreter where there is none."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.executor import HostExecutor
-from llama_engine.engine.executor import Chunk, Step
+from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
+from llama_engine.model.sampler import sample
 from llama_engine.model.weights import Linear, random_weights
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import SamplingParams, count_tokens
+from tests import overflow
 
 pytest.importorskip("triton")
 
@@ -176,6 +180,49 @@ def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
     assert any(run([SamplingParams(), SamplingParams(temperature=5.0, seed=s)])[1] != first[1] for s in (1, 2, 3))
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_every_slot_draws_what_its_parameters_define(graphs):
+    fused, _ = _pair(graphs=graphs)
+    params = [
+        SamplingParams(0.7, top_p=0.9, seed=5, repetition_penalty=1.5, frequency_penalty=1.0, logprobs=3),
+        SamplingParams(),
+        SamplingParams(presence_penalty=-2.0, logit_bias=((7, 1.5),), banned=(1, 2)),
+        SamplingParams(1.5, top_k=30, min_p=0.01, seed=2**64 - 1, logprobs=0),
+    ]
+    prompts = [[5, 9, 33], [1], [8, 8, 4, 2], [70, 3]]
+    outputs = [[], [9], [6, 6, 7], []]  # as after a preemption
+    for slot, p in enumerate(params):
+        fused.bind(slot, SamplingParams(banned=(0,), temperature=2.0))  # of a request that is gone
+        fused.bind(slot, p, prompts[slot], outputs[slot])
+        fused.set_block_table(slot, _blocks(slot))
+    lengths = [len(prompts[slot] + outputs[slot]) for slot in range(4)]
+    steps = [Step(tuple(Chunk(s, 0, prompts[s] + outputs[s]) for s in (0, 1, 3)), "last")]
+    steps += [Step((*(Chunk(s, lengths[s]) for s in (3, 0, 1)), Chunk(2, 0, prompts[2] + outputs[2])), "last")]
+    steps += [Step(tuple(Chunk(s, lengths[s] + i - (s == 2)) for s in (2, 3, 0, 1)), "last") for i in (1, 2, 3)]
+    for step in steps:
+        handle = fused.submit(step)
+        logits, tokens, scores = handle.logits(), handle.tokens(), handle.logprobs()
+        slots = [chunk.slot for chunk in step.chunks]
+        counts = torch.stack(
+            [torch.from_numpy(count_tokens(prompts[s], outputs[s], TINY.vocab_size)) for s in slots]
+        ).to(DEVICE)
+        for row, s in enumerate(slots):
+            if not params[s].penalized:
+                counts[row] = 0
+        positions = [chunk.start + chunk.length for chunk in step.chunks]
+        assert tokens == sample(logits, [params[s] for s in slots], positions, counts).tolist()
+        for row, (s, token) in enumerate(zip(slots, tokens)):
+            outputs[s].append(token)
+            expected = torch.log_softmax(logits[row], 0)
+            if params[s].logprobs is None:
+                assert scores[row] is None
+                continue
+            assert scores[row].token == pytest.approx(expected[token].item(), abs=1e-4)
+            top = expected.topk(params[s].logprobs)
+            assert [i for i, _ in scores[row].top] == top.indices.tolist()
+            assert [value for _, value in scores[row].top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
 def test_no_memory_for_a_cache_is_one_clear_line():
     from llama_engine.errors import RunError
 
@@ -274,6 +321,21 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     assert preemptions > 0
 
 
+def test_a_prompt_whose_start_is_cached_is_answered_as_without():
+    from llama_engine.engine.engine import Engine
+    from tests.engine.test_engine import generate
+
+    def engine(executor, cached):
+        return Engine(TINY, dataclasses.replace(ENGINE, enable_prefix_cache=cached), executor)
+
+    (fused, host), (other, _), prompt = _pair(kernels="triton"), _pair(kernels="triton"), list(range(20, 58))
+    warm, cold, reference = engine(fused, True), engine(other, False), engine(host, False)
+    for length, new in ((33, 8), (38, 8), (38, 1), (32, 8)):
+        tokens = generate(warm, prompt[:length], new)
+        assert tokens == generate(cold, prompt[:length], new) == generate(reference, prompt[:length], new)
+    assert warm.scheduler.prefix_cache_hit_tokens == 32 + 32 + 16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kernels", ["auto", "stream"])
@@ -285,12 +347,23 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
     config = ModelConfig(512, 1024, 2048, 2, 8, 2, 128, 512)
     # A preempted answer is not compared: its recomputed keys come from prefill, which rounds differently.
     blocks = 24 if kernels == "auto" else 8 * 16 + 1
-    settings = EngineConfig(8, max_seq_len=256, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=blocks)
+    options = {"tokens_per_block": 16, "num_kv_blocks": blocks, "enable_prefix_cache": True}
+    settings = EngineConfig(8, max_seq_len=256, max_num_tokens=64, **options)
     engine = Engine(config, settings, CudaExecutor(config, settings, random_weights(config, DEVICE), kernels=kernels))
     finished = random_load(engine, 10_000 if kernels == "auto" else 1000, seed=9)
     assert (engine.scheduler.preemptions > 0) == (kernels == "auto")
+    assert engine.scheduler.prefix_cache_hit_tokens > 1000
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     if kernels == "stream":  # the persistent kernel rounds differently, so its answers depend on the batch's size
         for (prompt, new, params, stops), tokens in list(finished.values())[::10]:
+            engine.scheduler.reset_prefix_cache()
             assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens
+
+
+@pytest.mark.parametrize("int8_head", [False, True])
+def test_values_beyond_fp16_end_their_own_request_with_an_error(int8_head):
+    from llama_engine.gpu.executor import CudaExecutor
+
+    weights = overflow.overflowing(DEVICE, int8_head)
+    overflow.check_overflow_ends_its_own_request(CudaExecutor(overflow.CONFIG, overflow.ENGINE, weights))

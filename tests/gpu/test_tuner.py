@@ -28,15 +28,17 @@ def test_choices_survive_the_file_and_reach_the_kernels(device, tmp_path, monkey
         monkeypatch.setattr(GpuModel, "run_linear", lambda *_: None)
     lines = []
 
-    def choices(name, bucket):
+    def choices(name, bucket, linear):
         return [Tile(max(8, min(bucket, 64)), n, 32) for n in (64, 16)]
 
     result = tuner.tune(model, lines.append, choices)
-    assert set(result["tiles"]) == {f"{n}/{b}" for n in ("qkv", "o", "gate_up", "down") for b in (8, 16, 32, 64)}
+    assert set(result["tiles"]) == {
+        f"{n}/int8/{b}" for n in ("qkv", "o", "gate_up", "down") for b in (8, 16, 32, 64, 128)
+    }
     assert any("qkv" in line for line in lines)
     if device.type == "cpu":
         assert all(tile["n"] == 16 for tile in result["tiles"].values())
     (tmp_path / tiles.TUNING_FILE).write_text(json.dumps(result))
     stored = tiles.Tiles(tiles.load_tuning(tmp_path), tiles.gpu_name(device))
     linear = model.linears("qkv")[0]
-    assert asdict(stored.get("qkv", linear, 5)) == result["tiles"]["qkv/8"]
+    assert asdict(stored.get("qkv", linear, 5)) == result["tiles"]["qkv/int8/8"]

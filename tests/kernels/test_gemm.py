@@ -107,6 +107,37 @@ def test_logits_argmax_and_slot_state(device, int8):
     assert position.tolist() == [8, 1, 9, 3, 4]
 
 
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_maximum_that_is_not_finite_is_no_token_and_the_slot_still_holds_an_id(device, swap):
+    from llama_engine.kernels.finish import finish
+    from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm
+
+    m, n, k = 6, 200, 64
+    a = torch.zeros((64, k), dtype=torch.float16, device=device)
+    a[:m] = torch.randn(m, k, device=device)
+    weight = torch.randn(n, k, device=device).half()
+    weight[:, 0] = 60000
+    a[1:5, 0] = torch.tensor([60000, float("nan"), float("inf"), -float("inf")])
+    tile = Tile(16, 64, 64, 1, swap)
+    tiles = -(-n // tile.n)
+    partials = (torch.empty((m, tiles), device=device), torch.empty((m, tiles), dtype=torch.int32, device=device))
+    logits = torch.empty((m, n), device=device)
+    slots = torch.arange(m, dtype=torch.int32, device=device)
+    position = torch.zeros(m + 1, dtype=torch.int32, device=device)
+    for column in (None, 0, 70, 199):  # then NaN in one column of every row
+        if column is not None:
+            weight[column, 5] = float("nan")
+        gemm(a, None, Linear(weight), logits, m, LOGITS, tile, Workspace(device), partials)
+        last = torch.full((m + 1,), 50, dtype=torch.int32, device=device)
+        sampled = torch.empty(m, dtype=torch.int32, device=device)
+        finish(partials, tiles, sampled, slots, last, position, m)
+        best = logits.argmax(-1).tolist()
+        expected = [best[0], best[1], -1, -1, -1, best[5]] if column is None else [-1] * m
+        assert sampled.tolist() == expected
+        assert last.tolist() == [max(token, 0) for token in expected] + [50]
+        weight[column or 0, 5] = 1
+
+
 def test_tiles_shrink_to_a_smaller_gpu(monkeypatch):
     from llama_engine.kernels import gemm
     from llama_engine.kernels.tiles import default_tile

@@ -193,3 +193,25 @@ def test_wrong_arguments_are_one_clear_line() -> None:
         case.decode.launch(torch.zeros(3).int().cuda(), case.last_token, case.position, case.tables, case.sampled)
     with pytest.raises(InputError, match="position must be"):
         case.decode.launch(case.slot_ids, case.last_token, case.position.long(), case.tables, case.sampled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8_head", [False, True])
+@pytest.mark.parametrize("values", [(math.inf, math.inf), (math.inf, -math.inf), (math.nan, 1.0)])
+@pytest.mark.parametrize("config", [LLAMA_1B, LLAMA_8B])
+def test_values_that_are_not_finite_cost_their_own_row_its_token_alone(
+    config: ModelConfig, values: tuple[float, float], int8_head: bool
+) -> None:
+    """In one dimension of one KV head of one row's cache, so that most of what follows is still numbers."""
+    case, healthy = (Case(config, [70, 33], int8_head) for _ in range(2))
+    healthy.launch()
+    block = case.tables[case.slot_ids[0], 0].long()
+    case.kv[0][1, block, 1, :2, 5] = torch.tensor(values, dtype=torch.float16, device="cuda")
+    case.launch()
+    assert case.sampled.tolist() == [-1, healthy.sampled[1].item()]
+    assert case.last_token[case.slot_ids.long()].tolist() == [0, healthy.sampled[1].item()]
+    assert not case.logits[0].isfinite().any()
+    assert torch.equal(case.logits[1], healthy.logits[1])
+    case.launch()  # the slot's next token is embedded without a fault, and its row stays what it is
+    healthy.launch()
+    assert case.sampled.tolist() == [-1, healthy.sampled[1].item()]

@@ -21,6 +21,20 @@ def test_digits_restore_the_row_and_match_the_reference(device):
     assert (digits[:, 5:] == 99).all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_makes_the_whole_row_so_and_no_other(device, bad, weighted):
+    from llama_engine.kernels.quant import norm
+
+    x = torch.randn(3, 320, device=device).half()
+    x[1, 200] = bad
+    weight = torch.rand(320, device=device).half() if weighted else None
+    digits = torch.empty((2, 3, 320), dtype=torch.int8, device=device)
+    scale = torch.empty(3, device=device)
+    norm(x, weight, 1e-5, digits, scale, 3)
+    assert scale.isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("rows", [None, [2, 0]])
 def test_norm_matches_the_reference(device, rows):
     from llama_engine.kernels.quant import norm

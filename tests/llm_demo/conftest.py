@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from llama_engine.serving.server import ServeConfig, TritonServer, free_port
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer, free_port
 from tests.conftest import ROOT
 
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -13,9 +13,12 @@ import openai
 import psutil
 import pytest
 
+from llama_engine.errors import ErrorCode, RunError, with_code
+from llama_engine.serving.client import RequestFailed
 from llama_engine.serving.server import free_port
+from llama_engine.tokenizer import ChatTokenizer
+from llm_demo.api import ApiError
 from llm_demo.gateway import Gateway, create_app
-from llm_demo.text import ChatTokenizer
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 
@@ -92,6 +95,20 @@ def test_stop_and_bare_completions(client, smollm2_model):
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"n": 2}, 400, "n", "not supported"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
+        ({"n": True}, 400, "n", "not supported"),
+        ({"logprobs": 0}, 400, "logprobs", "not supported"),
+        ({"frequency_penalty": False}, 400, "frequency_penalty", "not supported"),
+        ({"extra_body": {"echo": 0}}, 400, "echo", "not supported"),
+        ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
+        ({"max_tokens": "8"}, 400, "max_tokens", "valid integer"),
+        ({"temperature": True}, 400, "temperature", "valid number"),
+        ({"seed": 1.0}, 400, "seed", "valid integer"),
+        (
+            {"extra_body": {"stream_options": {"include_usage": 1}}},
+            400,
+            "stream_options.include_usage",
+            "valid boolean",
+        ),
         ({"extra_body": {"best_guess": 1}}, 400, "best_guess", "not permitted"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "'user'"),
@@ -110,13 +127,27 @@ def test_refusals_are_openai_errors(client, change, status, param, said, stream)
         assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("logprobs", 0), ("n", True), ("best_of", True), ("prompt", [True, False])]
+)
+def test_bare_completions_tell_numbers_from_booleans(client, name, value):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**{"model": NAME, "prompt": "1, 2,", "max_tokens": 1} | {name: value})
+    assert caught.value.param.startswith(name)
+
+
+def test_neutral_values_of_either_kind_of_number_pass(client):
+    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0, "n": 1, "logprobs": False, "temperature": 0}
+    assert client.chat.completions.create(model=NAME, messages=PARIS, max_tokens=1, **neutral).choices
+
+
 def test_other_paths_and_bodies_are_openai_errors_too(gateway):
     assert httpx.get(f"{gateway}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{gateway}/v1/chat/completions").status_code == 405
     bad = httpx.post(f"{gateway}/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert bad.status_code == 400
     assert "error" in bad.json()
-    assert httpx.get(f"{gateway}/health", headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.post(f"{gateway}/baseline", headers={"Origin": "https://evil.example"}).status_code == 403
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -165,7 +196,7 @@ def test_key_and_missing_server(smollm2_engine):
                 assert refused.json()["error"]["code"] == "invalid_api_key"
             models = (await http.get("/v1/models", headers=key)).json()["data"]
             assert [model["id"] for model in models] == [NAME]
-            assert (await http.post("/baseline", headers=key)).status_code == 404
+            assert (await http.post("/baseline", json={}, headers=key)).status_code == 404
             health = await http.get("/health")
             assert health.status_code == 503
             assert "does not answer" in health.json()["message"]
@@ -231,3 +262,28 @@ def test_demo_script_starts_answers_and_stops_everything(smollm2_model):
     assert f"ready: {url}" in said
     assert said.rstrip().endswith("stopped")
     assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (ErrorCode.INVALID, 400),
+        (ErrorCode.CONTEXT_LENGTH, 400),
+        (ErrorCode.QUEUE_FULL, 429),
+        (ErrorCode.CANCELLED, 499),
+        (ErrorCode.NOT_FINITE, 500),
+        (ErrorCode.INTERNAL, 500),
+        (ErrorCode.SHUTTING_DOWN, 503),
+        (ErrorCode.UNAVAILABLE, 503),
+        (ErrorCode.TIMEOUT, 504),
+    ],
+)
+def test_the_status_is_the_error_codes_whatever_the_message_says(code, status):
+    for said in ("the request", "queue is full", "max_seq_len"):
+        over_triton = RequestFailed(with_code(RunError(said, code)))
+        wrapped = RequestFailed(f"[StatusCode.INTERNAL] in ensemble 'x': [{code.value}] {said}")
+        for error in (RunError(said, code), over_triton, wrapped):
+            answer = ApiError.of(error)
+            assert (answer.status, answer.code) == (status, code.value)
+        assert str(over_triton) == said
+    assert ApiError.of(RequestFailed("failed to connect: queue is full")).status == 503

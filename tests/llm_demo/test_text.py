@@ -1,7 +1,10 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llama_engine.errors import InputError
-from llm_demo.text import ChatTokenizer, TextStream
+from llama_engine.tokenizer import ChatTokenizer
+from llm_demo.text import TextStream
+from tests.tokenizers_small import SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,53 @@ def test_a_beginning_of_a_stop_string_is_shown_when_the_text_ends(tokenizer):
     assert stream.push([], last=True) == "fox"
 
 
-def test_an_engine_without_a_tokenizer_is_refused(tiny_engine):
-    with pytest.raises(InputError, match=r"tokenizer\.json"):
-        ChatTokenizer(tiny_engine)
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request, tmp_path_factory):
+    return ChatTokenizer(SHAPES[request.param](tmp_path_factory.mktemp(request.param)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_tokenizer_add_up_to_the_whole_text(shape, data):
+    """Leading spaces included, whatever special tokens, bytes and empty steps come between."""
+    text = data.draw(st.text(st.sampled_from("the quick é日🦊\n "), max_size=30))
+    ids = shape.backend.encode(text, add_special_tokens=False).ids
+    for special in data.draw(st.lists(st.sampled_from(sorted(shape.special_ids)), max_size=3)):
+        ids.insert(data.draw(st.integers(0, len(ids))), special)
+    stream, pieces = TextStream(shape, []), []
+    for token in ids:
+        pieces += [stream.push([token]), stream.push([])]
+    whole = shape.decode(ids)
+    assert "".join(pieces) == whole  # nothing of it waits for the end
+    assert "".join(pieces) + stream.push([], last=True) == whole
+    assert stream.tokens == len(ids)
+
+
+def test_every_word_brings_its_space(tmp_path):
+    tokenizer = ChatTokenizer(SHAPES["llama2"](tmp_path))
+    stream = TextStream(tokenizer, [])
+    ids = [tokenizer.backend.token_to_id(token) for token in ("▁the", "▁world", "</s>", "▁the", "▁world")]
+    assert [stream.push([token]) for token in ids] == ["the", " world", "", " the", " world"]
+
+
+def test_text_goes_on_after_bytes_that_undo_a_character(tmp_path):
+    """Byte fallback turns a whole run of bytes into replacement characters as soon as one of them fits nowhere."""
+    tokenizer = ChatTokenizer(SHAPES["llama2"](tmp_path))
+    tokens = ["<0xC3>", "<0xA9>", "<0xFF>", "▁the", "▁world"]
+    stream = TextStream(tokenizer, [])
+    pieces = [stream.push([tokenizer.backend.token_to_id(token)]) for token in tokens]
+    assert pieces[:2] == ["", "é"]
+    assert pieces[-1] == " world"
+    assert "".join(pieces).endswith("the world")
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_no_ids_break_the_stream(shape, data):
+    """Bytes that are no character may be shown otherwise than in the whole, where later bytes change earlier ones."""
+    ids = data.draw(st.lists(st.integers(0, shape.backend.get_vocab_size() - 1), max_size=60))
+    stream = TextStream(shape, [])
+    text = "".join(stream.push([token]) for token in ids) + stream.push([], last=True)
+    whole = shape.decode(ids)
+    if "\ufffd" not in whole:
+        assert text == whole

@@ -40,6 +40,7 @@ def test_compare_writes_three_results(run_main, tiny_model, tiny_engine, tmp_pat
     assert len(before["checks"]["first_token_ids"]) == len(after["checks"]["first_token_ids"]) == 6
     assert [level["concurrency"] for level in after["levels"]] == [2, 4]
     assert after["levels"][1]["samples"]["output_tokens"] == [4] * 12
+    assert [part["checks"]["prefix_cache_hit_tokens"] for part in (after, *after["levels"])] == [0, 0, 0]
     assert "MBU" in printed
     assert "synthetic weights" in printed
     valid = before["validity"]["status"] == after["validity"]["status"] == "VALID"

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure import generation, protocol
-from llama_engine.measure.generation import Cost, GenerationRun
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.telemetry import Telemetry
 
 

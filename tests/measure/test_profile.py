@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from llama_engine.measure import nsight, profile
-from llama_engine.measure.generation import Cost, EngineStack, RunnerStack, TransformersStack
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.generation import EngineStack, RunnerStack, TransformersStack
 from llama_engine.native import load_engine
 from llama_engine.runner import ModelRunner
 from tests.conftest import ROOT

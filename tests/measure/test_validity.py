@@ -30,7 +30,7 @@ BROKEN = {
     "too few runs": ("samples", {"latency_s": [1.0], "output_tokens": [4]}, "timed runs"),
     "length": ("samples", {"latency_s": [1.0] * 5, "output_tokens": [4, 4, 4, 4, 3]}, "1 outputs are not 4"),
     "failed": ("checks", {"failed_requests": 1}, "1 requests failed"),
-    "prefix cache": ("checks", {"prefix_cache_hits": 2}, "prefix cache"),
+    "prefix cache": ("checks", {"prefix_cache_hit_tokens": 64}, "64 prompt tokens came from a prefix cache"),
     "repeats itself": ("checks", {"distinct_outputs": 2}, "gave 2 different outputs"),
     "clock": ("checks", {"clock_backwards": 1}, "clock went backwards"),
     "lag": ("checks", {"client_lag_p99_ms": 6.0}, "client lagged 6.0 ms"),
@@ -44,6 +44,13 @@ def test_each_rule_can_fail(key, value, message):
     verdict = validity.judge(sound() | {key: value})
     assert verdict["status"] == "INVALID"
     assert [reason for reason in verdict["reasons"] if message in reason], verdict
+
+
+def test_a_prefix_cache_that_was_asked_for_may_be_hit():
+    result = sound() | {"checks": {"prefix_cache_hit_tokens": 64}}
+    assert validity.judge(result)["status"] == "INVALID"
+    asked = result["workload"] | {"prefix_cache": True}
+    assert validity.judge(result | {"workload": asked})["status"] == "VALID"
 
 
 def test_the_baseline_need_not_repeat_itself():

@@ -6,10 +6,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_engine.config import EngineConfig
 from llama_engine.cpu import fused
+from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.rope import rope_frequencies
 from llama_engine.model.weights import load_weights
+from tests import overflow
 
 BLOCK = 16
 
@@ -104,3 +106,18 @@ def test_unsupported_geometry_falls_back(tiny_engine):
     weights = load_weights(tiny_engine, info.model, "cpu")
     assert fused.supported(info.model, EngineConfig(tokens_per_block=16), weights)
     assert not fused.supported(info.model, EngineConfig(tokens_per_block=8), weights)
+
+
+@pytest.mark.parametrize("int8_head", [False, True])
+@pytest.mark.parametrize("kernels", ["fused", "torch"])
+def test_values_beyond_fp16_end_their_own_request_with_an_error(tmp_path, kernels, int8_head):
+    weights = overflow.overflowing("cpu", int8_head)
+    if kernels == "torch":
+        model = TorchModel(overflow.CONFIG, overflow.ENGINE, weights)
+    else:
+        assert fused.supported(overflow.CONFIG, overflow.ENGINE, weights)
+        library = fused.compile_library(tmp_path)
+        if library is None:
+            pytest.skip("no C++ compiler on this machine")
+        model = fused.CpuModel(library, overflow.CONFIG, overflow.ENGINE, weights, 2)
+    overflow.check_overflow_ends_its_own_request(HostExecutor(model, overflow.CONFIG, overflow.ENGINE, weights))

@@ -1,16 +1,22 @@
 """The real Triton Inference Server from start to end: faults, kill -9, draining, the scripts around it."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
@@ -18,8 +24,10 @@ import tritonclient.http as http_client
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving import server as server_module
-from llama_engine.serving.client import connect
-from llama_engine.serving.server import ServeConfig, TritonServer, render
+from llama_engine.serving.client import KEY_VARIABLE, connect
+from llama_engine.serving.repository import ServeConfig, render
+from llama_engine.serving.server import TritonServer, free_port
+from llama_engine.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
 
@@ -39,7 +47,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is fo
 
 @pytest.fixture(scope="module")
 def faulty(tiny_engine):
-    """A server that fails inside every request whose first token is 13."""
+    """A server that fails inside every request whose first token is 13, and keeps no prefix cache."""
 
     def render_with_fault(engine_dir, models_dir, config):
         render(engine_dir, models_dir, config)
@@ -48,8 +56,19 @@ def faulty(tiny_engine):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_module, "render", render_with_fault)
-        with TritonServer(tiny_engine, ServeConfig(drain_s=20), env=ONE_THREAD) as server:
+        config = ServeConfig(drain_s=20, enable_prefix_cache=False)
+        with TritonServer(tiny_engine, config, env=ONE_THREAD) as server:
             yield server
+
+
+def test_without_a_prefix_cache_no_prompt_is_looked_up(faulty):
+    for _ in range(2):
+        ask(faulty, [list(range(40))], 2)
+    deadline = time.monotonic() + 10
+    while (metrics := faulty.metrics())["tokens_generated"] < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert metrics["prefix_cache_query_tokens"] == metrics["prefix_cache_hit_tokens"] == 0
 
 
 def test_error_inside_one_request_leaves_the_others(faulty, tiny_engine):
@@ -127,6 +146,23 @@ def test_starting_errors_are_one_line(tiny_engine, tmp_path, monkeypatch):
         TritonServer(tiny_engine)
 
 
+@pytest.mark.parametrize("folder", ["models", "backends"])
+def test_a_run_directory_keeps_what_the_user_has_there(tiny_engine, tmp_path, folder):
+    kept = tmp_path / folder / "smollm2/model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("weights")
+    with pytest.raises(InputError, match=f"{folder} was not written by this command, so it is never replaced"):
+        TritonServer(tiny_engine, run_dir=tmp_path).start()
+    assert kept.read_text() == "weights"
+
+
+def test_a_run_directory_is_never_in_the_engine(tiny_engine, tmp_path):
+    engine = shutil.copytree(tiny_engine, tmp_path / "models")
+    with pytest.raises(InputError, match="overlaps the input"):
+        TritonServer(engine, run_dir=tmp_path).start()
+    assert (engine / "engine.json").is_file()
+
+
 def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
     def broken(engine_dir, models_dir, config):
         render(engine_dir, models_dir, config)
@@ -137,36 +173,131 @@ def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="no such thing"):
         server.start()
     assert not server.alive
+    with pytest.raises(RunError, match="no such thing"):
+        server.start()  # over what it wrote before
 
 
 @pytest.mark.skipif(not TEXT, reason="needs NumPy 1")
-def test_text_in_text_out(smollm2_engine):
+def test_text_in_text_out(smollm2_engine, tmp_path):
+    """Of a model whose answers end at a full stop, too."""
+    engine = tmp_path / "engine"
+    shutil.copytree(smollm2_engine, engine, symlinks=True)
+    info = json.loads((engine / "engine.json").read_text())
+    info["model"]["eos_token_ids"] = [2, 3, *ChatTokenizer(engine).encode(".")]
+    (engine / "engine.json").write_text(json.dumps(info))
     question = {"text_input": "What is the capital of France? Answer briefly.", "max_tokens": 32}
-    with TritonServer(smollm2_engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
+    with TritonServer(engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
         _, whole = post(server, "/v2/models/ensemble/generate", question)
-        assert json.loads(whole)["text_output"] == PARIS
+        assert json.loads(whole)["text_output"] == PARIS[:-1]
+        _, whole = post(server, "/v2/models/ensemble/generate", question | {"end_id": 2})
+        assert json.loads(whole)["sequence_length"] > len(PARIS.split())
         _, stream = post(server, "/v2/models/ensemble/generate_stream", question | {"stream": True})
         pieces = [json.loads(line[5:])["text_output"] for line in stream.splitlines() if line.startswith(b"data:")]
         assert len(pieces) > 1
-        assert "".join(pieces) == PARIS
+        assert "".join(pieces) == PARIS[:-1]
         assert_idle(server)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_inference_needs_the_secret_when_one_is_set(keyed, tiny_engine, monkeypatch, protocol):
+    asked = [[1, 2, 3]], 8, protocol
+    assert ask(keyed, *asked) == alone(tiny_engine, [[1, 2, 3]], 8)
+    assert ask(keyed, *asked, streaming=False) == alone(tiny_engine, [[1, 2, 3]], 8)
+    for wrong in ("", "hush-hus", "hush-hush-"):
+        monkeypatch.setenv(KEY_VARIABLE, wrong)
+        for streaming in (True, False):
+            # a gRPC stream may end before it has told why
+            refusal = "restricted|Internal error from Core" if protocol == "grpc" else "restricted"
+            assert re.search(refusal, str(ask(keyed, *asked, streaming=streaming)[0]))
+    for path in ("infer", "generate", "generate_stream"):
+        status, _ = post(keyed, f"/v2/models/tensorrt_llm/{path}", {"input_ids": [1], "request_output_len": 2})
+        assert status == 403
+    assert post(keyed, "/v2/repository/index", {})[0] == 403
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny_engine):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "hush-hush")
+        with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD) as server:
+            yield server
+
+
+@pytest.fixture(autouse=True)
+def secret(request, monkeypatch):
+    if "keyed" in request.fixturenames:
+        monkeypatch.setenv(KEY_VARIABLE, "hush-hush")
+
+
+def test_a_secret_that_no_header_can_hold_is_refused(tiny_engine, monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, "two,words:=")
+    with pytest.raises(InputError, match=f"{KEY_VARIABLE} may hold letters, digits"):
+        TritonServer(tiny_engine).start()
+
+
+def test_without_http_grpc_is_the_only_way_in(tiny_engine):
+    with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD, http=False) as server:
+        assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+        listening = psutil.Process(server.process.pid).net_connections("inet")
+        ports = {connection.laddr.port for connection in listening if connection.status == psutil.CONN_LISTEN}
+        assert ports == {server.grpc_port, server.metrics_port}
+
+
+def test_a_dead_backend_is_a_dead_server(tiny_engine):
+    with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD) as server:
+        assert server.alive
+        (backend,) = psutil.Process(server.process.pid).children()
+        backend.kill()
+        psutil.wait_procs([backend], timeout=5)
+        assert not server.alive
+        server.kill()
+        server.start()
+        assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
+
+
+def test_nothing_survives_a_starter_that_is_killed(tiny_engine):
+    ports = [part for name in ("http", "grpc", "metrics") for part in (f"--{name}-port", str(free_port()))]
+    starter = subprocess.Popen(
+        [sys.executable, "scripts/serve_triton.py", "--engine-dir", str(tiny_engine), *ports],
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    family = []
+    try:
+        assert any(line.startswith("ready") for line in starter.stdout)
+        family = psutil.Process(starter.pid).children(recursive=True)
+        assert {"tritonserver", "triton_python_backend_stub"} <= {process.name() for process in family}
+        starter.kill()
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+        assert not list(Path("/dev/shm").glob(f"llama_engine_{starter.pid}_*"))
+    finally:
+        for process in [starter, *family]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        starter.communicate()
+
+
 class FakeServer:
-    """Stands in for one that lives until it is asked whether it does for the ``lives``-th time."""
+    """Stands in for one that dies when it has been asked whether it lives: so often after each start."""
 
     host, http_url, grpc_url, metrics_port, log = "h", "h:1", "h:2", 3, "triton.log"
 
-    def __init__(self, lives=0):
-        self.lives, self.starts, self.stopped = lives, 0, False
+    def __init__(self, *lives):
+        self.lives, self.left, self.starts, self.stopped = iter(lives), 0, 0, False
 
     def start(self):
         self.starts += 1
+        self.left = next(self.lives, 0)
+        if isinstance(self.left, Exception):
+            self.left, error = 0, self.left
+            raise error
 
     @property
     def alive(self):
-        self.lives -= 1
-        return self.lives >= 0
+        self.left -= 1
+        return self.left >= 0
 
     def kill(self):
         pass
@@ -176,13 +307,14 @@ class FakeServer:
 
 
 @pytest.fixture
-def serve_native(kept_handlers):
+def serve_native(kept_handlers, monkeypatch):
+    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 0, 0, 0, 0), raising=False)
     return runpy.run_path(str(ROOT / "scripts/serve_triton.py"))["serve_native"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_ends_in_order_at_ctrl_c_and_term(serve_native, number):
-    server = FakeServer(lives=100)
+    server = FakeServer(100)
     threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
     serve_native(server)
     assert (server.starts, server.stopped) == (1, True)
@@ -190,6 +322,35 @@ def test_serving_ends_in_order_at_ctrl_c_and_term(serve_native, number):
 
 def test_a_server_that_dies_is_started_again_five_times(serve_native):
     server = FakeServer()
-    with pytest.raises(RunError, match="ended 5 times by itself"):
+    with pytest.raises(RunError, match="ended 6 times in a row"):
         serve_native(server)
     assert (server.starts, server.stopped) == (6, True)
+
+
+def test_a_fifth_restart_that_works_goes_on_serving(serve_native):
+    server = FakeServer(0, 0, 0, 0, 0, 100)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    serve_native(server)
+    assert (server.starts, server.stopped) == (6, True)
+    assert server.left > 90
+
+
+def test_a_restart_that_fails_is_tried_again(serve_native):
+    server = FakeServer(0, RunError("not now"), RunError("not now"), 100)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    serve_native(server)
+    assert server.starts == 4
+
+
+def test_pauses_grow_and_a_server_that_served_a_while_starts_anew(monkeypatch):
+    waited, ended = [], threading.Event()
+    monkeypatch.setattr(ended, "wait", waited.append)
+    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 1, 4))
+    with pytest.raises(RunError, match="ended 4 times in a row"):
+        server_module.supervise(FakeServer(), lambda said: None, ended)
+    assert waited == [0, 1, 4]
+    monkeypatch.setattr(server_module, "STEADY_S", -1)
+    waited.clear()
+    monkeypatch.setattr(ended, "wait", lambda pause: waited.append(pause) or len(waited) == 9)
+    server_module.supervise(FakeServer(), lambda said: None, ended)
+    assert waited == [0] * 9

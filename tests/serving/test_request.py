@@ -37,6 +37,16 @@ def test_sampling_inputs_ask_for_a_draw():
     assert parse(arrays(runtime_top_p=one(0.0, np.float32))).params.greedy
 
 
+def test_penalties_and_bad_words():
+    words = np.array([[[11, 12, -1], [1, 2, -1]]], np.int32)
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 2.0}
+    inputs = {name: one(value, np.float32) for name, value in penalties.items()}
+    params = parse(arrays(**inputs, bad_words_list=words)).params
+    assert params.greedy
+    assert {name: getattr(params, name) for name in penalties} == penalties
+    assert params.banned == (11, 12)
+
+
 def test_end_id_and_one_token_stop_words():
     words = np.array([[[11, 12, -1], [1, 2, -1]]], np.int32)
     assert parse(arrays(end_id=one(2), stop_words_list=words)).stop_token_ids == (2, 11, 12)
@@ -64,7 +74,9 @@ def test_neutral_values_of_missing_features_are_accepted():
         ({"input_lengths": np.array([[1, 2]], np.int32)}, "one value"),
         ({"request_output_len": np.zeros((1, 0), np.int32)}, "one value"),
         ({"beam_width": one(4)}, "beam_width=4"),
-        ({"repetition_penalty": one(1.2, np.float32)}, "repetition_penalty"),
+        ({"repetition_penalty": one(-1.2, np.float32)}, "repetition_penalty"),
+        ({"presence_penalty": one(2.5, np.float32)}, "presence_penalty"),
+        ({"frequency_penalty": one(np.nan, np.float32)}, "frequency_penalty"),
         ({"return_log_probs": one(True, np.bool_)}, "return_log_probs"),
         ({"temperature": one(np.nan, np.float32)}, "temperature"),
         ({"temperature": one(-1, np.float32)}, "temperature"),
@@ -72,7 +84,8 @@ def test_neutral_values_of_missing_features_are_accepted():
         ({"runtime_top_k": one(-3)}, "top_k"),
         ({"stop_words_list": np.array([[[11, 12], [2, -1]]], np.int32)}, "one token only"),
         ({"stop_words_list": np.zeros((1, 3, 2), np.int32)}, "shape"),
-        ({"bad_words_list": np.array([[[3], [1]]], np.int32)}, "bad_words_list"),
+        ({"bad_words_list": np.array([[[11, 12], [2, -1]]], np.int32)}, "bad_words_list.*bans words of one token only"),
+        ({"bad_words_list": np.zeros((1, 3, 2), np.int32)}, "bad_words_list must have shape"),
     ],
 )
 def test_refuses(changes, message):

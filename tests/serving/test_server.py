@@ -7,15 +7,19 @@ import random
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
+from llama_engine.errors import ErrorCode
 from llama_engine.measure.load import Generator, Length
 from llama_engine.serving.client import RequestFailed, connect
-from llama_engine.serving.server import ServeConfig, TritonServer
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer
+from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
@@ -50,6 +54,19 @@ def test_output_holds_the_prompt_as_tensorrt_llm_has_it(server, tiny_engine):
     assert status == 200
     assert json.loads(answer)["output_ids"] == [5, 6, 7, *alone(tiny_engine, [[5, 6, 7]], 4)[0]]
     assert json.loads(answer)["sequence_length"] == 7
+
+
+def test_a_prompt_asked_again_is_found_in_the_prefix_cache(server, tiny_engine):
+    prompt = list(range(300, 340))
+    time.sleep(0.5)  # metrics are published four times a second
+    before = server.metrics()
+    answers = [ask(server, [prompt], 8)[0] for _ in range(2)]
+    assert answers == alone(tiny_engine, [prompt], 8) * 2
+    counts = {"prefix_cache_hit_tokens": 32, "prefix_cache_query_tokens": 80}
+    deadline = time.monotonic() + 10
+    while {key: server.metrics()[key] - before[key] for key in counts} != counts:
+        assert time.monotonic() < deadline, server.metrics()
+        time.sleep(0.1)
 
 
 def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
@@ -89,6 +106,23 @@ def test_malformed_json_values_are_refused_one_by_one(server, changes, message):
     status, answer = post(server, "/v2/models/tensorrt_llm/generate", body)
     assert status >= 400
     assert message in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_the_engines_error_codes_reach_every_client(server, protocol, streaming):
+    def refusal(prompt, **options):
+        (error,) = ask(server, [prompt], 4, protocol, streaming, **options)
+        return error.code, str(error)
+
+    assert refusal([512]) == (ErrorCode.INVALID, "token id 512 is outside the vocabulary of 512")
+    assert refusal([1], temperature=-1.0) == (ErrorCode.INVALID, "temperature must be a finite number >= 0, got -1.0")
+    assert refusal([1] * 300)[0] is ErrorCode.CONTEXT_LENGTH
+    assert refusal([1], model="null" * 2)[0] is ErrorCode.UNAVAILABLE  # Triton's own refusal
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(server, tiny_engine):
+    expected = alone(tiny_engine, [[1, 2, 3]], 8)
+    assert ask(server, [[1, 2, 3]], 8, temperature=1e-45) == expected
 
 
 def test_malformed_tensors_over_grpc_are_refused(server):
@@ -155,8 +189,8 @@ def test_a_grpc_call_is_cancelled_only_before_its_last_response(server):
         client = connect("grpc", server.grpc_url)
         streams, stream_infer = [], client._client.stream_infer
 
-        def recorded(requests):
-            streams.append(stream_infer(requests))
+        def recorded(requests, **options):
+            streams.append(stream_infer(requests, **options))
             return streams[-1]
 
         client._client.stream_infer = recorded
@@ -200,6 +234,7 @@ def test_time_out_of_one_request_is_said_and_frees_it(server):
     assert done.wait(10)
     client.stop_stream()
     assert "timed out" in str(errors[0])
+    assert RequestFailed(str(errors[0])).code is ErrorCode.TIMEOUT
 
 
 def test_impatient_clients_do_not_disturb_patient_ones(server, tiny_engine):
@@ -225,6 +260,7 @@ def test_two_hundred_more_than_the_queue_holds(server, tiny_engine):
     assert len(served) >= room
     assert refused
     assert all("queue is full" in message for message in refused)
+    assert {answer.code for answer in answers if not isinstance(answer, list)} == {ErrorCode.QUEUE_FULL}
     assert served == alone(tiny_engine, [[3, 4, 5]], 64) * len(served)
 
 
@@ -252,7 +288,7 @@ def test_listens_on_loopback_only(server):
     assert addresses == {"0100007F"}
 
 
-def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
+def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings, monkeypatch):
     output = tmp_path / "triton-native.json"
     flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
     where = ["--url", server.grpc_url, "--metrics-url", f"{server.host}:{server.metrics_port}"]
@@ -266,5 +302,24 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert result["engine"]["kernels"] != "unknown"
     assert result["levels"][0]["summary"]["mbu"] > 0
     assert (result["validity"]["status"] == "VALID") == (done.returncode == 0)
+    assert all(level["checks"]["prefix_cache_hit_tokens"] == 0 for level in result["levels"])
     assert run_script(*command).returncode == 2
     assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
+    lowest = lambda self, low, high=None: 7 if high is None else low  # noqa: E731  every token is 7
+    monkeypatch.setattr(random.Random, "randrange", lowest)
+    for asked in ([], ["--prefix-cache"]):
+        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, *asked)
+        result = json.loads(output.read_text())
+        assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] > 0
+        assert result["workload"]["prefix_cache"] == bool(asked)
+        assert any("prefix cache" in reason for reason in result["validity"]["reasons"]) == (not asked)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_answer_ends_at_any_of_several_ids(server, tiny_engine, protocol, streaming):
+    greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
+    unseen = next(token for token in range(512) if token not in greedy)
+    for ends in ([unseen, greedy[5]], [greedy[5], unseen], [unseen, unseen + 1, greedy[5]]):
+        ids = ask(server, [[1, 2, 3]], 20, protocol, streaming, **stop_inputs(ends))[0]
+        assert ids == greedy[: greedy.index(greedy[5]) + 1]

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from llama_engine.serving.client import RequestFailed, connect
-from llama_engine.serving.server import ServeConfig, TritonServer
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.server import TritonServer
 from tests.serving.tools import alone, assert_idle
 
 SOAK_S = float(os.environ.get("SOAK_S", 60))

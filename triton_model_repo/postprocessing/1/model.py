@@ -1,13 +1,15 @@
-"""Triton's Python backend: token ids to text. Needs transformers only.
+"""Triton's Python backend: token ids to text, by ``llama_engine.tokenizer`` alone.
 
-A streamed piece may end inside a character, so the pieces are bytes: exactly those that the tokens of a byte-level
-tokenizer (Llama 3, SmolLM2) stand for. Joined, they are the UTF-8 of the whole answer. Special tokens give nothing.
+A streamed piece may end inside a character, so the pieces are bytes: exactly those that each token stands for after
+another one, a leading space included. Joined, they are the UTF-8 of the whole answer. Special tokens and ids that end
+an answer give nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -17,7 +19,9 @@ import triton_python_backend_utils as pb_utils
 # The backend's stub ignores PYTHONPATH.
 sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
-from transformers import AutoTokenizer
+from llama_engine.tokenizer import ChatTokenizer
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte of SentencePiece's byte fallback
 
 
 def byte_of_character() -> dict[str, int]:
@@ -30,10 +34,14 @@ def byte_of_character() -> dict[str, int]:
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = json.loads(args["model_config"])["parameters"]["tokenizer_dir"]["string_value"]
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-        self.byte_level = byte_of_character() if decoder.get("type") == "ByteLevel" else None
+        tokenizer = ChatTokenizer(directory)
+        self.backend = tokenizer.backend
+        self.silent = tokenizer.special_ids | set(tokenizer.eos_token_ids)
+        self.added = self.backend.get_added_tokens_decoder()
+        decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
+        self.byte_level = byte_of_character() if "ByteLevel" in decoder else None
+        self.byte_fallback = "ByteFallback" in decoder
+        self.before = [tokenizer.letter]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         responses = []
@@ -50,7 +58,13 @@ class TritonPythonModel:
         return responses
 
     def _text(self, ids: list[int]) -> bytes:
-        ids = [i for i in ids if i >= 0 and i not in self.special]
-        if self.byte_level is None:
-            return self.tokenizer.decode(ids).encode()
-        return bytes(self.byte_level[char] for token in self.tokenizer.convert_ids_to_tokens(ids) for char in token)
+        return b"".join(self._bytes(i) for i in ids if i >= 0 and i not in self.silent)
+
+    def _bytes(self, token_id: int) -> bytes:
+        token = self.backend.id_to_token(token_id) or ""  # a model may have more ids than its tokenizer
+        if self.byte_level and token_id not in self.added:
+            return bytes(self.byte_level[char] for char in token)
+        if self.byte_fallback and (byte := BYTE.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        before = self.backend.decode(self.before)
+        return self.backend.decode([*self.before, token_id])[len(before) :].encode()

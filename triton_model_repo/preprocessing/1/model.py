@@ -1,4 +1,4 @@
-"""Triton's Python backend: text to token ids, with the model's chat template. Needs transformers only."""
+"""Triton's Python backend: text to token ids, with the model's chat template, by ``llama_engine.tokenizer`` alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import triton_python_backend_utils as pb_utils
 # The backend's stub ignores PYTHONPATH.
 sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
-from transformers import AutoTokenizer
+from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 
 MAX_QUERY_BYTES = 1 << 20
+NO_WORDS = [[0], [-1]]  # NVIDIA's padding
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         directory = json.loads(args["model_config"])["parameters"]["tokenizer_dir"]["string_value"]
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = ChatTokenizer(directory)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -30,7 +31,8 @@ class TritonPythonModel:
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             ids = self._ids(inputs["QUERY"])
-            end_id = _scalar(inputs, "END_ID", self.tokenizer.eos_token_id, -1)
+            stops = stop_inputs(self.tokenizer.eos_token_ids) if "END_ID" not in inputs else {}
+            end_id = _scalar(inputs, "END_ID", stops.get("end_id"), -1)
             pad_id = _scalar(inputs, "PAD_ID", self.tokenizer.pad_token_id, max(end_id, 0))
             outputs = {
                 "INPUT_ID": [ids],
@@ -38,6 +40,7 @@ class TritonPythonModel:
                 "REQUEST_OUTPUT_LEN": [[_scalar(inputs, "REQUEST_OUTPUT_LEN")]],
                 "OUT_END_ID": [[end_id]],
                 "OUT_PAD_ID": [[pad_id]],
+                "STOP_WORDS_IDS": [stops.get("stop_words_list", NO_WORDS)],
             }
         except ValueError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -55,12 +58,9 @@ class TritonPythonModel:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"text_input is not UTF-8: {error}") from None
-        if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": text}]
-            # Rendered and tokenized apart: the template already holds every special token.
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(text)["input_ids"]
+        if self.tokenizer.template:
+            return self.tokenizer.encode_chat([{"role": "user", "content": text}])
+        ids = self.tokenizer.encode(text)
         if not ids:
             raise ValueError("text_input is empty")
         return ids

@@ -21,11 +21,21 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from llama_engine.engine.engine import FinishReason
 from llama_engine.engine.loop import EngineLoop
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import ErrorCode, InputError, RunError, with_code
 from llama_engine.native import load_engine
 from llama_engine.serving.request import GenerationRequest, parse, scalar
 
+# Triton's own code of each kind of error; a gRPC stream loses it, so that the message starts with ours.
+TRITON_CODES = {
+    ErrorCode.INVALID: "INVALID_ARG",
+    ErrorCode.CONTEXT_LENGTH: "INVALID_ARG",
+    ErrorCode.QUEUE_FULL: "UNAVAILABLE",
+    ErrorCode.SHUTTING_DOWN: "UNAVAILABLE",
+    ErrorCode.TIMEOUT: "CANCELLED",
+    ErrorCode.CANCELLED: "CANCELLED",
+}
 FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL: the stub adds its own names only after this import
 GAUGES = {
     "requests": "requests running or waiting",
@@ -39,6 +49,8 @@ GAUGES = {
 }
 COUNTERS = {
     "tokens_generated": "tokens made since start",
+    "prefix_cache_query_tokens": "prompt tokens looked up in the prefix cache",
+    "prefix_cache_hit_tokens": "prompt tokens found there",
     "preemptions": "requests put back for want of KV blocks",
     "steps": "engine steps since start",
 }
@@ -56,7 +68,7 @@ class Live:
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
         self.sent = 0
-        self.reason: str | None = None
+        self.reason: FinishReason | RunError | None = None
 
 
 class TritonPythonModel:
@@ -67,7 +79,8 @@ class TritonPythonModel:
         self.timeout_s = float(options["request_timeout_s"]) or None
         self.drain_s = float(options["drain_s"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
-        engine = load_engine(options["engine_dir"], device=options["device"])
+        reuse = options["enable_kv_cache_reuse"] == "true"
+        engine = load_engine(options["engine_dir"], device=options["device"], enable_prefix_cache=reuse)
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
@@ -84,12 +97,10 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._accept(request, sender)
-            except InputError as error:
-                _refuse(sender, str(error), "INVALID_ARG")
-            except RunError as error:
-                _refuse(sender, str(error), "UNAVAILABLE")
+            except (InputError, RunError) as error:
+                _refuse(sender, error)
             except Exception as error:  # one request's failure must not take the others down
-                _refuse(sender, f"{type(error).__name__}: {error}", "INTERNAL")
+                _refuse(sender, RunError(f"{type(error).__name__}: {error}"))
 
     def finalize(self) -> None:
         self.loop.shutdown(self.drain_s)
@@ -112,7 +123,7 @@ class TritonPythonModel:
         live = Live(wanted, sender, name)
         timeout_us = request.timeout()
 
-        def on_tokens(ids: list[int], reason: str | None) -> None:
+        def on_tokens(ids: list[int], reason: FinishReason | RunError | None) -> None:
             live.ids.extend(ids)
             live.reason = reason
             if reason or wanted.streaming:
@@ -151,14 +162,10 @@ class TritonPythonModel:
         with live.lock:
             sender, live.sender = live.sender, None
         self.live.pop(live.id, None)
-        if reason in ("stop", "length"):
-            sender.send(_response(ids), flags=FINAL)
-        elif reason == "timeout":
-            _refuse(sender, f"the request timed out after {live.sent} tokens", "CANCELLED")
-        elif reason == "cancelled":
-            _refuse(sender, "the request was cancelled", "CANCELLED")
+        if isinstance(reason, RunError):
+            _refuse(sender, reason)
         else:
-            _refuse(sender, reason, "INTERNAL")
+            sender.send(_response(ids), flags=FINAL)
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
@@ -203,6 +210,6 @@ def _response(ids: list[int]) -> Any:
     )
 
 
-def _refuse(sender: Any, message: str, code: str) -> None:
-    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+def _refuse(sender: Any, error: InputError | RunError) -> None:
+    code = getattr(pb_utils.TritonError, TRITON_CODES.get(error.code, "INTERNAL"))
+    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(with_code(error), code)), flags=FINAL)

@@ -99,19 +99,24 @@ class ModelRunnerCpp:
         longest = max(len(ids) for ids in batch_input_ids)
         if len(batch_input_ids) > self.max_batch_size or longest + new_tokens > self.max_seq_len:
             raise RuntimeError("exceeds the engine or specified limit")
+        words = options.get("stop_words_list") or [[] for _ in batch_input_ids]
+        if len(words) != len(batch_input_ids) or any(
+            type(token) is not int for row in words for word in row for token in word
+        ):
+            raise TypeError("stop_words_list must hold for each prompt a list of words, each a list of ids")
         rows = [ids.tolist() for ids in batch_input_ids]
-        steps = self._steps(rows, new_tokens, end_id, options)
+        steps = self._steps(rows, new_tokens, end_id, words, options)
         if options.get("streaming", False):
             return steps
         return list(steps)[-1]
 
-    def _steps(self, rows, new_tokens, end_id, options):
+    def _steps(self, rows, new_tokens, end_id, words, options):
         finished = [False] * len(rows)
         for _ in range(new_tokens):
             for i, row in enumerate(rows):
                 if not finished[i]:
                     row.append((7 * row[-1] + 3) % 509)
-                    finished[i] = row[-1] == end_id
+                    finished[i] = row[-1] == end_id or any(row[-len(word) :] == word for word in words[i])
             output_ids = torch.full((len(rows), 1, self.max_seq_len), end_id, dtype=torch.int32)
             for i, row in enumerate(rows):
                 output_ids[i, 0, : len(row)] = torch.tensor(row, dtype=torch.int32)

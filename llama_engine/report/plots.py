@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
-from llama_engine.measure.story import Story, best_load, roofline_points, waterfall_steps
+from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
 COLOURS = {"base": BASE, "engine": ENGINE, "triton": TRITON}
@@ -258,12 +258,12 @@ def waterfall(story: Story) -> plt.Figure | None:
         return None
     figure, axes = plt.subplots(figsize=(12, 6.6))
     bars = []  # (label, bottom, height, colour, text)
-    for (name, ms, file, _), before in zip(steps, [None, *steps]):
-        if before:
-            change = ms - before[1]
+    for name, file, (ms, _), step in steps:
+        if step:
+            change = step.value
             label = f"{'serving' if 'Triton' in name else 'engine'} {'saves' if change < 0 else 'costs'}"
             colour = (IDEAL if change < 0 else TRITON, 0.55)
-            bars.append((label, min(ms, before[1]), abs(change), colour, f"{change:+.2f} ms"))
+            bars.append((label, min(ms, ms - change), abs(change), colour, f"{change:+.2f} ms"))
         bars.append((name, 0, ms, COLOURS[file], f"{ms:.2f} ms"))
     for place, (_, bottom, height, colour, text) in enumerate(bars):
         axes.bar(place, height, bottom=bottom, color=colour, width=0.6)
@@ -271,7 +271,7 @@ def waterfall(story: Story) -> plt.Figure | None:
     axes.set_xticks(range(len(bars)), next(zip(*bars)))
     axes.set(ylabel="latency / output tokens, ms (p50)", title="One request at a time, same prompt and length")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-    gain = f"From {steps[0][1]:.1f} to {steps[-1][1]:.1f} ms a token"
+    gain = f"From {steps[0].ms.value:.1f} to {steps[-1].ms.value:.1f} ms a token"
     return _finish(figure, story, "Where the time of a token goes" if story.withheld() else gain)
 
 
@@ -280,17 +280,18 @@ def roofline(story: Story) -> plt.Figure | None:
     points = roofline_points(story)
     if not points:
         return None
-    file = points[-1][3]
+    file = points[-1].file
     walls = ("matmul.flop_per_s", "read_bandwidth.bytes_per_s")
     peak, bandwidth = (story.get(file, f"environment.{wall}") for wall in walls)
     figure, axes = plt.subplots(figsize=(12, 7))
     ridge = peak / bandwidth
-    low, high = min(point[1] for point in points) / 3, max(ridge, *(point[1] for point in points)) * 3
+    reached = [point.intensity.value for point in points]
+    low, high = min(reached) / 3, max(ridge, *reached) * 3
     axes.plot([low, ridge, high], [bandwidth * low, peak, peak], color="black", linewidth=2)
     axes.text(high, peak * 1.1, f"matmul {peak / 1e12:.3g} TFLOP/s", ha="right", fontsize=10)
     place = (low * ridge) ** 0.5
     axes.text(place, bandwidth * place * 1.5, f"read {bandwidth / 1e9:,.0f} GB/s", ha="right", fontsize=10)
-    for number, (label, intensity, rate, of) in enumerate(points, 1):
+    for number, (label, of, (intensity, _), (rate, _)) in enumerate(points, 1):
         axes.plot(intensity, rate, "o", color=COLOURS[of], markersize=9, label=f"{number}  {label}")
         axes.annotate(str(number), (intensity, rate), textcoords="offset points", xytext=(9, -4), fontsize=11)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte read (linear layers)", ylabel="FLOP/s reached")

@@ -6,14 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_engine.errors import InputError
-from llama_engine.measure.accuracy import MIN_TOKENS
-from llama_engine.measure.generation import Cost
-from llama_engine.measure.result import Result, load_folder
-
-MEASUREMENTS = ("baseline", "optimized", "triton")
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
+from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 
 
 class _StackNames(dict[str, str]):
@@ -26,14 +24,29 @@ class _StackNames(dict[str, str]):
 STACK_NAMES = _StackNames(transformers="Baseline", native="Native INT8 engine", tensorrt_llm="TensorRT-LLM engine")
 
 
-def dig(data: Any, path: str) -> Any:
-    """``dig(result, "summary.ttft_ms.p50")``; None where a step is missing. A number indexes a list."""
-    for key in path.split("."):
-        if isinstance(data, list):
-            data = dict(enumerate(data)).get(int(key))
-        else:
-            data = data.get(key) if isinstance(data, dict) else None
-    return data
+class Derived(NamedTuple):
+    """A value computed from those at ``places``, each a file alias and a path: ``triton.levels.0.concurrency``."""
+
+    value: float | None
+    places: tuple[str, ...]
+
+
+class WaterfallStep(NamedTuple):
+    """Latency p50 / tokens in ms, and its change from the step before."""
+
+    name: str
+    file: str
+    ms: Derived
+    change: Derived | None
+
+
+class RooflinePoint(NamedTuple):
+    """FLOP a byte and FLOP/s of one load of a stack."""
+
+    name: str
+    file: str
+    intensity: Derived
+    flop_per_s: Derived
 
 
 @dataclass
@@ -83,6 +96,10 @@ class Story:
         """A value of a result file, given by name or alias, or None."""
         return dig(self.files.get(self.aliases.get(file, file)), path)
 
+    def at(self, place: str) -> Any:
+        """The value at ``alias.path``, or None."""
+        return self.get(*place.split(".", 1))
+
     def valid(self, file: str) -> bool:
         return self.get(file, "validity.status") == "VALID"
 
@@ -104,6 +121,11 @@ class Story:
                     found[f"{name} at {load}"] = level["validity"]["reasons"]
         return found
 
+    def invalid_loads(self, file: str) -> list[tuple[str, str]]:
+        """(load, reasons) of what is INVALID in a file; the load is "" for the whole file."""
+        names = {name.partition(" at "): "; ".join(reasons) for name, reasons in self.invalid.items()}
+        return [(load, reasons) for (name, _, load), reasons in names.items() if name == self.aliases[file]]
+
     @property
     def synthetic(self) -> bool:
         return self.any["model"]["source"] == "synthetic"
@@ -111,6 +133,12 @@ class Story:
     @property
     def on_gpu(self) -> bool:
         return self.any["environment"]["gpu"] is not None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the last-level cache of a CPU holds all that a decode step reads."""
+        l3, nbytes = self.get("engine", "environment.cpu.l3_bytes"), self.get("engine", "summary.step_nbytes")
+        return bool(not self.on_gpu and l3 and nbytes and nbytes < l3)
 
     @property
     def machine(self) -> str:
@@ -159,7 +187,8 @@ class Story:
         """
         if self.synthetic or not self.get("accuracy", "gate.quick"):
             return ""
-        return f"quick gate: {self.get('accuracy', 'summary.tokens'):,} tokens scored, a full one takes {MIN_TOKENS:,}"
+        scored = self.get("accuracy", "summary.tokens")
+        return f"quick gate: {scored:,} tokens scored, a full one takes {MIN_ACCURACY_TOKENS:,}"
 
     def speedup(self, metric: str) -> dict[str, Any] | None:
         """``{"ratio", "ci95", "verdict"}``, or None while :meth:`withheld`."""
@@ -171,33 +200,43 @@ def best_load(loads: list[tuple[int, float, str]]) -> tuple[int, float, str]:
     return ([load for load in loads if not load[2]] or loads)[-1]
 
 
-def waterfall_steps(story: Story) -> list[tuple[str, float, str, str]]:
-    """(name, latency p50 / tokens in ms, file, path); Triton only where its workload is the same."""
+def waterfall_steps(story: Story) -> list[WaterfallStep]:
+    """One request on each stack, then served; Triton only where its workload is the same."""
     places = [(label, file, "summary.latency_s.p50") for file, label in story.stacks()]
     shape = ("workload.input_tokens", "workload.output_tokens")
     if all(story.get("engine", key) == story.get("triton", key) for key in shape):
         alone = [i for i, level in story.levels("triton") if level["concurrency"] == 1]
         places += [("through Triton", "triton", f"levels.{i}.summary.latency_s.p50") for i in alone[:1]]
-    return [
-        (name, story.get(file, path) / story.get(file, "workload.output_tokens") * 1e3, file, path)
-        for name, file, path in places
-        if story.valid(file)
-    ]
+    steps: list[WaterfallStep] = []
+    for name, file, path in places:
+        if story.valid(file):
+            value = story.get(file, path) / story.get(file, shape[1]) * 1e3
+            ms = Derived(value, (f"{file}.{path}", f"{file}.{shape[1]}"))
+            last = steps[-1].ms if steps else None
+            change = last and Derived(value - last.value, last.places + ms.places)
+            steps.append(WaterfallStep(name, file, ms, change))
+    return steps
 
 
-def roofline_points(story: Story) -> list[tuple[str, float, float, str]]:
-    """(label, FLOP/byte, FLOP/s, file) of decode, batches and the long prefill."""
+def roofline_points(story: Story) -> list[RooflinePoint]:
+    """Decode of one request and of batches, and the long prefill, of each stack."""
     points = []
     for file, label in story.stacks():
         name, result = label.replace("\n", " "), story.files[story.aliases[file]]
         cost, flop = Cost(**result["cost"]), result["cost"]["flop_per_token"]
-        alone = result | {"concurrency": 1}
-        for load in (alone, *(level for _, level in story.levels(file))):
-            n, shape, step_ms = load["concurrency"], load["workload"], load["summary"]["tpot_ms"]["p50"]
+        loads = [("decode", "", result | {"concurrency": 1})]
+        for i, level in story.levels(file):
+            loads.append((f"decode, {level['concurrency']} at once{story.mark(file, level)}", f"levels.{i}.", level))
+        steps = []  # (what, FLOP, bytes, path of the ms it takes)
+        for what, at, load in loads:
+            n, shape = load["concurrency"], load["workload"]
             nbytes = cost.decode_nbytes(shape["input_tokens"], shape["output_tokens"], n)
-            what = "decode" if load is alone else f"decode, {n} at once{story.mark(file, load)}"
-            points.append((f"{name}: {what}", n * flop / nbytes, n * flop / step_ms * 1e3, file))
-        if long := result["summary"].get("prefill_ttft_ms"):
-            work, nbytes = flop * long["input_tokens"], cost.decode_nbytes(0, 2 * long["input_tokens"])
-            points.append((f"{name}: prefill {long['input_tokens']}", work / nbytes, work / long["p50"] * 1e3, file))
+            steps.append((what, n * flop, nbytes, f"{at}summary.tpot_ms.p50"))
+        if size := story.get(file, "summary.prefill_ttft_ms.input_tokens"):
+            nbytes = cost.decode_nbytes(0, 2 * size)
+            steps.append((f"prefill {size}", flop * size, nbytes, "summary.prefill_ttft_ms.p50"))
+        for what, work, nbytes, path in steps:
+            places = (f"{file}.cost", f"{file}.{path}")
+            rate = Derived(work / story.get(file, path) * 1e3, places)
+            points.append(RooflinePoint(f"{name}: {what}", file, Derived(work / nbytes, places[:1]), rate))
     return points

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_engine.measure.story import Story
+from llama_engine.report.story import Story
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The table on the terminal."""
 
-from llama_engine.measure.show import show
+from llama_engine.report.show import show
 
 
 def test_the_gate_says_how_much_it_scored_and_old_levels_need_no_verdict(capsys):

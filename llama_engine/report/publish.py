@@ -1,0 +1,108 @@
+"""What the repository shows of its results: a report a machine, the headline's above them, and the README's tables.
+
+The headline machine's report and pictures lie in results/ itself, beside the folder of its JSON, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from llama_engine.errors import InputError, RunError
+from llama_engine.files import write_text
+from llama_engine.measure.result import result_files
+from llama_engine.report.plots import PICTURES, draw_all
+from llama_engine.report.render import readme_block, render, replace_block
+from llama_engine.report.story import Story
+
+REPORT, SOURCES = "PERFORMANCE_REPORT.md", "PERFORMANCE_REPORT.sources.json"
+PEERS = Path(__file__).parents[2] / "benchmarks/data/peers.json"  # engines measured elsewhere, for the README
+
+
+def draw(folder: Path) -> list[Path]:
+    """Write report, sources and pictures beside the JSON of one machine; returns their paths."""
+    story = Story.load(folder)
+    for name, text in zip((REPORT, SOURCES), render(story)):
+        write_text(folder / name, text)
+    return [folder / REPORT, folder / SOURCES, *draw_all(story, folder)]
+
+
+def publish(results: Path, readme: Path, headline: str) -> list[Path]:
+    """Write every machine's report and pictures, ``headline``'s into ``results``, and the README's tables."""
+    stories = published(results, headline)
+    wanted = pages(results, readme, stories)
+    for path, text in wanted.items():
+        write_text(path, text)
+    for folder, story in folders(results, stories).items():
+        draw_all(story, folder)
+    for path in copies(results, headline):
+        path.unlink()
+    return list(wanted)
+
+
+def check(results: Path, readme: Path) -> str:
+    """What agrees with the JSON, in a line. Raises :class:`RunError` that names every stale page and picture."""
+    if not (readme.is_file() and results.is_dir()):
+        raise InputError(f"{readme} or {results} is missing: give --root the repository")
+    page = results / REPORT
+    front = page.read_text(encoding="utf-8") if page.is_file() else ""
+    found = re.match(r"<!-- headline: (\S+) -->", front)
+    if not found:
+        raise RunError(f"{page} is missing or names no headline: run scripts/plot_results.py --headline NAME")
+    stories = published(results, found[1], front)
+    wanted = pages(results, readme, stories)
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for folder, story in folders(results, stories).items():
+        shown = {folder / name for name in re.findall(r"\((\w+\.png)\)", wanted[folder / REPORT])}
+        pictures = sorted(shown.union(folder.glob("*.png")))
+        stale += [path for path in pictures if not path.exists() or source_of(path) != story.sha256]
+    if stale := stale + copies(results, found[1]):
+        names = ", ".join(map(str, stale))
+        raise RunError(f"stale: {names}: run scripts/plot_results.py --headline {found[1]}")
+    return f"{len(stories)} machines, headline {found[1]}: reports, pictures and README agree with the JSON"
+
+
+def published(results: Path, headline: str, front: str | None = None) -> list[Story]:
+    """Every machine's results, the headline first; ``local`` is nobody else's. With ``front``, only those that this
+    page names: another folder, such as run_all.sh --name makes, is not published yet."""
+    found = {folder for folder in results.iterdir() if folder.name != "local" and result_files(folder)}
+    if front is not None:
+        found = {folder for folder in found if folder.name == headline or f"({folder.name}/{REPORT})" in front}
+    if results / headline not in found:
+        names = ", ".join(sorted(folder.name for folder in found)) or "none"
+        raise InputError(f"results/{headline} holds no result files; there are: {names}")
+    return [Story.load(folder) for folder in sorted(found, key=lambda folder: (folder.name != headline, folder))]
+
+
+def folders(results: Path, stories: list[Story]) -> dict[Path, Story]:
+    """Where each machine's report and pictures lie."""
+    return {results: stories[0]} | {results / story.name: story for story in stories[1:]}
+
+
+def copies(results: Path, headline: str) -> list[Path]:
+    """What the headline's own folder holds of a report, as ``draw`` leaves it there."""
+    paths = [results / headline / name for name in (REPORT, SOURCES, *PICTURES)]
+    return [path for path in paths if path.exists()]
+
+
+def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
+    """Every report, its sources and the README, and what they should say."""
+    wanted = {}
+    for folder, story in folders(results, stories).items():
+        headline = folder == results
+        texts = render(story, headline=headline, others=stories[1:] if headline else ())
+        wanted |= {folder / name: text for name, text in zip((REPORT, SOURCES), texts)}
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    updated = replace_block(text, readme_block(stories, json.loads(PEERS.read_text(encoding="utf-8"))))
+    if updated is None:
+        raise RunError(f"{readme} lacks the marks <!-- results:begin --> and <!-- results:end -->: add them")
+    return wanted | {readme: updated}
+
+
+def source_of(picture: Path) -> str | None:
+    """The hash of the results that a picture was drawn from."""
+    with Image.open(picture) as image:
+        return image.info.get("Source-SHA256")

@@ -1,0 +1,209 @@
+"""The kernels' draws against :func:`llama_engine.model.sampler.sample`: the same token, always."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_engine.cpu import fused
+from llama_engine.model.sampler import sample
+from llama_engine.sampling import NOT_FINITE, SamplingParams, count_tokens
+
+INF = math.inf
+VOCAB = 700
+
+
+@pytest.fixture(scope="module")
+def cpu_sampler(tmp_path_factory):
+    library = fused.compile_library(tmp_path_factory.mktemp("kernels"))
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return fused.CpuSampler(library)
+
+
+def on_cpu(sampler, logits, params, positions, histories):
+    """The tokens, and what became of the counts."""
+    tokens, counts = [], []
+    for row, p, position, history in zip(logits.clone(), params, positions, histories):
+        count = torch.from_numpy(count_tokens(*history, row.numel()))
+        tokens.append(sampler.sample(row, p.record, position, p.biases, count if p.penalized else None))
+        counts.append(count)
+    return tokens, torch.stack(counts)
+
+
+def on_gpu(logits, params, positions, histories, device):
+    from llama_engine.kernels.sampler import Sampler
+
+    rows, vocab = logits.shape
+    logits = logits.to(device)
+    sampler = Sampler(rows + 2, rows + 1, vocab, device)
+    slots = [rows - row for row in range(rows)] + [rows + 2]  # any order, and a row of padding
+    for slot, p, history in zip(slots, params, histories):
+        for target, values in sampler.updates(slot, p, *history):
+            target[: values.size].copy_(torch.from_numpy(values.ravel()))
+    sampled = torch.cat([logits.argmax(-1), torch.tensor([5], device=device)]).int()
+    last_token = torch.full((rows + 3,), 77, dtype=torch.int32, device=device)
+    position = torch.zeros(rows + 3, dtype=torch.int32, device=device)
+    position[slots[:-1]] = torch.tensor(positions, dtype=torch.int32, device=device)
+    logits = torch.cat([logits, torch.zeros_like(logits[:1])])
+    sampler.launch(
+        logits, sampled, torch.tensor(slots, dtype=torch.int32, device=device), last_token, position, rows + 1
+    )
+    tokens = sampled.tolist()
+    assert tokens.pop() == 5
+    assert last_token[rows + 2] == 77
+    for slot, token, p in zip(slots, tokens, params):
+        assert last_token[slot] == (max(token, 0) if p.mode else 77)
+    return tokens, sampler.counts[slots[:-1]].cpu()
+
+
+def reference(logits, params, positions, histories):
+    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
+    for row, p in enumerate(params):
+        if not p.penalized:
+            counts[row] = 0
+    tokens = sample(logits, params, positions, counts).tolist()
+    for row, token in enumerate(tokens):
+        if params[row].penalized and token >= 0:
+            counts[row, token] += 2
+    return tokens, counts
+
+
+def row_of(kind):
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(VOCAB, generator=generator)
+    ids = torch.arange(VOCAB)
+    return {
+        "normal": normal,
+        "peaked": normal * 6,
+        "flat": normal * 1e-3,
+        "tied": (normal * 2).round(),
+        "equal": torch.full((VOCAB,), -3.25),
+        "zeros of both signs": torch.where(ids % 3 == 0, -0.0, 0.0),
+        "mostly banned": torch.where(ids % 97 == 5, normal, -INF),
+        "one token": torch.where(ids == 600, 1.0, -INF),
+        "huge": normal * 1e37,
+        "tiny": normal * 1e-38,
+        "one step apart": torch.nextafter(torch.ones(VOCAB), torch.where(ids % 2 == 0, INF, 0.0)),
+        "largest float": torch.where(ids % 2 == 0, torch.finfo(torch.float32).max, 0.0),
+    }[kind]
+
+
+KINDS = ["normal", "peaked", "flat", "tied", "equal", "zeros of both signs", "mostly banned", "one token", "huge"]
+KINDS += ["tiny", "one step apart", "largest float"]
+FILTERS = [
+    {},
+    {"top_k": 3},
+    {"top_k": 2 * VOCAB},
+    {"top_k": 300},
+    {"top_p": 0.6},
+    {"top_p": 1e-9},
+    {"top_k": 299, "top_p": 0.97},
+    {"top_k": 9, "top_p": 0.3, "min_p": 0.5},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"temperature": 1e-30},
+    {"temperature": 1e-300},
+    {"temperature": 1e300, "top_p": 0.5},
+    {"temperature": 30.0, "top_k": 350, "top_p": 0.5},
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.7, "logit_bias": ((5, 2.5), (6, -1.0))},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": -0.7, "top_p": 0.9},
+    {"banned": (0, 2, 600), "top_k": 5},
+]
+HISTORY = ([1, 5, 5, 600, 2], [5, 8, 8, 8, 0])
+BROKEN = [[0.0, math.nan, 1.0], [math.nan, 0.0, 9.0], [0.0, -math.nan, 2.0], [1.0, INF, 0.0], [-INF, -INF, -INF]]
+
+
+def cases(kind):
+    params = [SamplingParams(**({"temperature": 0.8, "seed": 2**63 + 7 * i} | f)) for i, f in enumerate(FILTERS)]
+    positions = [31 * i for i in range(len(params))]
+    logits = row_of(kind).expand(len(params), VOCAB).contiguous()
+    return logits, params, positions, [HISTORY] * len(params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_kernel_is_the_reference(cpu_sampler, kind):
+    arguments = cases(kind)
+    tokens, counts = on_cpu(cpu_sampler, *arguments)
+    expected, expected_counts = reference(*arguments)
+    assert tokens == expected
+    for p, got, want in zip(arguments[1], counts, expected_counts):
+        assert not p.penalized or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
+    from llama_engine.kernels import sampler
+
+    if narrow:  # many chunks, and more passes before the candidates fit
+        monkeypatch.setattr(sampler, "WARPS", 1)
+        monkeypatch.setattr(sampler, "CANDIDATES", 32)
+    arguments = cases(kind)
+    tokens, counts = on_gpu(*arguments, device)
+    expected, expected_counts = reference(*arguments)
+    mode = [p.mode for p in arguments[1]]
+    assert [t for t, m in zip(tokens, mode) if m] == [t for t, m in zip(expected, mode) if m]
+    for p, got, want in zip(arguments[1], counts, expected_counts):
+        assert not p.penalized or torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, in the interpreter
+def test_a_broken_row_gives_no_token(device, cpu_sampler):
+    logits = torch.tensor(BROKEN)
+    for p in (SamplingParams(1.0), SamplingParams(1.0, top_p=0.5), SamplingParams(repetition_penalty=2.0)):
+        arguments = logits, [p] * len(BROKEN), [0] * len(BROKEN), [([0], [])] * len(BROKEN)
+        assert reference(*arguments)[0] == [NOT_FINITE] * len(BROKEN)
+        assert on_cpu(cpu_sampler, *arguments)[0] == [NOT_FINITE] * len(BROKEN)
+        assert on_gpu(*arguments, device)[0] == [NOT_FINITE] * len(BROKEN)
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(1e-3, 1e3),
+    top_k=st.integers(0, VOCAB + 3),
+    top_p=st.floats(1e-6, 1.0),
+    min_p=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**64 - 1),
+    repetition_penalty=st.sampled_from([1.0, 0.7, 1.9]),
+    frequency_penalty=st.floats(-2, 2),
+    presence_penalty=st.floats(-2, 2),
+    logit_bias=st.lists(st.tuples(st.integers(0, VOCAB - 1), st.floats(-100, 100)), max_size=5).map(tuple),
+    banned=st.lists(st.integers(0, VOCAB - 1), max_size=5).map(tuple),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PARAMS, st.sampled_from(KINDS[:7]), st.integers(0, 2**31 - 1))
+def test_the_cpu_kernel_for_any_parameters(cpu_sampler, params, kind, position):
+    arguments = row_of(kind)[None].clone(), [params], [position], [HISTORY]
+    assert on_cpu(cpu_sampler, *arguments)[0] == reference(*arguments)[0]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PARAMS, st.sampled_from(KINDS[:7]), st.integers(0, 2**31 - 1))
+def test_the_gpu_kernel_for_any_parameters(device, params, kind, position):
+    arguments = row_of(kind)[None].clone(), [params], [position], [HISTORY]
+    assert on_gpu(*arguments, device)[0] == reference(*arguments)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("spread", [0.0, 0.02, 1.3, 5.0])
+def test_a_whole_vocabulary_on_the_gpu(spread):
+    vocab, rows = 128256, 64
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, vocab, generator=generator) * spread
+    logits[1::2] = (logits[1::2] * 4).round() / 4  # ties
+    kept = [
+        *({}, {"top_p": 0.95}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.999}, {"top_p": 1e-4}),
+        *({"min_p": 0.05}, {"top_k": 60000, "top_p": 0.9}, {"top_k": 100000}, {"top_p": 0.5, "frequency_penalty": 0.5}),
+        {"temperature": 5.0, "top_p": 0.9},
+    ]
+    params = [SamplingParams(**({"temperature": 0.8, "seed": row} | kept[row % len(kept)])) for row in range(rows)]
+    arguments = logits, params, list(range(rows)), [([1, 2, 3], [4, 4, 9])] * rows
+    assert on_gpu(*arguments, torch.device("cuda"))[0] == reference(*arguments)[0]

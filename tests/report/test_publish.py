@@ -1,0 +1,48 @@
+"""The pages that the repository shows: staleness is seen, nothing lies there twice."""
+
+import shutil
+from pathlib import Path
+
+from tests.results import ENVIRONMENT
+
+
+def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json):
+    root = folder.parents[1]
+    (root / "README.md").write_text("before\n<!-- results:begin -->\n<!-- results:end -->\nafter\n")
+    shutil.copytree(folder, folder.with_name("other"))
+    done = run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
+    assert done.returncode == 0, done.stderr
+    check = ("scripts/plot_results.py", "--root", root, "--check")
+    shutil.copytree(folder, folder.with_name("my-gpu"))  # as run_all.sh --name makes: on nobody's page yet
+    done = run_script(*check)
+    assert done.returncode == 0, done.stderr
+    assert run_script(*check[:2], root / "nowhere", check[3]).returncode == 2
+    headline = (root / "results" / "PERFORMANCE_REPORT.md").read_text()
+    assert "## Other machines" in headline
+    assert "(other/PERFORMANCE_REPORT.md)" in headline
+    assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == []  # all of it is above
+    assert (folder.with_name("other") / "roofline.png").is_file()
+    readme = (root / "README.md").read_text()
+    assert "(results/PERFORMANCE_REPORT.md)" in readme
+    assert "(results/other/PERFORMANCE_REPORT.md)" in readme
+    assert readme.startswith("before\n")
+    assert "2.00x" in readme
+    (root / "README.md").write_text(readme.replace("2.00x", "9.00x"))
+    assert stale(run_script(*check)) == ["README.md"]
+    (root / "README.md").write_text(readme)
+    for name in ("PERFORMANCE_REPORT.sources.json", "waterfall.png"):
+        kept = (root / "results" / name).read_bytes()
+        (root / "results" / name).unlink()
+        assert stale(run_script(*check)) == [name]
+        (root / "results" / name).write_bytes(kept)
+    assert run_script("scripts/plot_results.py", "--results-dir", folder).returncode == 0
+    assert "executive_summary.png" in stale(run_script(*check))  # a copy of what is above
+    run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
+    assert run_script(*check).returncode == 0
+    edit_json(folder / "baseline.json", {"environment": ENVIRONMENT | {"command": "other.py"}})
+    assert {"PERFORMANCE_REPORT.md", "roofline.png"} <= set(stale(run_script(*check)))
+
+
+def stale(done):
+    assert done.returncode == 1
+    return [Path(item).name for item in done.stderr.split("stale: ")[1].split(": run")[0].split(", ")]

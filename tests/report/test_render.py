@@ -1,0 +1,157 @@
+"""The report from result files: nothing is shown that should not be, nothing is missing, every figure has a source."""
+
+import json
+import re
+
+import pytest
+
+from llama_engine.errors import InputError
+from llama_engine.report import plots, render
+from llama_engine.report.story import Story, best_load
+
+
+def page(folder):
+    return render.render(Story.load(folder))[0]
+
+
+def test_a_complete_report(folder):
+    text = page(folder)
+    assert "**2.00x** [2.00, 2.00] faster" in text
+    assert "No speed-up" not in text
+    assert "Gate: **PASSED**" in text
+    assert "Scaling from 1 to 2 requests: 1.00x, 50% of linear" in text
+    assert "| through Triton | 75.000 | +12.50 |" in text
+    assert text == page(folder)
+
+
+def test_every_source_leads_to_a_value_and_gave_figures_of_its_section(folder):
+    story = Story.load(folder)
+    text, sources = render.render(story)
+    sections = dict(part.split("\n", 1) for part in text.split("## "))
+    found = [(title, *item) for title, part in json.loads(sources).items() for item in part.items()]
+    assert len(found) > 40
+    for title, source, figures in found:
+        file, _, path = source.partition(":")
+        assert story.get(file, path) is not None, source
+        assert all(figure in sections[title] for figure in figures.split("; ")), source
+    assert ("Summary", "comparison.json:speedup.latency", "**2.00x** [2.00, 2.00] faster") in found
+    assert ("Summary", "optimized-native.json:summary.tpot_ms.p50", "50.00") in found
+
+
+def test_sources_of_a_headline_lead_to_each_machine_from_above(folder):
+    story = Story.load(folder)
+    _, sources = render.render(story, headline=True, others=[story])
+    assert json.loads(sources)["Other machines"]["box/baseline.json:summary.ttft_ms.p50"] == "30.0"
+    assert all(source.startswith("box/") for part in json.loads(sources).values() for source in part)
+
+
+def test_lines_and_tables_without_a_figure_are_left_out(folder, edit_json):
+    text = page(folder)
+    assert "| GPU | none |" in text
+    assert "driver not measured" not in text
+    assert "| top kernels |" not in text
+    assert "Sampled 25 times" not in text
+    assert "not measured" not in re.sub("(?s)## Cost.*?## ", "", text).replace("prefill: not measured", "")
+    assert "| through Triton, 1 at once | 75,000 | not measured |" in text  # one figure of two
+    edit_json(folder / "optimized-native.json", {"validity": {"status": "INVALID", "reasons": ["x"]}})
+    edit_json(folder / "triton-native.json", {"validity": {"status": "INVALID", "reasons": ["x"]}})
+    assert "## From baseline to server" not in page(folder)
+
+
+def test_no_speedup_without_the_accuracy_gate(folder, edit_json):
+    edit_json(folder / "accuracy-native.json", {"gate": {"status": "FAILED", "reasons": ["kl_mean 0.5 is above 0.01"]}})
+    assert "2.00x" not in page(folder)
+    assert "the accuracy gate failed: kl_mean 0.5" in page(folder)
+    edit_json(
+        folder / "accuracy-native.json",
+        {"engine": {"weights_sha256": "f" * 64}, "gate": {"status": "PASSED", "reasons": []}},
+    )
+    text = page(folder)
+    assert "run on another engine" in text
+    assert "    ./scripts/run_all.sh --device cpu --model-dir DIR --name box\n" in text
+    (folder / "accuracy-native.json").unlink()
+    assert "2.00x" not in page(folder)
+    assert "gate was not run" in page(folder)
+
+
+def test_invalid_runs_give_no_ratio(folder, edit_json):
+    invalid = {"status": "INVALID", "reasons": ["1 requests failed"]}
+    for name in ("comparison", "triton-native"):
+        edit_json(folder / f"{name}.json", {"validity": invalid})
+    text = page(folder)
+    assert "2.00x" not in text
+    assert "of linear" not in text
+    assert "through Triton, 1 at once (INVALID)" in text
+    assert "> **INVALID** triton-native.json: 1 requests failed" in text
+
+
+def test_scaling_ends_at_the_largest_load_that_counts(folder, edit_json):
+    assert "Scaling from 1 to 2 requests" in page(folder)
+    levels = json.loads((folder / "triton-native.json").read_text())["levels"]
+    bad = levels[1] | {"concurrency": 4, "validity": {"status": "INVALID", "reasons": ["GPU clocks were throttled"]}}
+    edit_json(folder / "triton-native.json", {"levels": [*levels, bad]})
+    assert "Scaling from 1 to 2 requests" in page(folder)
+
+
+def test_missing_parts_are_said_to_be_missing(folder):
+    for name in ("triton-native", "accuracy-native", "comparison", "optimized-native"):
+        (folder / f"{name}.json").unlink()
+        text = page(folder)
+        assert plots.draw_all(Story.load(folder), folder)
+    assert "Triton Inference Server was not measured" in text
+    assert "No profile was taken" in text
+    assert "no paired comparison was run" in text
+    (folder / "baseline.json").unlink()
+    with pytest.raises(InputError, match="holds no result files"):
+        Story.load(folder)
+
+
+def test_synthetic_weights_are_stamped(folder, edit_json):
+    for path in folder.glob("*.json"):
+        edit_json(path, {"model": {"name": "m", "source": "synthetic", "sha256": "a" * 64}})
+    edit_json(
+        folder / "accuracy-native.json", {"summary": {"tokens": 9, "logit_error_rms": 0.001, "logit_error_max": 0.002}}
+    )
+    text = page(folder)
+    assert "    ./scripts/run_all.sh --device cpu --synthetic m --name box\n" in text
+    assert "**Synthetic weights.**" in text
+    assert "perplexity, 16-bit" not in text
+    assert "1.00e-03" in text
+    assert "**synthetic weights**" in render.readme_block([Story.load(folder)])
+
+
+def test_a_bad_load_is_marked_and_leaves_the_speed_up_standing(folder, edit_json):
+    triton = json.loads((folder / "triton-native.json").read_text())
+    triton["levels"][1]["validity"] = {"status": "INVALID", "reasons": ["GPU clocks were throttled"]}
+    edit_json(folder / "triton-native.json", {"levels": triton["levels"]})
+    text = page(folder)
+    assert "through Triton, 2 at once (INVALID)" in text
+    assert "through Triton, 1 at once (INVALID)" not in text
+    assert "**INVALID** triton-native.json at 2: GPU clocks were throttled." in text
+    assert "**2.00x** [2.00, 2.00] faster" in text
+    assert re.search(r"\d at 1, [\d,]+ at 2\*\.", text)
+    loads = Story.load(folder).throughput("triton")
+    assert [mark for *_, mark in loads] == ["", "*"]
+    assert best_load(loads) == loads[0]
+    assert best_load(loads[1:]) == loads[1]
+
+
+def test_noise_is_named_beside_the_ratio(folder, edit_json):
+    caution = {"status": "VALID", "reasons": [], "cautions": ["latency spread (p75 - p25) / p50 is 30%"]}
+    edit_json(folder / "baseline.json", {"validity": caution})
+    text = page(folder)
+    assert "**Noisy** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
+    assert "**2.00x** [2.00, 2.00] faster" in text
+
+
+def test_peers_stand_above_the_machine_they_were_measured_on(folder, edit_json):
+    peers = {"machine": "box", "note": "Another run.", "peers": [{"engine": "other", "alone": 5.5, "8": 1234}]}
+    block = render.readme_block([Story.load(folder)], peers)
+    assert "| other | 5.5 |  | 1,234 |  |  |" in block
+    assert "| **this engine**, INT8 weight-only" in block
+    assert "| 16.0 | 30.0 |" in block  # 8 tokens in half a second
+    assert "other" not in render.readme_block([Story.load(folder)], peers | {"machine": "elsewhere"})
+    edit_json(folder / "optimized-native.json", {"validity": {"status": "INVALID", "reasons": ["too hot"]}})
+    block = render.readme_block([Story.load(folder)], peers)
+    assert ", **INVALID**\\* | 16.0 |" in block
+    assert "\n\\* INVALID in this engine's run: too hot.\n" in block
