@@ -108,15 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
     parser.add_argument("--scheme", choices=[*SCHEMES], default="int8", help="of the layers' matrices (default: int8)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 256)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 512)")
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
     parser.add_argument("--tune", action="store_true", help="time the tiles of every matrix first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
-    if min(args.rows) < 1 or max(args.rows) > 256 or args.context < 1:
-        raise InputError("--rows must be 1 to 256 and --context at least 1")
+    if min(args.rows) < 1 or max(args.rows) > 512 or args.context < 1:
+        raise InputError("--rows must be 1 to 512 and --context at least 1")
     from llama_engine.gpu import tuner
     from llama_engine.gpu.chain import GpuModel
     from llama_engine.kernels import tiles

@@ -230,11 +230,12 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 class EngineConfig(_Config):
     """What ``build_engine`` fixes and ``engine.json`` stores.
 
-    ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes). ``num_kv_blocks`` is 0 for
-    "choose at load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of
-    what is free on a GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished
-    requests for prompts that start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on,
-    what measures leaves it off.
+    ``max_num_tokens`` bounds the tokens of one step (prefill chunks plus decodes), ``max_prefill_tokens`` those of its
+    prefill chunks beside decodes (see :mod:`llama_engine.engine.scheduler`). ``num_kv_blocks`` is 0 for "choose at
+    load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of what is free on a
+    GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished requests for prompts that
+    start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on, what measures leaves it
+    off.
     """
 
     max_batch_size: int = 16
@@ -244,6 +245,7 @@ class EngineConfig(_Config):
     num_kv_blocks: int = 0
     kv_cache_free_gpu_memory_fraction: float = 0.9
     lm_head: str = "checkpoint"
+    max_prefill_tokens: int = 192
     enable_prefix_cache: bool = False
 
     def __post_init__(self) -> None:

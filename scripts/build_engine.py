@@ -42,6 +42,8 @@ def main() -> None:
     own = parser.add_argument_group("native only")
     precisions = {"choices": ["checkpoint", "int8"], "default": "checkpoint"}
     own.add_argument("--lm_head", **precisions, help="precision of lm_head (default: checkpoint)")
+    beside = "prompt tokens of a step beside running answers (default: 192; more: prompts sooner, answers less even)"
+    own.add_argument("--max_prefill_tokens", type=int, help=beside)
     trt = parser.add_argument_group("tensorrt_llm only")
     for name, choices in TRT_FLAGS.items():
         trt.add_argument(f"--{name}", choices=choices)
@@ -61,12 +63,15 @@ def main() -> None:
         max_num_tokens=max_num_tokens if args.max_num_tokens is None else args.max_num_tokens,
         tokens_per_block=args.tokens_per_block,
         lm_head=args.lm_head,
+        **({} if args.max_prefill_tokens is None else {"max_prefill_tokens": args.max_prefill_tokens}),
     )
     flags = {name: value for name in TRT_FLAGS if (value := getattr(args, name)) is not None}
     if native and args.dry_run:
         raise InputError("--dry-run prints the trtllm-build command: give --backend tensorrt_llm with it")
     if not native and args.lm_head == "int8":
         raise InputError("--lm_head int8 is a native option: TensorRT-LLM's W8A16 never quantizes lm_head")
+    if not native and args.max_prefill_tokens is not None:
+        raise InputError("--max_prefill_tokens is a native option: TensorRT-LLM's executor schedules by itself")
     if args.dry_run:
         print(shlex.join(trtllm.build_command(args.checkpoint_dir, args.output_dir, engine, flags)))
         return

@@ -117,6 +117,7 @@ def test_missing_keys_are_named():
         ({"max_seq_len": -1}, "max_seq_len"),
         ({"tokens_per_block": 48}, "power of two"),
         ({"max_num_tokens": 2}, "max_num_tokens"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens"),
         ({"kv_cache_free_gpu_memory_fraction": 0}, "fraction"),
         ({"lm_head": "fp4"}, "lm_head"),
         ({"enable_prefix_cache": 1}, "enable_prefix_cache must be a bool"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
 from llama_engine.engine.executor import Executor, StepHandle
@@ -19,8 +18,7 @@ from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """New tokens of one request, and why it ended, if it did: a word, or the error that this request alone met."""
 
     request_id: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import threading
 import time
@@ -44,6 +45,9 @@ class EngineLoop:
         self._stop = threading.Event()
         self._window: tuple[float, int] = (time.monotonic(), 0)
         self._tokens_per_s = 0.0
+        # What lives as long as the process does need not be searched for garbage while others wait for tokens.
+        gc.collect()
+        gc.freeze()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
@@ -106,6 +110,7 @@ class EngineLoop:
             time.sleep(0.01)
         self._stop.set()
         self._thread.join(timeout=10)
+        gc.unfreeze()
 
     def _run(self) -> None:
         while not self._stop.is_set():

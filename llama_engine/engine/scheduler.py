@@ -1,7 +1,11 @@
 """In-flight batching: which chunks of which sequences run in the next step.
 
-Decodes go first, then prefills that are under way, then new admissions, all within ``max_num_tokens``. When blocks run
-out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what it has said.
+Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
+``max_num_tokens``. A prompt must not hold up those who are being answered: while one sequence waits for its first token
+(is prefilled, or could be admitted), or at most half as many as decode, prefill takes at most ``max_prefill_tokens`` of
+a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
+When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
+it has said.
 
 With ``enable_prefix_cache`` a sequence starts behind the longest prefix whose full blocks are registered. A block is
 registered when a step that fills it has been planned and the host knows its tokens. Steps run in the order of their
@@ -109,18 +113,25 @@ class Scheduler:
         budget = self._config.max_num_tokens
         work: list[tuple[Sequence, Chunk]] = []
         admitted: list[Sequence] = []
-        for sequence in [s for s in self.running if s.decoding and s.sampled < s.max_new_tokens]:
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.sampled < sequence.max_new_tokens:
+                (decoding if sequence.decoding else prefilling).append(sequence)
+        for sequence in decoding:
             if sequence.slot < 0:
                 continue  # preempted by an older one, in this very loop
-            blocks = len(sequence.table)
-            if not self._make_room(sequence):
-                continue
-            if len(sequence.table) > blocks:
+            if sequence.computed >= len(sequence.table) * self.blocks.tokens_per_block:
+                if not self._make_room(sequence):
+                    continue
                 self._grown.append(sequence)
                 self._register(sequence)
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
-            budget -= 1
-        for sequence in [s for s in self.running if not s.decoding and s.sampled < s.max_new_tokens]:
+        prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
+        budget -= len(work)
+        if work and len(prefilling) + self._admissible() <= max(1, len(work) // 2):
+            budget = min(budget, self._config.max_prefill_tokens)
+        for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
         while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
             sequence = self.waiting.popleft()
@@ -142,6 +153,13 @@ class Scheduler:
             return None
         grown, self._grown = [sequence for sequence in self._grown if sequence.slot >= 0], []
         return Plan(work, grown, admitted)
+
+    def _admissible(self) -> int:
+        """About how many waiting sequences have room to run."""
+        if not self.waiting:
+            return 0
+        room = self.blocks.free // self.blocks.blocks_for(self.waiting[0].known)
+        return min(len(self.waiting), len(self._slots), room)
 
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
@@ -184,7 +202,7 @@ class Scheduler:
         if end > sequence.computed:
             part = sequence.tokens(sequence.computed, end)
             work.append((sequence, Chunk(sequence.slot, sequence.computed, part, samples=end == sequence.known)))
-        return end - sequence.computed
+        return max(0, end - sequence.computed)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Grow the sequence by one position, preempting from the youngest on; False if it was itself preempted."""

@@ -33,9 +33,16 @@ class GpuModel:
     """
 
     def __init__(
-        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, stream: bool = True
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        tiles: Tiles,
+        stream: bool = True,
+        attention_library: str | None = None,
     ) -> None:
-        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs;
+        ``attention_library`` is the ``library`` of :class:`PagedAttention`."""
         self.config, self.engine = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
@@ -60,11 +67,10 @@ class GpuModel:
         kept = [linear for name in ("o", "gate_up", "down") for linear in self.linears(name) if library.runs(linear)]
         widest = max((linear.weight.shape[0] for linear in kept), default=0)
         self.product = zeros(min(capacity, LIBRARY_ROWS) * widest)
-        samples = -(-engine.max_batch_size // LM_HEAD_ROWS) * LM_HEAD_ROWS
-        self.logits = zeros(samples, config.vocab_size, dtype=torch.float32)
+        self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
-        self.attention = PagedAttention(config, engine, self.block_tables)
+        self.attention = PagedAttention(config, engine, self.block_tables, library=attention_library)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
@@ -98,7 +104,7 @@ class GpuModel:
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
             buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
-        buffers["fp16", "lm_head"] = torch.zeros(ROW_PADDING, c.hidden_size, dtype=torch.float16, device=self.device)
+        buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 
     def input_of(self, name: str, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -253,18 +259,28 @@ class GpuModel:
         sampled: torch.Tensor,
         every_row: bool = False,
         part: slice = ALL_LAYERS,
+        whole: tuple[int, int] | None = None,
+        decodes: int = 0,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
         :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
         ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
-        the first with the embedding and the last with the sampling."""
-        rows = ids.numel()
+        the first with the embedding and the last with the sampling. ``whole`` as in :meth:`PagedAttention.prefill`.
+        The first ``decodes`` rows each decode their slot instead (``ids`` and ``positions`` of them are not read, and
+        ``every_row`` is a must); the ``tiles`` count the rows after them."""
+        rows, d = ids.numel(), decodes
+        if d and not part.start:
+            quant.embed(self.weights.embedding, self.last_token, self.x, d, slots)
         if not part.start:
-            quant.embed(self.weights.embedding, ids, self.x, rows)
+            quant.embed(self.weights.embedding, ids[d:], self.x[d:], rows - d)
 
-        def attend(kv: torch.Tensor, *out: torch.Tensor | None) -> None:
-            self.attention.prefill(self.qkv, kv, slots, positions, tiles, self.attended, rows)
-            quant.norm(self.attended, None, 0.0, *out, rows)
+        def attend(kv: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+            if d:
+                self.attention.decode(self.qkv, kv, slots, self.position, out, scale, d)
+            new = (slots[d:], positions[d:], tiles, self.attended[d:], rows - d)
+            self.attention.prefill(self.qkv[d:], kv, *new, whole)
+            rest = None if scale is None else scale[d:]
+            quant.norm(self.attended[d:], None, 0.0, out[..., d:, :], rest, rows - d)
 
         count = ends.shape[1]
         x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)

@@ -20,16 +20,21 @@ from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import persistent
+from llama_engine.kernels.attention import LIBRARY
 from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.sampler import list_logprobs, logprobs
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import Logprobs, SamplingParams
 
-DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
+# A step of few prefill tokens beside decodes is one pass, which reads the weights once: rows of decodes, then up to 64
+# or max_prefill_tokens rows of at most so many chunks.
+MIXED_DECODES = (8, 16, 32, 64, 128, 256, 512)
+MIXED_PREFILL, MIXED_CHUNKS = 64, 8
 # Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
 FIRST_LAYERS = 4
 
@@ -109,7 +114,8 @@ class CudaExecutor:
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
         tiles = Tiles(tuning, gpu_name(self.device))
-        self.model = model = GpuModel(config, engine, weights, tiles, stream=kernels != "triton")
+        library = LIBRARY if kernels == "auto" and self._cuda else None
+        self.model = model = GpuModel(config, engine, weights, tiles, kernels != "triton", library)
         self.engine = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
@@ -119,6 +125,7 @@ class CudaExecutor:
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
+        self._new_tables: dict[int, np.ndarray] = {}
         self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
         self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._persistent: persistent.PersistentDecode | None = None
@@ -132,6 +139,14 @@ class CudaExecutor:
         self._use_graphs = graphs and self._cuda
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
+        self._mixed_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        most = engine.max_batch_size, engine.max_prefill_tokens
+        self._mixed_buckets = [
+            (decodes, tokens)
+            for decodes in [*(b for b in MIXED_DECODES if b < most[0]), most[0]]
+            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1]})
+            if decodes + tokens <= model.x.shape[0]
+        ]
         limit = PREFILL_BUCKETS[-1]
         tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
         size = max(limit, engine.max_num_tokens)
@@ -152,18 +167,21 @@ class CudaExecutor:
         self._params[slot] = params
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
-        with torch.cuda.stream(self._stream):
-            self._upload(self.model.block_tables[slot], np.asarray(blocks, dtype=np.int32))
+        self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
 
     def submit(self, step: Step) -> CudaHandle:
         decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
         prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
         with torch.cuda.stream(self._stream):
+            self._upload_tables()
             passes = []
-            if decodes:
-                passes.append(self._decode(step, decodes))
-            if prefills:
-                passes.append(self._prefill(step, prefills))
+            if mixed := self._mixed_bucket(step, decodes, prefills):
+                passes.append(self._mixed(step, decodes, prefills, mixed))
+            else:
+                if decodes:
+                    passes.append(self._decode(step, decodes))
+                if prefills:
+                    passes.append(self._prefill(step, prefills))
             event = torch.cuda.Event() if self._cuda else None
             if event is not None:
                 event.record()
@@ -216,7 +234,10 @@ class CudaExecutor:
                 graph.replay()
         else:
             inputs = self._pack(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
+            alone, every_row = chunks[0] if len(chunks) == 1 else None, step.logits == "all"
+            by_library = alone is not None and self.model.attention.by_library(alone.start, total)
+            whole = (alone.slot, alone.start) if by_library else None
+            self.model.prefill(*inputs, self._sampled, every_row=every_row, whole=whole)
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
@@ -225,6 +246,29 @@ class CudaExecutor:
             logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
         return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
 
+    # -- both in one pass -------------------------------------------------------------------------------------------
+
+    def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
+        """The rows of decodes and of prefill that hold a step in one pass, if one does."""
+        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.logits == "all":
+            return None
+        tokens = sum(step.chunks[i].length for i in prefills)
+        return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
+
+    def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> _Pass:
+        first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
+        inputs = self._pack(rest, bucket[1], MIXED_CHUNKS, first, bucket[0])
+        if bucket in self._mixed_graphs:
+            self._mixed_graphs[bucket].replay()
+        else:
+            self._mixed_kernels(bucket, inputs)
+        sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
+        logits = self._rows(sampling) if step.logits == "last" else {}
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
+
+    def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
+        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
+
     def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
         """ids, slots, positions, tiles and ends over the one input buffer."""
         sizes = (tokens, tokens, tokens, 4 * num_tiles, 3 * samples)
@@ -232,27 +276,36 @@ class CudaExecutor:
         parts = [p[:n] for p, n in zip(self._inputs[: sum(padded)].split(padded), sizes)]
         return *parts[:3], parts[3].view(num_tiles, 4), parts[4].view(3, samples)
 
-    def _pack(self, chunks: list[Chunk], tokens: int, max_chunks: int | None) -> tuple[torch.Tensor, ...]:
-        """Upload a ragged batch, padded to ``tokens`` rows and, for a graph, to ``max_chunks`` chunks."""
+    def _pack(
+        self,
+        chunks: list[Chunk],
+        tokens: int,
+        max_chunks: int | None,
+        decodes: Sequence[Chunk] = (),
+        before: int = 0,
+    ) -> tuple[torch.Tensor, ...]:
+        """Upload a ragged batch, padded to ``tokens`` rows and, for a graph, to ``max_chunks`` chunks; ``decodes``,
+        padded to ``before`` rows, go first."""
         attention, dummy = self.model.attention, self.model.dummy_slot
         tiles: list[tuple[int, int, int, int]] = []
-        ends: list[tuple[int, int, int]] = []
+        ends = [(i, chunk.slot, chunk.start + 1) for i, chunk in enumerate(decodes)]
         row = 0
         for chunk in chunks:
             tiles += attention.tiles(row, chunk.start, chunk.length, chunk.slot)
             row += chunk.length
             if chunk.samples:
-                ends.append((row - 1, chunk.slot, chunk.start + chunk.length))
+                ends.append((before + row - 1, chunk.slot, chunk.start + chunk.length))
         num_tiles, samples = len(tiles), len(ends)
         if max_chunks is not None:
-            num_tiles, samples = self._graph_shape(tokens, max_chunks)
-        views = self._views(tokens, num_tiles, samples)
+            num_tiles, samples = self._graph_shape(tokens, max_chunks, before)
+        views = self._views(before + tokens, num_tiles, samples)
         offsets = [view.storage_offset() for view in views]
         host = np.zeros(offsets[-1] + views[-1].numel(), dtype=np.int32)
-        host[:row] = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
-        slots, positions = host[offsets[1] :], host[offsets[2] :]
-        slots[:row] = np.repeat([chunk.slot for chunk in chunks], [chunk.length for chunk in chunks])
-        slots[row:tokens] = dummy
+        host[before:][:row] = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
+        slots, positions = host[offsets[1] :], host[offsets[2] + before :]
+        slots[: before + tokens] = dummy
+        slots[: len(decodes)] = [chunk.slot for chunk in decodes]
+        slots[before:][:row] = np.repeat([chunk.slot for chunk in chunks], [chunk.length for chunk in chunks])
         positions[:row] = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int32) for c in chunks])
         host[offsets[3] :][: 4 * len(tiles)] = np.asarray(tiles, dtype=np.int32).ravel()
         table = host[offsets[4] :].reshape(3, samples)
@@ -262,9 +315,10 @@ class CudaExecutor:
         self._upload(self._inputs, host)
         return views
 
-    def _graph_shape(self, tokens: int, max_chunks: int) -> tuple[int, int]:
+    def _graph_shape(self, tokens: int, max_chunks: int, decodes: int = 0) -> tuple[int, int]:
         """Query tiles and samples of a prefill graph."""
-        return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, max_chunks
+        samples = min(max_chunks + decodes, self.engine.max_batch_size)
+        return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, samples
 
     # -- graphs -----------------------------------------------------------------------------------------------------
 
@@ -287,6 +341,13 @@ class CudaExecutor:
                     for part in (slice(0, first), slice(first, None))
                 ]
 
+        for bucket in self._mixed_buckets:
+            views = self._views(sum(bucket), *self._graph_shape(bucket[1], MIXED_CHUNKS, bucket[0]))
+            self._inputs.zero_()
+            views[1].fill_(dummy)
+            views[4][1].fill_(dummy)
+            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
+
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         run()  # compiles and loads the kernels
         torch.cuda.synchronize(self.device)
@@ -299,6 +360,20 @@ class CudaExecutor:
         """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
         host = torch.from_numpy(values)
         target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
+
+    def _upload_tables(self) -> None:
+        """Bring all new block tables over at once: sequences that began together cross into new blocks together."""
+        if not self._new_tables:
+            return
+        slots, tables = np.array(list(self._new_tables)), list(self._new_tables.values())
+        rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+        for row, table in zip(rows, tables):
+            row[: len(table)] = table
+        index, source = (torch.from_numpy(values) for values in (slots, rows))
+        if self._cuda:
+            index, source = (host.pin_memory().to(self.device, non_blocking=True) for host in (index, source))
+        self.model.block_tables[:, : rows.shape[1]].index_copy_(0, index, source)
+        self._new_tables.clear()
 
     def _rows(self, chunks: list[int]) -> dict[int, torch.Tensor]:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""

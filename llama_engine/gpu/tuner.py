@@ -32,14 +32,17 @@ def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
     tiles = [default_tile(name, bucket, linear.scheme, use_library)]
     if bucket >= 64 and use_library:
         tiles += [replace(tiles[0], library=not tiles[0].library)]
-    if bucket >= 128:
+    if name == "lm_head" and bucket >= 128:
+        tiles += [Tile(64, 128, 128), Tile(64, 256, 64, warps=8), Tile(128, 128, 64, warps=8, stages=3)]
+    elif bucket >= 128:
         k = 128 // linear.scheme.weight_dtype.itemsize
-        shapes = ((64, 256), (128, 128)) if linear.scheme is INT8 else ((64, 256), (128, 128), (128, 256))
-        tiles += [Tile(m, n, k, 1, False, 8, s) for (m, n), s in itertools.product(shapes, (3, 4))]
-        if bucket == 128:  # blocks for every processor also where the matrix is small
-            splits = (1,) if name == "gate_up" else (1, 2, 4)
-            shapes = itertools.product((64, 128), (64, 128), splits)
-            tiles += [Tile(m, n, k, split) for m, n, split in shapes]
+        splits = (1,) if name == "gate_up" or bucket >= 1024 else (1, 2, 4) if bucket == 128 else (1, 2)
+        shapes = [(64, 256, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)]
+        if linear.scheme is not INT8:
+            shapes += [(64, 256, 8, 4), (128, 256, 8, 3), (128, 256, 8, 4)]
+        tiles += [Tile(m, n, k, way, False, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
+        if bucket == 128:
+            tiles += [Tile(m, n, k, way) for m, n, way in itertools.product((64, 128), (64, 128), splits)]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
@@ -85,7 +88,7 @@ def tune(
     prefill = {bucket: bucket > model.engine.max_batch_size for bucket in ROW_BUCKETS}
     for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
-            continue  # lm_head has no tiles of 8 rows, never runs more than 64, and a prefill needs it for one
+            continue  # lm_head has no tiles of 8 rows, never runs more than 512, and a prefill needs it for one
         linears = model.linears(name)
         for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
             linear = linears[index]

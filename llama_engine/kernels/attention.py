@@ -11,20 +11,47 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.kernels import attention_decode, attention_prefill
+from llama_engine.kernels import attention_decode, attention_prefill, attention_sdpa
 from llama_engine.kernels.common import launch_options
 from llama_engine.model.rope import rope_tables
 
-CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
-DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor
-QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
+MERGE_WARPS = 16
 
 
-def chunk_size(max_seq_len: int) -> int:
-    """Positions in one decode chunk: more of them where there would be very many chunks."""
-    return max(CHUNK, triton.next_power_of_2(-(-max_seq_len // MAX_CHUNKS)))
+@dataclass(frozen=True)
+class DecodeShape:
+    """How a decode's context is cut. ``chunk``, ``keys`` and ``warps`` decide the order of sums, so they hold for every
+    batch; ``stages`` and ``programs`` (to a row's chunks, in all) may be anything."""
+
+    chunk: int = 256  # positions; more of them where a sequence could have more than max_chunks
+    max_chunks: int = 128
+    keys: int = 32
+    warps: int = 2
+    stages: int = 3
+    programs: int = 1056  # small ones, many to a multiprocessor; beyond that each walks several chunks
+
+    def chunk_size(self, max_seq_len: int) -> int:
+        return max(self.chunk, triton.next_power_of_2(-(-max_seq_len // self.max_chunks)))
+
+
+@dataclass(frozen=True)
+class PrefillShape:
+    """A tile of queries and how its keys are walked. Only ``keys`` decides the order of a row's sums."""
+
+    rows: int = 64  # tokens times the query heads of a KV head
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False  # keys and values through the tensor memory accelerator, where the cache's blocks allow it
+
+
+DECODE, PREFILL = DecodeShape(), PrefillShape()
+# The library for whole steps of one prompt, attention_sdpa.CUDNN or FLASH; None is the kernel here, which gives a row
+# the same sums however its prompt is cut. benchmarks/attention.py times them all.
+LIBRARY: str | None = None
 
 
 @dataclass
@@ -34,10 +61,13 @@ class PagedAttention:
     config: ModelConfig
     engine: EngineConfig
     block_tables: torch.Tensor
+    decode_shape: DecodeShape = DECODE
+    prefill_shape: PrefillShape = PREFILL
+    library: str | None = None
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
-        self.chunk = chunk_size(self.engine.max_seq_len)
+        self.chunk = self.decode_shape.chunk_size(self.engine.max_seq_len)
         self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
         self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine.max_seq_len))
         shape = (len(self.block_tables), self.max_chunks, c.num_heads)
@@ -45,7 +75,7 @@ class PagedAttention:
         self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         self.group = c.num_heads // c.num_kv_heads
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
-        self.query_tokens = max(1, QUERY_ROWS // triton.next_power_of_2(self.group))
+        self.query_tokens = max(1, self.prefill_shape.rows // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
 
     def decode(
@@ -63,9 +93,8 @@ class PagedAttention:
 
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
-        c = self.config
-        # Enough programs to fill the chip; beyond that each walks several chunks.
-        programs = min(self.max_chunks, -(-DECODE_BLOCKS // (num_rows * c.num_kv_heads)))
+        c, shape = self.config, self.decode_shape
+        programs = min(self.max_chunks, -(-shape.programs // (num_rows * c.num_kv_heads)))
         attention_decode.decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -87,9 +116,9 @@ class PagedAttention:
             TPB=self.engine.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
-            BT=DECODE_KEYS,
-            num_warps=DECODE_WARPS,
-            num_stages=DECODE_STAGES,
+            BT=shape.keys,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **self.options,
         )
         attention_decode.merge[(num_rows,)](
@@ -110,6 +139,11 @@ class PagedAttention:
             **self.options,
         )
 
+    def by_library(self, start: int, length: int) -> bool:
+        """Whether a chunk of prefill is the library's: a whole step's at a multiple of it, so that few shapes occur."""
+        step = self.engine.max_num_tokens
+        return self.library is not None and length == step and start % step == 0
+
     def tiles(self, first_row: int, start: int, length: int, slot: int) -> list[tuple[int, int, int, int]]:
         """The query tiles (first row, rows, slot, first position) of a chunk of prefill."""
         step = self.query_tokens
@@ -124,11 +158,12 @@ class PagedAttention:
         tiles: torch.Tensor,
         out: torch.Tensor,
         num_rows: int,
+        whole: tuple[int, int] | None = None,
     ) -> None:
         """New tokens at ``positions`` of ``slots`` (int32 a row): rotate and cache them, then attend causally.
 
         ``tiles`` int32 ``[n, 4]`` from :meth:`tiles` (rows of zero do nothing); ``out`` fp16 ``[*, q_size]``; ``qkv``
-        is rotated in place.
+        is rotated in place. ``whole``: the rows are one chunk, of this slot from this position on, for the library.
         """
         c = self.config
         half = c.head_size // 2
@@ -151,15 +186,31 @@ class PagedAttention:
             num_warps=4,
             **self.options,
         )
-        group = triton.next_power_of_2(self.group)
+        if whole is not None:
+            slot, start = whole
+            keys, values = attention_sdpa.gather(kv, self.block_tables[slot], start + num_rows)
+            q = qkv[:num_rows, : c.q_size].unflatten(1, (c.num_heads, c.head_size)).transpose(0, 1)[None]
+            attended = attention_sdpa.attend(self.library, q, keys, values)
+            out[:num_rows].unflatten(1, (c.num_heads, c.head_size)).copy_(attended[0].transpose(0, 1))
+            return
+        group, shape, head = triton.next_power_of_2(self.group), self.prefill_shape, c.head_size
+        tma = (
+            shape.tma
+            and self.engine.tokens_per_block % shape.keys == 0
+            and head == max(16, triton.next_power_of_2(head))
+        )
+        cache, v_offset = kv, kv.stride(0)
+        if tma:
+            cache = TensorDescriptor.from_tensor(kv.view(-1, head), [shape.keys, head])
+            v_offset //= head
         attention_prefill.prefill[(tiles.shape[0], c.num_kv_heads)](
             qkv,
-            kv,
+            cache,
             out,
             self.block_tables,
             tiles,
             self.block_tables.shape[1],
-            kv.stride(0),
+            v_offset,
             self.scale,
             KVH=c.num_kv_heads,
             G=self.group,
@@ -168,8 +219,9 @@ class PagedAttention:
             HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
             TPB=self.engine.tokens_per_block,
             BQ=self.query_tokens,
-            BT=KEYS,
-            num_warps=PREFILL_WARPS,
-            num_stages=PREFILL_STAGES,
+            BT=shape.keys,
+            TMA=tma,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
             **self.options,
         )

@@ -83,10 +83,11 @@ def decode(
                 m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
                 total = tl.full((GP,), 1.0, tl.float32)
                 acc += v_new.to(tl.float32)[None, :]
+            # Each block's number is read a step ahead: loads that hang on loads of their own step are not pipelined.
+            block = tl.load(table + chunk * CHUNK // TPB).to(tl.int64)
             for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, pos), BT):
                 key_in = start + t < pos
                 if TPB % BT == 0:
-                    block = tl.load(table + start // TPB).to(tl.int64)
                     at = kv_ptr + ((block * KVH + kvh) * TPB + start % TPB) * HEAD + t * HEAD
                 else:
                     blocks = tl.load(table + (start + t) // TPB, mask=key_in, other=0).to(tl.int64)
@@ -94,6 +95,7 @@ def decode(
                 tile_in = key_in[:, None] & e_in[None, :]
                 k = tl.load(at[:, None] + e[None, :], mask=tile_in, other=0.0)
                 v = tl.load(at[:, None] + v_offset + e[None, :], mask=tile_in, other=0.0)
+                block = tl.load(table + tl.minimum(start + BT, pos) // TPB).to(tl.int64)
                 s = tl.dot(q, tl.trans(k)) * scale
                 s = tl.where(key_in[None, :], s, float("-inf"))
                 m_new = tl.maximum(m, tl.max(s, axis=1))

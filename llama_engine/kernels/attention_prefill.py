@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201 (Triton kernels take untyped pointers)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
 """Prefill attention kernels: rotate and cache the new tokens, then attend in tiles of queries."""
 
 from __future__ import annotations
@@ -61,9 +61,71 @@ def rope_cache(
 
 
 @triton.jit
+def _attend(
+    q,
+    m,
+    total,
+    acc,
+    kv,
+    table,
+    block,
+    kvh,
+    at,
+    position,
+    length,
+    v_offset,
+    scale,
+    KVH: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    TPB: tl.constexpr,
+    BT: tl.constexpr,
+    MASK: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One step of the softmax: the keys ``at .. at + BT - 1``; with MASK those up to ``position`` of each row alone."""
+    t = tl.arange(0, BT)
+    e = tl.arange(0, HEAD_P)
+    key = at + t
+    if TMA:
+        row = (block * KVH + kvh) * TPB + at % TPB
+        k = kv.load([row, 0])
+        v = kv.load([row + v_offset, 0])
+    else:
+        if TPB % BT == 0:
+            where = kv + ((block.to(tl.int64) * KVH + kvh) * TPB + at % TPB + t) * HEAD
+        elif MASK:
+            blocks = tl.load(table + key // TPB, mask=key < length, other=0).to(tl.int64)
+            where = kv + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
+        else:
+            blocks = tl.load(table + key // TPB).to(tl.int64)
+            where = kv + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
+        where = where[:, None] + e[None, :]
+        if MASK:
+            there = (key < length)[:, None] & (e < HEAD)[None, :]
+            k = tl.load(where, mask=there, other=0.0)
+            v = tl.load(where + v_offset, mask=there, other=0.0)
+        elif HEAD == HEAD_P:
+            k = tl.load(where)
+            v = tl.load(where + v_offset)
+        else:
+            k = tl.load(where, mask=(e < HEAD)[None, :], other=0.0)
+            v = tl.load(where + v_offset, mask=(e < HEAD)[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k))
+    if MASK:
+        s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
+    return m_new, total, acc
+
+
+@triton.jit
 def prefill(
     qkv_ptr,
-    kv_ptr,
+    kv,
     out_ptr,
     tables_ptr,
     tiles_ptr,
@@ -78,14 +140,15 @@ def prefill(
     TPB: tl.constexpr,
     BQ: tl.constexpr,
     BT: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """``kv`` points to the cache; with TMA it is a descriptor of its rows of HEAD, and ``v_offset`` counts rows."""
     HEADS: tl.constexpr = KVH * G
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts first
     kvh = tl.program_id(1)
     r = tl.arange(0, BQ * GP)
     e = tl.arange(0, HEAD_P)
-    t = tl.arange(0, BT)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -105,24 +168,58 @@ def prefill(
         total = tl.zeros((BQ * GP,), tl.float32)
         acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
         length = start + count
-        for at in range(0, length, BT):
-            key = at + t
-            key_in = key < length
-            if TPB % BT == 0:
-                block = tl.load(tables_ptr + slot * max_blocks + at // TPB).to(tl.int64)
-                where = kv_ptr + ((block * KVH + kvh) * TPB + at % TPB + t) * HEAD
-            else:
-                blocks = tl.load(tables_ptr + slot * max_blocks + key // TPB, mask=key_in, other=0).to(tl.int64)
-                where = kv_ptr + ((blocks * KVH + kvh) * TPB + key % TPB) * HEAD
-            kv_in = key_in[:, None] & (e < HEAD)[None, :]
-            k = tl.load(where[:, None] + e[None, :], mask=kv_in, other=0.0)
-            v = tl.load(where[:, None] + v_offset + e[None, :], mask=kv_in, other=0.0)
-            s = tl.dot(q, tl.trans(k)) * scale
-            s = tl.where(key[None, :] <= (start + token)[:, None], s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, axis=1))
-            p = tl.exp2(s - m_new[:, None])
-            shrink = tl.exp2(m - m_new)
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
-            m = m_new
+        position = start + token
+        table = tables_ptr + slot * max_blocks
+        # Every row sees the keys up to the first one's position; only the blocks after that need a mask.
+        seen = (start + 1) // BT * BT
+        # Each block's number is read a step ahead: loads that hang on loads of their own step are not pipelined.
+        block = tl.load(table)
+        for at in range(0, seen, BT):
+            m, total, acc = _attend(
+                q,
+                m,
+                total,
+                acc,
+                kv,
+                table,
+                block,
+                kvh,
+                at,
+                position,
+                length,
+                v_offset,
+                scale,
+                KVH,
+                HEAD,
+                HEAD_P,
+                TPB,
+                BT,
+                False,
+                TMA,
+            )
+            block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
+        for at in range(seen, length, BT):
+            m, total, acc = _attend(
+                q,
+                m,
+                total,
+                acc,
+                kv,
+                table,
+                block,
+                kvh,
+                at,
+                position,
+                length,
+                v_offset,
+                scale,
+                KVH,
+                HEAD,
+                HEAD_P,
+                TPB,
+                BT,
+                True,
+                TMA,
+            )
+            block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
         tl.store(out_ptr + row * (HEADS * HEAD) + column, (acc / total[:, None]).to(tl.float16), mask=mask)

@@ -17,7 +17,9 @@ from llama_engine.model.weights import Linear
 
 FORMAT_VERSION = 2
 TUNING_FILE = "tuning.json"
-ROW_BUCKETS = (8, 16, 32, 64, 128, 1024)  # up to so many rows; the last one also stands for every larger number
+ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # up to so many rows; the last also stands for all larger numbers
+# Ways along K in a bucket: from 128 rows on tiles are 128 wide, and narrow matrices have fewer than an H100 has units.
+SPLITS = {128: {"down": 4, "o": 4, "qkv": 2}, 256: {"down": 2, "o": 2}}
 
 
 def row_bucket(num_rows: int) -> int:
@@ -33,10 +35,12 @@ def default_tile(name: str, num_rows: int, scheme: Scheme = INT8, use_library: b
     bucket = row_bucket(num_rows)
     if name == "lm_head":
         # Never below 16 rows: another matrix instruction would add in another order.
-        return Tile(max(16, min(bucket, 64)), 128, 128)
+        return Tile(128, 128, 64, warps=8) if bucket >= 128 else Tile(max(16, bucket), 128, 128)
+    if bucket >= 1024 and scheme is INT8:
+        return Tile(64, 256, 128, swap=False, warps=8, stages=3)
+    if bucket >= 128 and scheme is INT8:
+        return Tile(128, 128, 128, SPLITS.get(bucket, {}).get(name, 1), swap=False, warps=8, stages=3)
     if bucket >= 128:
-        if scheme is INT8:
-            return Tile(64, 256, 128, swap=False, warps=8, stages=3)
         return Tile(128, 128, 128 // scheme.weight_dtype.itemsize, swap=False, warps=8, library=use_library)
     if scheme is not INT8:
         bucket = max(16, bucket)  # with fewer rows Triton takes older matrix instructions, and widens e4m3 for them

@@ -1,3 +1,4 @@
+import gc
 import threading
 import time
 
@@ -47,6 +48,13 @@ def test_many_threads_get_the_answers_they_would_get_alone(tiny_engine, loop):
         assert client.wait() == expected
         assert client.reason == "length"
     assert loop.stats()["requests"] == 0
+
+
+def test_garbage_is_not_searched_for_in_what_was_there_before(tiny_engine):
+    loop = EngineLoop(load_engine(tiny_engine, device="cpu"))
+    assert gc.get_freeze_count() > 10_000  # at 512 sequences those searches took two thirds of the host's time
+    loop.shutdown(drain_s=0)
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_rate_of_an_idle_loop_falls_to_zero(loop):

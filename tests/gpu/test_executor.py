@@ -78,6 +78,90 @@ def test_a_request_alone_equals_the_same_request_in_a_batch():
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
+    """Bit for bit on a GPU, where the kernels are the same; the interpreter's products round by their shapes."""
+    config = ModelConfig(96, 64, 96, 2, 4, 2, 32, 128)
+    weights = random_weights(config, DEVICE)
+    results = []
+    for mixed in (True, False):
+        fused = _executor(config, weights, mixed)
+        for slot in range(4):
+            fused.bind(slot, SamplingParams(temperature=float(slot == 3), seed=7))
+            fused.set_block_table(slot, _blocks(slot))
+        tokens = [fused.submit(Step((Chunk(0, 0, [5, 9, 33]), Chunk(3, 0, [8])))).tokens()]
+        steps = [
+            Step((Chunk(3, 1), Chunk(0, 3), Chunk(1, 0, [1, 2]), Chunk(2, 0, list(range(20)), samples=False)), "last"),
+            Step((Chunk(3, 2), Chunk(0, 4), Chunk(1, 2), Chunk(2, 20, list(range(20, 40)))), "last"),
+            Step(tuple(Chunk(slot, at) for slot, at in ((2, 40), (0, 5), (1, 3), (3, 3))), "last"),
+        ]
+        logits = []
+        for step in steps:
+            handle = fused.submit(step)
+            tokens.append(handle.tokens())
+            logits.append(handle.logits().clone())
+        passes = [len(fused.submit(Step((Chunk(0, 6), Chunk(1, 4, [3]))))._passes)]
+        assert passes == [1 if mixed else 2]
+        results.append((tokens, torch.cat(logits)))
+    assert results[0][0] == results[1][0]
+    bound = 0.0 if DEVICE.type == "cuda" else 0.01 * results[1][1].abs().max()
+    assert (results[0][1] - results[1][1]).abs().max() <= bound
+
+
+def _executor(config, weights, mixed):
+    from llama_engine.gpu.executor import CudaExecutor
+
+    executor = CudaExecutor(config, ENGINE, weights, kernels="stream")
+    if not mixed:
+        executor._mixed_buckets = []
+    return executor
+
+
+def test_block_tables_of_many_lengths_arrive_together():
+    fused, _ = _pair()
+    tables = {0: [3, 1, 2], 2: [9], 1: [4, 5, 6, 7]}
+    for slot, blocks in tables.items():
+        fused.set_block_table(slot, [8, 8, 8])
+        fused.set_block_table(slot, blocks)
+    fused.submit(Step((Chunk(0, 0, [1]),))).tokens()
+    for slot, blocks in tables.items():
+        assert fused.model.block_tables[slot, : len(blocks)].tolist() == blocks
+    assert not fused.model.block_tables[3:].any()
+
+
+def test_what_one_pass_cannot_hold_takes_two():
+    fused, _ = _pair(engine=EngineConfig(16, 64, 1024, 16, num_kv_blocks=65, max_prefill_tokens=30))
+    decode, prompt = Chunk(0, 4), Chunk(1, 0, [1] * 30)
+
+    def bucket(*chunks, logits="none"):
+        step = Step(chunks, logits)
+        where = range(len(chunks))
+        decodes = [i for i in where if chunks[i].tokens is None]
+        return fused._mixed_bucket(step, decodes, [i for i in where if i not in decodes])
+
+    assert bucket(decode, prompt) == (8, 30)
+    assert bucket(*(Chunk(i, 4) for i in range(9)), Chunk(9, 0, [1] * 30)) == (16, 30)
+    assert bucket(decode, Chunk(1, 0, [1] * 31)) is None
+    assert bucket(decode, *(Chunk(i, 0, [1]) for i in range(1, 10))) is None
+    assert bucket(decode, prompt, logits="all") is None
+    assert bucket(decode) is None
+    assert bucket(prompt) is None
+
+
+def test_more_rows_than_one_tile_of_lm_head():
+    rows = 70
+    engine = EngineConfig(rows, max_seq_len=16, max_num_tokens=rows, tokens_per_block=16, num_kv_blocks=rows + 1)
+    fused, host = _pair(engine=engine)
+    for executor in (fused, host):
+        for slot in range(rows):
+            executor.bind(slot, SamplingParams())
+            executor.set_block_table(slot, [1 + slot])
+        executor.submit(Step(tuple(Chunk(slot, 0, [slot]) for slot in range(rows)))).tokens()
+    step = Step(tuple(Chunk(slot, 1) for slot in reversed(range(rows))), "last")
+    got, want = fused.submit(step), host.submit(step)
+    assert (got.logits() - want.logits()).abs().max() < 0.02 * want.logits().abs().max()
+    assert got.tokens() == got.logits().argmax(-1).tolist()
+
+
 def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
     fused, _ = _pair()
 

@@ -6,7 +6,7 @@ from llama_engine.kernels.quant import quantize_reference
 from llama_engine.model.llama import TorchModel, apply_rope
 
 
-def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024):
+def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, max_seq_len=1024, **shapes):
     """Random KV for sequences of the given cached lengths, in shuffled blocks."""
     from llama_engine.kernels.attention import PagedAttention
 
@@ -18,7 +18,7 @@ def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, ma
     tables = torch.zeros((len(contexts) + 1, max_blocks), dtype=torch.int32)
     tables[:-1] = order[: len(contexts) * max_blocks].view(len(contexts), max_blocks)
     kv = torch.randn(2, num_blocks, kv_heads, tokens_per_block, head_size).half().to(device)
-    return config, kv, PagedAttention(config, engine, tables.to(device))
+    return config, kv, PagedAttention(config, engine, tables.to(device), **shapes)
 
 
 def _reference(config, attention, kv, qkv, slot, start):
@@ -62,9 +62,17 @@ def test_decode_over_the_block_table(device, heads, kv_heads, head_size, tokens_
 
 
 @pytest.mark.parametrize("tokens_per_block", [16, 64])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64)])
-def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block):
-    config, kv, attention = _setup(device, heads, kv_heads, head_size, [0, 0], tokens_per_block, max_seq_len=128)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64), (4, 2, 48)])
+@pytest.mark.parametrize("shape", [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}])
+def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block, shape):
+    from llama_engine.kernels.attention import PrefillShape
+
+    config, kv, attention = _setup(
+        device,
+        *(heads, kv_heads, head_size, [0, 0], tokens_per_block),
+        max_seq_len=128,
+        prefill_shape=PrefillShape(**shape),
+    )
     lengths = {0: 75, 1: 20}
     qkv = torch.randn(95, config.qkv_size, device=device).half()
     expected_kv = kv.clone()
@@ -106,3 +114,67 @@ def test_quantized_output_has_the_documented_scale(device):
     x = torch.randn(2, 64, device=device)
     _, scale = quantize_reference(x)
     assert torch.allclose(scale, x.abs().amax(1) / 32512)
+
+
+@pytest.mark.parametrize("context", [0, 40])
+def test_a_chunk_by_the_library_matches_the_kernel(device, monkeypatch, context):
+    """Over gathered blocks, and merged with its context; here with PyTorch's arithmetic in the library's place."""
+    from llama_engine.kernels import attention_sdpa
+
+    def library(q, keys, values, causal):
+        group = q.shape[1] // keys.shape[1]
+        k, v = (x.float().repeat_interleave(group, 1) for x in (keys, values))
+        scores = q.float() @ k.mT / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], device=q.device).tril().bool(), float("-inf"))
+        return (scores.softmax(-1) @ v).half(), scores.logsumexp(-1, keepdim=True)
+
+    monkeypatch.setattr(attention_sdpa, "_cudnn", library)
+    config, kv, attention = _setup(device, 8, 2, 128, [0, 0], 16, max_seq_len=128)
+    attention.library, rows = attention_sdpa.CUDNN, 30
+    qkv = torch.randn(rows, config.qkv_size, device=device).half()
+    slots = torch.full((rows,), 1, dtype=torch.int32, device=device)
+    positions = torch.arange(context, context + rows, dtype=torch.int32, device=device)
+    want = _reference(config, attention, kv.clone(), qkv, 1, context)
+    tiles = torch.tensor(attention.tiles(0, context, rows, 1), dtype=torch.int32, device=device)
+    results = []
+    for whole in (None, (1, context)):
+        out = torch.full((rows, config.q_size), float("nan"), dtype=torch.float16, device=device)
+        attention.prefill(qkv.clone(), kv.clone(), slots, positions, tiles, out, rows, whole)
+        results.append(out.float())
+    assert all((result - want).abs().max() < 4e-3 * want.abs().max() for result in results)
+
+
+def test_only_whole_steps_at_a_multiple_are_the_library_s():
+    from llama_engine.kernels.attention import PagedAttention
+
+    config, _, attention = _setup(torch.device("cpu"), 8, 2, 128, [0], 16, max_seq_len=256)
+    assert not attention.by_library(0, 256)
+    attention = PagedAttention(config, attention.engine, attention.block_tables, library="flash")
+    assert attention.by_library(0, 256)
+    assert attention.by_library(512, 256)
+    assert not attention.by_library(0, 255)
+    assert not attention.by_library(64, 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["kernel", "tma", "flash", "cudnn"])
+@pytest.mark.parametrize("context", [0, 2048, 40_960])
+def test_long_contexts_against_float32(way, context):
+    from llama_engine.kernels.attention import PrefillShape
+
+    device, rows = torch.device("cuda"), 512
+    torch.manual_seed(0)
+    options = {"library": way} if way in ("flash", "cudnn") else {"prefill_shape": PrefillShape(tma=way == "tma")}
+    config, kv, attention = _setup(device, 32, 8, 128, [0], 64, context + rows, **options)
+    qkv = torch.randn(rows, config.qkv_size, device=device).half()
+    slots = torch.zeros(rows, dtype=torch.int32, device=device)
+    positions = torch.arange(context, context + rows, dtype=torch.int32, device=device)
+    tiles = torch.tensor(attention.tiles(0, context, rows, 0), dtype=torch.int32, device=device)
+    out = torch.full((rows, config.q_size), float("nan"), dtype=torch.float16, device=device)
+    cache = kv.clone()
+    attention.prefill(
+        qkv.clone(), cache, slots, positions, tiles, out, rows, (0, context) if "library" in options else None
+    )
+    want = torch.cat([_reference(config, attention, cache, qkv[r : r + 1], 0, context + r) for r in range(0, rows, 37)])
+    assert (out[::37].float() - want).abs().max() < 4e-3 * want.abs().max()

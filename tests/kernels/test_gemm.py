@@ -180,3 +180,21 @@ def test_real_shapes_against_the_dequantized_reference(n, k, m):
     gemm(wide, a_scale, linear, out, m, STORE, fit(default_tile("qkv", m), linear, m), Workspace(device))
     want = x.double() @ linear.dequantize().double().T
     assert (out.double() - want).abs().max() <= want.abs().max() / 128 * 1.5
+
+
+@pytest.mark.gpu
+def test_logits_of_a_row_do_not_depend_on_how_many_rows_there_are():
+    from llama_engine.kernels.gemm import LOGITS, Workspace, fit, gemm
+    from llama_engine.kernels.tiles import default_tile
+
+    device, n, k = torch.device("cuda"), 128256, 4096
+    linear = Linear(torch.randn(n, k, device=device).half())
+    a = torch.randn(512, k, device=device).half()
+    results = []
+    for rows in (1, 20, 64, 100, 512):
+        tile = fit(default_tile("lm_head", rows), linear, rows)
+        partials = (torch.empty(512 * 8192, device=device), torch.empty(512 * 8192, dtype=torch.int32, device=device))
+        out = torch.full((rows, n), float("nan"), device=device)
+        gemm(a, None, linear, out, rows, LOGITS, tile, Workspace(device), partials)
+        results.append(out[0].clone())
+    assert all(torch.equal(result, results[0]) for result in results)
