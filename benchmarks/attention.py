@@ -1,4 +1,4 @@
-"""Time every way to do attention: prefill of long prompts in chunks, and decode over long contexts in batches.
+"""Time the candidate shapes of attention: prefill of long prompts in chunks, and decode over long contexts in batches.
 
 Method: the geometry's attention alone over random KV, as a CUDA graph: all chunks of a prompt in one layer, or a decode
 in eight layers, so that nothing is served from L2; the fastest of 3 replays. TFLOP/s count the causal half, GB/s keys
@@ -32,7 +32,6 @@ DECODES = ((8, 8192), (8, 512), (32, 1024), (64, 160), (256, 1125))  # rows and 
 
 def prefill_candidates() -> dict[str, dict[str, Any]]:
     from llama_engine.kernels.attention import PREFILL, PrefillShape
-    from llama_engine.kernels.attention_sdpa import CUDNN, FLASH
 
     shapes = [PREFILL] + [
         PrefillShape(rows, keys, warps, stages, tma)
@@ -41,11 +40,10 @@ def prefill_candidates() -> dict[str, dict[str, Any]]:
             *((128, 128, 8, 2, False), (64, 64, 4, 3, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True)),
         )
     ]
-    ours = {
+    return {
         f"{s.rows} x {s.keys}, {s.warps} warps, {s.stages} stages" + ", TMA" * s.tma: {"prefill_shape": s}
         for s in dict.fromkeys(shapes)
     }
-    return ours | {name: {"library": name} for name in (FLASH, CUDNN)}
 
 
 def decode_candidates() -> list[Any]:
@@ -87,22 +85,20 @@ class Bench:
         self.tables[0] = self.order[: self.tables.shape[1]]
         slots, positions = self._ints([0] * rows), self._ints(range(start, start + rows))
         tiles = self._ints(attention.tiles(0, start, rows, 0))
-        whole = (0, start) if attention.library else None
-        return lambda: attention.prefill(self.qkv, self.kv[0], slots, positions, tiles, self.out, rows, whole)
+        return lambda: attention.prefill(self.qkv, self.kv[0], slots, positions, tiles, self.out, rows)
 
     def prefill_error(self, attention: Any) -> float:
         """The largest error of the chunk that ends at CHECKED_CONTEXT, relative to the largest value."""
-        from llama_engine.kernels.attention_sdpa import gather
-
         c, start = self.config, CHECKED_CONTEXT - CHECKED_ROWS
         self.prefill(attention, start, CHECKED_ROWS)()
-        keys, values = gather(self.kv[0], self.tables[0], CHECKED_CONTEXT)
+        blocks = self.tables[0, : CHECKED_CONTEXT // 64]
+        keys, values = self.kv[0].transpose(1, 2).index_select(2, blocks).flatten(2, 3)
         rows = torch.arange(0, CHECKED_ROWS, 61, device=self.device)
         hidden = torch.arange(CHECKED_CONTEXT, device=self.device) > (start + rows)[:, None]
         group, worst, largest = c.num_heads // c.num_kv_heads, 0.0, 0.0
         for head in range(c.num_heads):  # q was rotated in place
             span = slice(head * c.head_size, (head + 1) * c.head_size)
-            q, k, v = self.qkv[rows, span].float(), keys[0, head // group].float(), values[0, head // group].float()
+            q, k, v = self.qkv[rows, span].float(), keys[head // group].float(), values[head // group].float()
             scores = (q @ k.T / c.head_size**0.5).masked_fill(hidden, float("-inf"))
             want = scores.softmax(-1) @ v
             worst = max(worst, float((self.out[rows, span].float() - want).abs().max()))

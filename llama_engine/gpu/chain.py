@@ -39,10 +39,8 @@ class GpuModel:
         weights: EngineWeights,
         tiles: Tiles,
         stream: bool = True,
-        attention_library: str | None = None,
     ) -> None:
-        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs;
-        ``attention_library`` is the ``library`` of :class:`PagedAttention`."""
+        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
         self.config, self.engine = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
@@ -70,7 +68,7 @@ class GpuModel:
         self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.partials = (zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32), zeros(LM_HEAD_ROWS * 8192, dtype=torch.int32))
         self.workspace = gemm.Workspace(device)
-        self.attention = PagedAttention(config, engine, self.block_tables, library=attention_library)
+        self.attention = PagedAttention(config, engine, self.block_tables)
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
@@ -259,13 +257,12 @@ class GpuModel:
         sampled: torch.Tensor,
         every_row: bool = False,
         part: slice = ALL_LAYERS,
-        whole: tuple[int, int] | None = None,
         decodes: int = 0,
     ) -> None:
         """Run the tokens ``ids`` (int32 ``[T]``, at ``positions`` of ``slots``) in the query ``tiles`` of
         :meth:`PagedAttention.tiles`. ``ends`` int32 ``[3, n]``: the row, slot and next position of each sample.
         ``every_row`` also finishes the rows that are not sampled, for :meth:`all_logits`. ``part``: only these layers,
-        the first with the embedding and the last with the sampling. ``whole`` as in :meth:`PagedAttention.prefill`.
+        the first with the embedding and the last with the sampling.
         The first ``decodes`` rows each decode their slot instead (``ids`` and ``positions`` of them are not read, and
         ``every_row`` is a must); the ``tiles`` count the rows after them."""
         rows, d = ids.numel(), decodes
@@ -278,7 +275,7 @@ class GpuModel:
             if d:
                 self.attention.decode(self.qkv, kv, slots, self.position, out, scale, d)
             new = (slots[d:], positions[d:], tiles, self.attended[d:], rows - d)
-            self.attention.prefill(self.qkv[d:], kv, *new, whole)
+            self.attention.prefill(self.qkv[d:], kv, *new)
             rest = None if scale is None else scale[d:]
             quant.norm(self.attended[d:], None, 0.0, out[..., d:, :], rest, rows - d)
 

@@ -20,7 +20,6 @@ from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import persistent
-from llama_engine.kernels.attention import LIBRARY
 from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.sampler import list_logprobs, logprobs
@@ -114,8 +113,7 @@ class CudaExecutor:
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
         tiles = Tiles(tuning, gpu_name(self.device))
-        library = LIBRARY if kernels == "auto" and self._cuda else None
-        self.model = model = GpuModel(config, engine, weights, tiles, kernels != "triton", library)
+        self.model = model = GpuModel(config, engine, weights, tiles, kernels != "triton")
         self.engine = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
@@ -234,10 +232,7 @@ class CudaExecutor:
                 graph.replay()
         else:
             inputs = self._pack(chunks, total, None)
-            alone, every_row = chunks[0] if len(chunks) == 1 else None, step.logits == "all"
-            by_library = alone is not None and self.model.attention.by_library(alone.start, total)
-            whole = (alone.slot, alone.start) if by_library else None
-            self.model.prefill(*inputs, self._sampled, every_row=every_row, whole=whole)
+            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":

@@ -14,7 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.kernels import attention_decode, attention_prefill, attention_sdpa
+from llama_engine.kernels import attention_decode, attention_prefill
 from llama_engine.kernels.common import launch_options
 from llama_engine.model.rope import rope_tables
 
@@ -45,13 +45,10 @@ class PrefillShape:
     keys: int = 64
     warps: int = 4
     stages: int = 3
-    tma: bool = False  # keys and values through the tensor memory accelerator, where the cache's blocks allow it
+    tma: bool = True  # keys and values through the tensor memory accelerator, where GPU and cache's blocks allow it
 
 
 DECODE, PREFILL = DecodeShape(), PrefillShape()
-# The library for whole steps of one prompt, attention_sdpa.CUDNN or FLASH; None is the kernel here, which gives a row
-# the same sums however its prompt is cut. benchmarks/attention.py times them all.
-LIBRARY: str | None = None
 
 
 @dataclass
@@ -63,7 +60,6 @@ class PagedAttention:
     block_tables: torch.Tensor
     decode_shape: DecodeShape = DECODE
     prefill_shape: PrefillShape = PREFILL
-    library: str | None = None
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
@@ -77,6 +73,8 @@ class PagedAttention:
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
         self.query_tokens = max(1, self.prefill_shape.rows // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
+        # the accelerator came with Hopper; in Triton's interpreter descriptors work too
+        self.accelerates = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
     def decode(
         self,
@@ -139,11 +137,6 @@ class PagedAttention:
             **self.options,
         )
 
-    def by_library(self, start: int, length: int) -> bool:
-        """Whether a chunk of prefill is the library's: a whole step's at a multiple of it, so that few shapes occur."""
-        step = self.engine.max_num_tokens
-        return self.library is not None and length == step and start % step == 0
-
     def tiles(self, first_row: int, start: int, length: int, slot: int) -> list[tuple[int, int, int, int]]:
         """The query tiles (first row, rows, slot, first position) of a chunk of prefill."""
         step = self.query_tokens
@@ -158,12 +151,11 @@ class PagedAttention:
         tiles: torch.Tensor,
         out: torch.Tensor,
         num_rows: int,
-        whole: tuple[int, int] | None = None,
     ) -> None:
         """New tokens at ``positions`` of ``slots`` (int32 a row): rotate and cache them, then attend causally.
 
         ``tiles`` int32 ``[n, 4]`` from :meth:`tiles` (rows of zero do nothing); ``out`` fp16 ``[*, q_size]``; ``qkv``
-        is rotated in place. ``whole``: the rows are one chunk, of this slot from this position on, for the library.
+        is rotated in place.
         """
         c = self.config
         half = c.head_size // 2
@@ -186,16 +178,10 @@ class PagedAttention:
             num_warps=4,
             **self.options,
         )
-        if whole is not None:
-            slot, start = whole
-            keys, values = attention_sdpa.gather(kv, self.block_tables[slot], start + num_rows)
-            q = qkv[:num_rows, : c.q_size].unflatten(1, (c.num_heads, c.head_size)).transpose(0, 1)[None]
-            attended = attention_sdpa.attend(self.library, q, keys, values)
-            out[:num_rows].unflatten(1, (c.num_heads, c.head_size)).copy_(attended[0].transpose(0, 1))
-            return
         group, shape, head = triton.next_power_of_2(self.group), self.prefill_shape, c.head_size
         tma = (
             shape.tma
+            and self.accelerates
             and self.engine.tokens_per_block % shape.keys == 0
             and head == max(16, triton.next_power_of_2(head))
         )

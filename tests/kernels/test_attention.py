@@ -116,65 +116,21 @@ def test_quantized_output_has_the_documented_scale(device):
     assert torch.allclose(scale, x.abs().amax(1) / 32512)
 
 
-@pytest.mark.parametrize("context", [0, 40])
-def test_a_chunk_by_the_library_matches_the_kernel(device, monkeypatch, context):
-    """Over gathered blocks, and merged with its context; here with PyTorch's arithmetic in the library's place."""
-    from llama_engine.kernels import attention_sdpa
-
-    def library(q, keys, values, causal):
-        group = q.shape[1] // keys.shape[1]
-        k, v = (x.float().repeat_interleave(group, 1) for x in (keys, values))
-        scores = q.float() @ k.mT / q.shape[-1] ** 0.5
-        if causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], device=q.device).tril().bool(), float("-inf"))
-        return (scores.softmax(-1) @ v).half(), scores.logsumexp(-1, keepdim=True)
-
-    monkeypatch.setattr(attention_sdpa, "_cudnn", library)
-    config, kv, attention = _setup(device, 8, 2, 128, [0, 0], 16, max_seq_len=128)
-    attention.library, rows = attention_sdpa.CUDNN, 30
-    qkv = torch.randn(rows, config.qkv_size, device=device).half()
-    slots = torch.full((rows,), 1, dtype=torch.int32, device=device)
-    positions = torch.arange(context, context + rows, dtype=torch.int32, device=device)
-    want = _reference(config, attention, kv.clone(), qkv, 1, context)
-    tiles = torch.tensor(attention.tiles(0, context, rows, 1), dtype=torch.int32, device=device)
-    results = []
-    for whole in (None, (1, context)):
-        out = torch.full((rows, config.q_size), float("nan"), dtype=torch.float16, device=device)
-        attention.prefill(qkv.clone(), kv.clone(), slots, positions, tiles, out, rows, whole)
-        results.append(out.float())
-    assert all((result - want).abs().max() < 4e-3 * want.abs().max() for result in results)
-
-
-def test_only_whole_steps_at_a_multiple_are_the_library_s():
-    from llama_engine.kernels.attention import PagedAttention
-
-    config, _, attention = _setup(torch.device("cpu"), 8, 2, 128, [0], 16, max_seq_len=256)
-    assert not attention.by_library(0, 256)
-    attention = PagedAttention(config, attention.engine, attention.block_tables, library="flash")
-    assert attention.by_library(0, 256)
-    assert attention.by_library(512, 256)
-    assert not attention.by_library(0, 255)
-    assert not attention.by_library(64, 256)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["kernel", "tma", "flash", "cudnn"])
+@pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("context", [0, 2048, 40_960])
-def test_long_contexts_against_float32(way, context):
+def test_long_contexts_against_float32(tma, context):
     from llama_engine.kernels.attention import PrefillShape
 
     device, rows = torch.device("cuda"), 512
     torch.manual_seed(0)
-    options = {"library": way} if way in ("flash", "cudnn") else {"prefill_shape": PrefillShape(tma=way == "tma")}
-    config, kv, attention = _setup(device, 32, 8, 128, [0], 64, context + rows, **options)
+    config, kv, attention = _setup(device, 32, 8, 128, [0], 64, context + rows, prefill_shape=PrefillShape(tma=tma))
     qkv = torch.randn(rows, config.qkv_size, device=device).half()
     slots = torch.zeros(rows, dtype=torch.int32, device=device)
     positions = torch.arange(context, context + rows, dtype=torch.int32, device=device)
     tiles = torch.tensor(attention.tiles(0, context, rows, 0), dtype=torch.int32, device=device)
     out = torch.full((rows, config.q_size), float("nan"), dtype=torch.float16, device=device)
     cache = kv.clone()
-    attention.prefill(
-        qkv.clone(), cache, slots, positions, tiles, out, rows, (0, context) if "library" in options else None
-    )
+    attention.prefill(qkv.clone(), cache, slots, positions, tiles, out, rows)
     want = torch.cat([_reference(config, attention, cache, qkv[r : r + 1], 0, context + r) for r in range(0, rows, 37)])
     assert (out[::37].float() - want).abs().max() < 4e-3 * want.abs().max()
