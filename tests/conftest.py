@@ -28,6 +28,7 @@ from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.prepare import prepare_default, prepare_synthetic
 from llama_engine.config import DEFAULT_MODEL, EngineConfig
 from llama_engine.cpu.fused import compile_library
+from tests.results import write_folder
 
 ROOT = Path(__file__).parent.parent
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -150,6 +151,12 @@ def smollm2_checkpoint(smollm2_model: Path, shared: Callable[..., Path]) -> Path
 @pytest.fixture(scope="session")
 def smollm2_engine(smollm2_checkpoint: Path, shared: Callable[..., Path]) -> Path:
     return shared("engines/smollm2", lambda target: build(smollm2_checkpoint, target, EngineConfig()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete machine's results in a repository of its own."""
+    return write_folder(tmp_path / "results" / "box")
 
 
 @pytest.fixture
