@@ -3,7 +3,7 @@
 # Triton Inference Server, draw the pictures, write the report. Results go to results/local/.
 #
 #   ./scripts/run_all.sh                                   the default model on this machine
-#   ./scripts/run_all.sh --quick                           shorter runs, three to nine minutes on two cores
+#   ./scripts/run_all.sh --quick                           shorter and fewer runs, at most six minutes on two cores
 #   ./scripts/run_all.sh --device cuda --synthetic llama-3.1-8b --name my-gpu
 #
 #   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
@@ -44,12 +44,12 @@ if [ "$device" = cuda ]; then
 else
   batch=16 concurrency="1 2 4 8" whole=8 # all of them would take too long on two cores
 fi
-if [ -n "$quick" ]; then
-  measure=(--output-tokens 128 --warmup 1 --runs 5 --batch-output-tokens 64 --batch-runs 2 --prefill-tokens 256)
-  load=(--output-tokens 128)
-  accuracy=(--quick)
+if [ -n "$quick" ]; then # five timed runs are the fewest that are VALID
+  measure=(--output-tokens 64 --warmup 1 --runs 5 --batch-output-tokens 32 --batch-runs 1 --prefill-tokens 128)
+  load=(--output-tokens 64) concurrency="1 ${concurrency##* }" whole=${concurrency##* }
+  accuracy=(--quick --greedy-prompts 2 --greedy-tokens 32) profile=(--output-tokens 16)
 else
-  measure=() load=(--output-tokens 512) accuracy=()
+  measure=() load=(--output-tokens 512) accuracy=() profile=()
 fi
 
 step 1 "prepare the model"
@@ -79,7 +79,8 @@ load+=(--engine-dir "$engine" --device "$device" --force)
   --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
 
 step 7 "profile"
-./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results/profile.json" --force
+./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" \
+  --output "$results/profile.json" --force "${profile[@]}"
 
 step 8 "pictures and report"
 if [ -n "$headline" ]; then

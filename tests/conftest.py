@@ -1,4 +1,4 @@
-"""Models, checkpoints and engines that many tests share, made once a session in a temporary place."""
+"""Models, checkpoints and engines that many tests share, made once a run for all workers, in a temporary place."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before PyTorch and what a test starts read it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is imported
@@ -20,15 +26,21 @@ if not torch.cuda.is_available():
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.prepare import prepare_default, prepare_synthetic
-from llama_engine.config import EngineConfig
+from llama_engine.config import DEFAULT_MODEL, EngineConfig
+from llama_engine.cpu.fused import compile_library
+from tests.results import write_folder
 
 ROOT = Path(__file__).parent.parent
 STOPS = (signal.SIGINT, signal.SIGTERM)
-# Called as cpu/fused.py calls it: FLAGS -o TARGET SOURCE.
+MAX_WORKERS = 8
+# What takes longest goes first; the other files follow in the order of their names.
+LONGEST = ("tests/llm_demo", "tests/test_readme.py", "tests/serving/test_lifecycle.py", "tests/serving/test_server.py")
+# Called as cpu/fused.py calls it: FLAGS -o TARGET SOURCE. Two workers that want the same wait for one compiler.
 CACHING_COMPILER = """#!/bin/sh
 flags=
 while [ "$1" != -o ]; do flags="$flags $1"; shift; done
 kept=$(dirname "$0")/$(echo "$flags" | cat - "$3" | sha256sum | cut -c1-16)
+command -v flock >/dev/null && exec 9>"$kept.lock" && flock 9
 [ -e "$kept" ] || { COMPILER $flags -o "$kept.$$" "$3" && mv "$kept.$$" "$kept"; } && cp "$kept" "$2"
 """
 
@@ -39,60 +51,112 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needing = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+    items.sort(key=lambda item: place(scope(item.nodeid)))  # stable
+
+
+def scope(nodeid: str) -> str:
+    """What one worker runs as a whole: a file, for its module's fixtures, or the demo, whose files share servers."""
+    file = nodeid.partition("::")[0]
+    return LONGEST[0] if file.startswith(LONGEST[0]) else file
+
+
+def place(scope: str) -> int:
+    return LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The meaning of ``-n auto``: a worker a core, but an engine takes most of a GPU's memory."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, MAX_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling  # this hook is called by pytest-xdist alone
+
+    class Scopes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    config.option.loadscopereorder = False  # it would put many short tests before few long ones
+    return Scopes(config, log)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``shared(name, make)``: the path ``name`` of this run, for all workers, made by the first that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if workers else root) / "shared"
+
+    def path(name: str, make: Callable[[Path], object]) -> Path:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                make(target)
+        return target
+
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def one_compilation(shared: Callable[..., Path]) -> Iterator[None]:
     """Every engine directory gets its own compiled CPU kernel, which takes a compiler ten seconds: run it once."""
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None)
+
+    def write(wrapper: Path) -> None:
+        wrapper.write_text(CACHING_COMPILER.replace("COMPILER", compiler))
+        wrapper.chmod(0o755)
+
     with pytest.MonkeyPatch.context() as patch:
         if compiler:
-            wrapper = tmp_path_factory.mktemp("compiler") / "c++"
-            wrapper.write_text(CACHING_COMPILER.replace("COMPILER", compiler))
-            wrapper.chmod(0o755)
-            patch.setenv("CXX", str(wrapper))
+            patch.setenv("CXX", str(shared("c++", write)))
         yield
 
 
+def build(checkpoint: Path, target: Path, config: EngineConfig) -> None:
+    build_native(checkpoint, target, config)
+    compile_library(target / "kernels")  # now: later a worker might copy the directory while another compiles into it
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(shared: Callable[..., Path]) -> Path:
     """Two layers, hidden 128, vocabulary 512, llama3 RoPE scaling, random weights, no tokenizer."""
-    return prepare_synthetic("tiny", tmp_path_factory.mktemp("models"))
+    return shared("models/synthetic-tiny", lambda target: prepare_synthetic("tiny", target.parent))
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    convert(tiny_model, target, ConvertOptions(int8=True))
-    return target
+def tiny_checkpoint(tiny_model: Path, shared: Callable[..., Path]) -> Path:
+    return shared("checkpoints/tiny", lambda target: convert(tiny_model, target, ConvertOptions(int8=True)))
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("engines") / "tiny"
+def tiny_engine(tiny_checkpoint: Path, shared: Callable[..., Path]) -> Path:
     config = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
-    build_native(tiny_checkpoint, target, config)
-    return target
+    return shared("engines/tiny", lambda target: build(tiny_checkpoint, target, config))
 
 
 @pytest.fixture(scope="session")
-def smollm2_model() -> Path:
+def smollm2_model(shared: Callable[..., Path]) -> Path:
     """The real default model, with its tokenizer; kept in models/ because preparing it takes a while."""
-    return prepare_default(ROOT / "models")
+    shared("smollm2-intact", lambda checked: checked.write_text(str(prepare_default(ROOT / "models"))))
+    return ROOT / "models" / DEFAULT_MODEL
 
 
 @pytest.fixture(scope="session")
-def smollm2_checkpoint(smollm2_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("checkpoints") / "smollm2"
-    convert(smollm2_model, target, ConvertOptions(int8=True))
-    return target
+def smollm2_checkpoint(smollm2_model: Path, shared: Callable[..., Path]) -> Path:
+    return shared("checkpoints/smollm2", lambda target: convert(smollm2_model, target, ConvertOptions(int8=True)))
 
 
 @pytest.fixture(scope="session")
-def smollm2_engine(smollm2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("engines") / "smollm2"
-    build_native(smollm2_checkpoint, target, EngineConfig())
-    return target
+def smollm2_engine(smollm2_checkpoint: Path, shared: Callable[..., Path]) -> Path:
+    return shared("engines/smollm2", lambda target: build(smollm2_checkpoint, target, EngineConfig()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete machine's results in a repository of its own."""
+    return write_folder(tmp_path / "results" / "box")
 
 
 @pytest.fixture

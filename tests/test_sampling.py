@@ -171,7 +171,7 @@ def test_the_reference_does_what_is_defined(values, params, position):
     ],
 )
 def test_frequencies_follow_the_distribution(params):
-    draws, vocab, history = 100_000, 64, ([1, 2], [3, 4, 4])
+    draws, vocab, history = 40_000, 64, ([1, 2], [3, 4, 4])
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 1.5
     observed = torch.bincount(draw(logits, params, range(draws), history), minlength=vocab).double().numpy()
     x = logits.double().numpy().copy()

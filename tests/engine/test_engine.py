@@ -9,7 +9,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llama_engine.config import EngineConfig
 from llama_engine.device import pick_device
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.engine_dir import WEIGHTS_FILE
@@ -350,7 +349,3 @@ def test_max_batch_size_bounds_the_running_set(tiny_engine):
         engine.step()
         running.add(len(engine.scheduler.running))
     assert max(running) == 4
-
-
-def test_config_defaults_are_those_of_trtllm_build():
-    assert (EngineConfig().tokens_per_block, EngineConfig().kv_cache_free_gpu_memory_fraction) == (64, 0.9)

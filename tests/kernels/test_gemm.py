@@ -1,9 +1,16 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear
+from tests.conftest import ROOT
 
 
 def _problem(device, m, n, k):
@@ -138,20 +145,27 @@ def test_a_maximum_that_is_not_finite_is_no_token_and_the_slot_still_holds_an_id
         weight[column or 0, 5] = 1
 
 
-def test_tiles_shrink_to_a_smaller_gpu(monkeypatch):
+def test_tiles_shrink_until_they_fit_a_smaller_gpu(monkeypatch):
     from llama_engine.kernels import gemm
     from llama_engine.kernels.tiles import default_tile
 
     linear = Linear(torch.zeros((64, 14336), dtype=torch.int8), torch.zeros(64))
-    for room in (232448, 101376):
+    cases = [(90, 232448, "qkv", rows) for rows in (64, 1000)]  # compute capability, bytes a block may have
+    cases += [(86, 101376, name, rows) for name in ("qkv", "gate_up") for rows in (1, 16, 32, 64, 1000)]
+    tiles = []
+    for capability, room, name, rows in cases:
         monkeypatch.setattr(gemm, "shared_memory", lambda _, room=room: room)
-        for rows in (1, 16, 32, 64, 1000):
-            for name in ("qkv", "o", "gate_up", "down"):
-                tile, wanted = gemm.fit(default_tile(name, rows), linear, rows), default_tile(name, rows)
-                # What Triton was seen to allocate: one buffer a stage, one less without asynchronous instructions.
-                slow = (tile.n if tile.swap else tile.m) < 64 or tile.m < 16
-                assert (tile.stages - slow) * tile.k * (tile.n + 2 * tile.m) <= room
-                assert room < 200000 or (tile.k, tile.stages) == (wanted.k, wanted.stages)
+        tiles.append(gemm.fit(default_tile(name, rows), linear, rows))
+        assert capability != 90 or tiles[-1] == default_tile(name, rows)
+    jobs = json.dumps([(case[0], 14336, asdict(tile)) for case, tile in zip(cases, tiles)])
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled"],
+        input=jobs, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for case, tile, nbytes in zip(cases, tiles, json.loads(done.stdout)):
+        assert 0 < nbytes <= case[1], (case, tile)
 
 
 def test_misfit_operands_are_refused(device):

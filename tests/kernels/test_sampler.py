@@ -144,6 +144,9 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
         monkeypatch.setattr(sampler, "WARPS", 1)
         monkeypatch.setattr(sampler, "CANDIDATES", 32)
     arguments = cases(kind)
+    if device.type == "cpu":  # interpreted, a row takes a second: each kind and filter meet in one of the two widths
+        half = slice((KINDS.index(kind) + narrow) % 2, None, 2)
+        arguments = tuple(part[half] for part in arguments)
     tokens, counts = on_gpu(*arguments, device)
     expected, expected_counts = reference(*arguments)
     mode = [p.mode for p in arguments[1]]

@@ -1,4 +1,4 @@
-"""Mixed load for SOAK_S seconds (60 by default, 1200 for a release): nothing leaks, nothing answers differently.
+"""Mixed load for SOAK_S seconds (15 by default, 1200 for a release): nothing leaks, nothing answers differently.
 
 SOAK_S=1200 python -m pytest tests/soak
 """
@@ -17,7 +17,7 @@ from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer
 from tests.serving.tools import alone, assert_idle
 
-SOAK_S = float(os.environ.get("SOAK_S", 60))
+SOAK_S = float(os.environ.get("SOAK_S", 15))
 MAX_GROWTH = 100e6
 HAMMERERS = 2  # users that ask again at once when the queue is full; the others back off, as real clients do
 pytestmark = [

@@ -1,0 +1,184 @@
+"""Do the tests see a broken product? Each row breaks one line, in a copy of the repository; its tests must then fail.
+
+python tests/sabotage.py [WORD ...]   only the rows with one of the words in a path; exit code 1 names what was not seen
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = (".git", ".venv", "models", "checkpoints", "engines", "__pycache__", ".pytest_cache", ".ruff_cache")
+ROWS = [  # file, what it says, what it says instead, the tests that must fail
+    (
+        "llama_engine/engine/scheduler.py",
+        "self.waiting.appendleft(sequence)",
+        "self.waiting.append(sequence)",
+        "tests/engine/test_scheduler.py",
+    ),
+    (
+        "llama_engine/engine/scheduler.py",
+        "samples=end == sequence.known",
+        "samples=True",
+        "tests/engine/test_scheduler.py",
+    ),
+    (
+        "llama_engine/engine/kv_cache.py",
+        "self._cached.popitem(last=False)",
+        "self._cached.popitem(last=True)",
+        "tests/engine/test_kv_cache.py",
+    ),
+    (
+        "llama_engine/engine/kv_cache.py",
+        "for block in reversed(table):",
+        "for block in table:",
+        "tests/engine/test_kv_cache.py",
+    ),
+    ("llama_engine/engine/loop.py", "if request.deadline < now:", "if False:", "tests/engine/test_loop.py"),
+    (
+        "llama_engine/model/llama.py",
+        "a * cos - b * sin, b * cos + a * sin",
+        "a * cos + b * sin, b * cos - a * sin",
+        "tests/model/test_llama.py",
+    ),
+    (
+        "llama_engine/cpu/matrix.h",
+        "1.f / std::sqrt(sum(squares) / m.hidden + m.eps)",
+        "1.f / std::sqrt(sum(squares) / m.hidden + 0.1f)",
+        "tests/model/test_llama.py",
+    ),
+    (
+        "llama_engine/model/sampler.py",
+        "(weight.cumsum(-1) <= target)",
+        "(weight.cumsum(-1) < target)",
+        "tests/test_sampling.py",
+    ),
+    (
+        "llama_engine/checkpoint/packing.py",
+        ".ge_(0.5).copysign_(weight)",
+        ".gt_(0.5).copysign_(weight)",
+        "tests/checkpoint/test_packing.py",
+    ),
+    (
+        "llama_engine/files.py",
+        "if target.is_dir() and any(target.iterdir()) and not force:",
+        "if False:",
+        "tests/test_files.py",
+    ),
+    (
+        "llama_engine/config.py",
+        "if len(prompt) + max_new_tokens > engine.max_seq_len:",
+        "if len(prompt) > engine.max_seq_len:",
+        "tests/engine/test_engine.py",
+    ),
+    ("llama_engine/kernels/gemm.py", "while stages > 2 and", "while stages > 9 and", "tests/kernels/test_gemm.py"),
+    (
+        "llama_engine/gpu/tuner.py",
+        "model.tiles.set(name, scheme, bucket, tile)\n                try:",
+        "try:",
+        "tests/gpu/test_tuner.py",
+    ),
+    (
+        "llama_engine/measure/stats.py",
+        "second = first if paired else",
+        "second = first if not paired else",
+        "tests/measure/test_stats.py",
+    ),
+    (
+        "llama_engine/measure/validity.py",
+        "if gap > MAX_LITTLE_GAP:",
+        "if gap > 5 * MAX_LITTLE_GAP:",
+        "tests/measure/test_validity.py",
+    ),
+    (
+        "llama_engine/measure/accuracy.py",
+        "(p.exp() * (p - q))",
+        "(q.exp() * (q - p))",
+        "tests/measure/test_accuracy.py",
+    ),
+    (
+        "llama_engine/measure/load.py",
+        "await self._send(load, start + due, input_tokens, output_tokens)",
+        "await self._send(load, time.perf_counter(), input_tokens, output_tokens)",
+        "tests/measure/test_load.py",
+    ),
+    (
+        "llama_engine/report/story.py",
+        "return None if self.withheld() else self.get(",
+        "return self.get(",
+        "tests/report/test_render.py",
+    ),
+    (
+        "llama_engine/serving/request.py",
+        "return row[:length].tolist()",
+        "return row.tolist()",
+        "tests/serving/test_request.py",
+    ),
+    (
+        "triton_model_repo/tensorrt_llm/1/model.py",
+        "if name and live.name == name]:",
+        "if False]:",
+        "tests/serving/test_server.py -k stop_request",
+    ),
+    (
+        "llm_demo/guard.py",
+        "not secrets.compare_digest(given, self.key)",
+        "given not in self.key",
+        "tests/llm_demo/test_guard.py",
+    ),
+    ("llm_demo/text.py", "keep = max(ends, default=0)", "keep = 0", "tests/llm_demo/test_text.py"),
+    (
+        "scripts/run_all.sh",
+        "[[ $name =~ ^[a-z0-9][a-z0-9_-]*$ ]] ||",
+        "true ||",
+        "tests/scripts/test_shell.py -k run_all",
+    ),
+]
+
+
+def run(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+    # Two edits of one second and size would share compiled bytes.
+    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+
+
+def main(words: list[str]) -> int:
+    rows = [row for row in ROWS if not words or any(word in row[0] + row[3] for word in words)]
+    unseen = []
+    with tempfile.TemporaryDirectory() as work:
+        copy = Path(work) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        for left_out in (".venv", "models"):
+            if (ROOT / left_out).exists():
+                (copy / left_out).symlink_to((ROOT / left_out).resolve())
+        sound = run(copy, sorted({row[3].split()[0] for row in rows}))
+        if sound.returncode:
+            print(sound.stdout, "error: these tests fail without any sabotage", sep="\n", file=sys.stderr)
+            return 1
+        for name, old, new, tests in rows:
+            file, title = copy / name, f"{name}: {new}"
+            text = file.read_text(encoding="utf-8")
+            if text.count(old) != 1:
+                unseen.append(f"{name} says {text.count(old)} times {old!r}: mend the row")
+                continue
+            file.write_text(text.replace(old, new), encoding="utf-8")
+            done = run(copy, tests.split())
+            file.write_text(text, encoding="utf-8")
+            failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            print(f"{'seen' if done.returncode == 1 else 'NOT SEEN'}  {title}  {' '.join(failed)[:100]}", flush=True)
+            if done.returncode != 1:
+                unseen.append(f"{title} (exit code {done.returncode} of {tests})")
+    print(f"{len(rows) - len(unseen)} of {len(rows)} seen")
+    if unseen:
+        print("error: not seen: " + "; ".join(unseen), file=sys.stderr)
+    return bool(unseen)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
