@@ -177,6 +177,12 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of which pictures are drawn, not of what they look like."""
+    monkeypatch.setattr("llama_engine.report.plots.STYLE", {"figure.dpi": 20})
+
+
+@pytest.fixture
 def kept_handlers() -> Iterator[None]:
     """For tests in whose process a script catches Ctrl-C and TERM."""
     handlers = {number: signal.getsignal(number) for number in STOPS}

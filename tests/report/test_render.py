@@ -93,7 +93,7 @@ def test_scaling_ends_at_the_largest_load_that_counts(folder, edit_json):
     assert "Scaling from 1 to 2 requests" in page(folder)
 
 
-def test_missing_parts_are_said_to_be_missing(folder):
+def test_missing_parts_are_said_to_be_missing(folder, coarse_pictures):
     for name in ("triton-native", "accuracy-native", "comparison", "optimized-native"):
         (folder / f"{name}.json").unlink()
         text = page(folder)
