@@ -23,7 +23,7 @@ from llama_engine.sampling import MAX_BIAS, RECORD, SamplingParams, count_tokens
 
 CANDIDATES = 8192  # what a program's registers hold
 WARPS = 16
-PARTS = 16  # tokens that a thread has under way
+PARTS = 8  # tokens that a thread has under way
 WORDS = RECORD.itemsize // 4
 MAX_SPLIT = 32
 SPLITS: int | None = None  # programs a row, if not what programs_per_row says
@@ -141,7 +141,7 @@ def _kept(x, ids, end, last):
 
 @triton.jit
 def _fold(values, LANES: tl.constexpr):
-    """A tile's int32 added up by thread, int64 ``[LANES]``; four weights fill an int32."""
+    """A tile's int32 added up by thread, int64 ``[LANES]``; seven weights fit an int32."""
     return tl.sum(tl.reshape(tl.sum(values, axis=0), [LANES, 4]).to(tl.int64), axis=1)
 
 
@@ -693,15 +693,15 @@ def _sampler(
                 tl.store(at, tl.where(count < 32766, count + 2, count).to(tl.int16))
 
 
-def programs_per_row(rows: int, device: torch.device) -> int:
-    """SPLIT: one in Triton's interpreter, where programs run one after another, else all multiprocessors busy."""
+def programs_per_row(rows: int, chunks: int, device: torch.device) -> int:
+    """SPLIT: 1 in Triton's interpreter, where programs run one after another, else as many as run at once."""
     if device.type != "cuda":
         return 1
     if SPLITS:
         return SPLITS
-    available = torch.cuda.get_device_properties(device).multi_processor_count
-    split = MAX_SPLIT
-    while split > 4 and split * rows > available:
+    split = min(MAX_SPLIT, triton.next_power_of_2(chunks))
+    at_once = torch.cuda.get_device_properties(device).multi_processor_count * 16 // WARPS
+    while split > 2 and split * rows > at_once:
         split //= 2
     return split
 
@@ -755,8 +755,8 @@ class Sampler:
         one, or -1 for a row without a finite largest logit; so does ``last_token[slots[r]]`` int32, 0 for such a row.
         ``position[slots[r]]`` int32 is where the new token will stand: as ``finish`` leaves it.
         """
-        split = programs_per_row(num_rows, logits.device)
         chunks = triton.cdiv(self.vocab_size, PARTS * 32 * WARPS)
+        split = programs_per_row(num_rows, chunks, logits.device)
         _sampler[(num_rows * split,)](
             logits,
             sampled,
@@ -782,5 +782,6 @@ class Sampler:
             CANDIDATES=CANDIDATES,
             num_warps=WARPS,
             enable_fp_fusion=False,  # a product and a sum round by themselves, as the reference's do
+            **({} if WARPS == 16 else {"maxnreg": 128}),  # 16 warps a multiprocessor
             **launch_options(logits.device),
         )
