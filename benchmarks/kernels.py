@@ -15,6 +15,7 @@ Output: a table.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,9 +70,11 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     return runs
 
 
-def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """The sampler over ``rows`` rows of ``vocab`` logits, by what the rows ask for and how wide they spread."""
-    from llama_engine.kernels.sampler import Sampler
+def sampler_runs(rows: int, vocab: int, device: torch.device, cuts: list[tuple]) -> dict[str, Callable[[], None]]:
+    """The sampler over ``rows`` rows of ``vocab`` logits, by what the rows ask for and how wide they spread. ``cuts``:
+    programs a row and warps a program, None for the engine's own choice."""
+    from llama_engine.kernels import sampler as module
+    from llama_engine.kernels.sampler import WARPS, Sampler
     from llama_engine.sampling import SamplingParams
 
     asked: dict[str, dict[str, Any]] = {
@@ -93,11 +96,17 @@ def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Calla
                 for target, values in sampler.updates(slot, params, range(1000), range(100)):
                     target[: values.size].copy_(torch.from_numpy(values))
 
-            def run(sampler: Sampler = sampler, logits: torch.Tensor = logits) -> None:
-                sampled[:rows] = logits.argmax(-1)
-                sampler.launch(logits, sampled, slots, last, position, rows)
+            for split, warps in cuts:
 
-            runs[f"sampler, {name}: {title}"] = run
+                def run(
+                    sampler: Sampler = sampler, logits: torch.Tensor = logits, split: Any = split, warps: Any = warps
+                ) -> None:
+                    module.SPLITS, module.WARPS = split, warps or WARPS
+                    sampled[:rows] = logits.argmax(-1)
+                    sampler.launch(logits, sampled, slots, last, position, rows)
+
+                cut = "".join(f", {n} {what}" for n, what in ((split, "programs"), (warps, "warps")) if n)
+                runs[f"sampler{cut}, {name}: {title}"] = run
         runs[f"argmax, {name}"] = lambda logits=logits: sampled[:rows].copy_(
             logits.argmax(-1)
         )  # which the above include
@@ -112,6 +121,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens each sequence has in the KV cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[32, 1024], help="prompt lengths to time whole")
     parser.add_argument("--tune", action="store_true", help="time the tiles of every matrix first")
+    parser.add_argument(
+        "--sampler-parts", type=int, nargs="+", default=[None], choices=[1, 2, 4, 8, 16, 32], help="programs a row"
+    )
+    parser.add_argument("--sampler-warps", type=int, nargs="+", default=[None], choices=[4, 8, 16], help="a program")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("benchmarks/kernels.py needs a CUDA GPU")
@@ -122,6 +135,7 @@ def main() -> None:
     from llama_engine.kernels import tiles
 
     console = Console()
+    cuts = list(itertools.product(args.sampler_parts, args.sampler_warps))
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = environment.measure_read_bandwidth("cuda")["bytes_per_s"]
     config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
@@ -154,7 +168,7 @@ def main() -> None:
             count = 4 if name == "lm_head" else layers
             ms = tuner.time_graph(lambda run=run, count=count: [run(i) for i in range(count)])
             report(name, rows, ms / count, nbytes)
-        for name, run in sampler_runs(rows, config.vocab_size, device).items():
+        for name, run in sampler_runs(rows, config.vocab_size, device, cuts).items():
             report(name, rows, tuner.time_graph(run, repeats=10), rows * config.vocab_size * 4)
         step = tuner.time_graph(model.sample_step(rows, context=args.context), repeats=5)
         report("whole decode step", rows, step, model.weights.step_nbytes + rows * args.context * kv_bytes)

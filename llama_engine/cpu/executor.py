@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.cpu.fused import CpuModel
+from llama_engine.cpu.fused import CpuModel, SampleView
 from llama_engine.engine.executor import ReadyHandle
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
@@ -39,6 +39,7 @@ class HostExecutor:
         self._last = [0] * slots
         self._params = [SamplingParams()] * slots
         self._counts: dict[int, torch.Tensor] = {}  # of the penalized slots
+        self._views = [SampleView.of(self._params[0])] * slots  # of a CpuModel's sampler
         self._vocab_size = config.vocab_size
         self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
 
@@ -46,6 +47,8 @@ class HostExecutor:
         self._params[slot] = params
         if params.penalized:
             self._counts[slot] = torch.from_numpy(count_tokens(prompt, output, self._vocab_size)).to(self._device)
+        if isinstance(self._model, CpuModel):
+            self._views[slot] = SampleView.of(params, self._counts[slot] if params.penalized else None)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._tables[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
@@ -83,9 +86,8 @@ class HostExecutor:
 
     def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int | Exception]:
         """The token of each row of ``logits`` ``[chunks, vocab]``, or what went wrong in it; ``logits`` is scratch."""
-        if not isinstance(self._model, CpuModel):
-            with contextlib.suppress(Exception):  # in a row, which its own turn below will name
-                return self._draw(logits, chunks)
+        with contextlib.suppress(Exception):  # in a row, which its own turn below will name
+            return self._draw(logits, chunks)
         sampled: list[int | Exception] = []
         for row, chunk in enumerate(chunks):
             try:
@@ -95,15 +97,13 @@ class HostExecutor:
         return sampled
 
     def _draw(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int]:
-        params = [self._params[chunk.slot] for chunk in chunks]
         positions = [chunk.start + chunk.length for chunk in chunks]
-        counts = [self._counts.get(chunk.slot) if p.penalized else None for chunk, p in zip(chunks, params)]
         if isinstance(self._model, CpuModel):
-            draw = self._model.sampler.sample
-            rows = zip(logits, params, positions, counts)
-            return [draw(row, p.record, position, p.biases, count) for row, p, position, count in rows]
+            return self._model.sampler.sample(logits, [self._views[chunk.slot] for chunk in chunks], positions)
         if not chunks:
             return []
+        params = [self._params[chunk.slot] for chunk in chunks]
+        counts = [self._counts.get(chunk.slot) if p.penalized else None for chunk, p in zip(chunks, params)]
         history = None
         if any(p.penalized for p in params):
             none = torch.zeros(self._vocab_size, dtype=torch.int16, device=self._device)

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import RunError
 from llama_engine.model.rope import rope_tables
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
+from llama_engine.sampling import SamplingParams
 
 SOURCE = Path(__file__).with_name("step.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
@@ -67,30 +69,43 @@ class _StepView(ctypes.Structure):
     )
 
 
-class _SampleView(ctypes.Structure):
+class SampleView(ctypes.Structure):
+    """What a slot asks of its rows; ``keep`` are the arrays that it points to."""
+
     _fields_ = (
         *_fields(_POINTER, "logits record counts bias_ids biases"),
         ("position", ctypes.c_int64),
-        ("vocab", _INT),
+        *_fields(_INT, "vocab token"),
     )
+    keep: tuple[object, ...] = ()
+
+    @classmethod
+    def of(cls, params: SamplingParams, counts: Tensor | None = None) -> SampleView:
+        """``counts`` int16 ``[vocab]``, contiguous and needed when penalized, take in the tokens drawn."""
+        ids, values = np.array(list(params.biases), np.int32), np.array(list(params.biases.values()), np.float32)
+        counted = None if counts is None else counts.data_ptr()
+        view = cls(None, params.record.ctypes.data, counted, ids.ctypes.data, values.ctypes.data)
+        view.keep = (params.record, counts, ids, values)
+        return view
 
 
 class CpuSampler:
-    """:func:`llama_engine.sampling.sample` for one row at a time, in the compiled ``library``."""
+    """:func:`llama_engine.model.sampler.sample` in the compiled ``library``, the rows shared out among the threads of
+    ``engine``, a handle of ``llama_create``; without one on the thread that calls."""
 
-    def __init__(self, library: Path) -> None:
-        self._sample = ctypes.CDLL(str(library)).llama_sample
-        self._sample.argtypes, self._sample.restype = (ctypes.POINTER(_SampleView),), _INT
+    def __init__(self, library: Path, engine: int | None = None) -> None:
+        self._engine, self._sample = engine, ctypes.CDLL(str(library)).llama_sample
+        self._sample.argtypes, self._sample.restype = (ctypes.c_void_p, ctypes.POINTER(SampleView), ctypes.c_int), None
 
-    def sample(
-        self, logits: Tensor, record: np.ndarray, position: int, biases: dict[int, float], counts: Tensor | None = None
-    ) -> int:
-        """The token of ``logits`` float32 ``[vocab]``, which it overwrites when penalized or biased; ``counts`` int16
-        ``[vocab]``, needed when penalized, take in the token. All contiguous."""
-        bias_ids, values = np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32)
-        pointers = (logits.data_ptr(), record.ctypes.data, None if counts is None else counts.data_ptr())
-        view = _SampleView(*pointers, bias_ids.ctypes.data, values.ctypes.data, position, logits.numel())
-        return self._sample(ctypes.byref(view))
+    def sample(self, logits: Tensor, views: Sequence[SampleView], positions: Sequence[int]) -> list[int]:
+        """The token of each row of ``logits`` float32 ``[rows, vocab]``, contiguous; a row is overwritten when
+        penalized or biased."""
+        rows = (SampleView * len(views))(*views)
+        base, vocab = logits.data_ptr(), logits.shape[-1]
+        for i, (row, position) in enumerate(zip(rows, positions)):
+            row.logits, row.position, row.vocab = base + 4 * vocab * i, position, vocab
+        self._sample(self._engine, rows, len(rows))
+        return [row.token for row in rows]
 
 
 def fingerprint() -> str:
@@ -162,7 +177,6 @@ class CpuModel:
         self._lib.llama_destroy.argtypes = (ctypes.c_void_p,)
         self._lib.llama_isa.restype = ctypes.c_char_p
         self.name = f"cpu-{self._lib.llama_isa().decode()}"
-        self.sampler = CpuSampler(library)
         c = self.config = config
         self._keep: list[torch.Tensor] = []
         kv_shape = (engine.num_kv_blocks, c.num_kv_heads, engine.tokens_per_block, c.head_size)
@@ -184,6 +198,7 @@ class CpuModel:
             (_LayerView * c.num_layers)(*layers),
         )
         self._handle = self._lib.llama_create(ctypes.byref(view), threads)
+        self.sampler = CpuSampler(library, self._handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

@@ -23,7 +23,7 @@ struct SampleView {
   const int32_t* bias_ids;   // [num_bias]
   const float* biases;       // [num_bias]
   int64_t position;
-  int32_t vocab;
+  int32_t vocab, token;      // the token is written
 };
 
 }  // extern "C"
@@ -244,11 +244,11 @@ struct Sampler {
 #pragma GCC pop_options
 #endif
 
-}  // namespace
-
-extern "C" int32_t llama_sample(const SampleView* view) {
+void draw_row(SampleView* view) {
   thread_local std::vector<int32_t> weight;
   thread_local std::vector<int16_t> bin;
   thread_local std::vector<int64_t> histogram;
-  return Sampler(*view, weight, bin, histogram).run();
+  view->token = Sampler(*view, weight, bin, histogram).run();
 }
+
+}  // namespace

@@ -15,6 +15,9 @@ struct Engine : Attention {
   std::vector<std::thread> workers;
   std::atomic<int> generation{0};
   std::atomic<bool> stop{false};
+  SampleView* samples = nullptr;  // what the workers do next: draw these rows, or without any the step
+  int sample_rows = 0;
+  std::atomic<int> next_sample{0};
 
   Engine(const ModelView& view, int n) : Attention(view, n) {
     for (int t = 1; t < n; ++t) workers.emplace_back([this, t] { work(t); });
@@ -38,15 +41,32 @@ struct Engine : Attention {
       generation.wait(seen, std::memory_order_acquire);
       if (stop) return;
       ++seen;
-      forward(t);
+      samples ? draw() : forward(t);
     }
   }
 
   void run(const StepView& s) {
     step = s;
+    samples = nullptr;
     ++generation;
     generation.notify_all();
     forward(0);
+  }
+
+  void run(SampleView* views, int rows) {
+    samples = views, sample_rows = rows, next_sample = 0;
+    if (rows > 1) {
+      ++generation;
+      generation.notify_all();
+      draw();
+    } else {
+      draw_row(views);
+    }
+  }
+
+  void draw() {
+    for (int i; (i = next_sample++) < sample_rows;) draw_row(samples + i);
+    barrier.wait();
   }
 
   void forward(int t) {
@@ -124,6 +144,10 @@ struct Engine : Attention {
 extern "C" {
 void* llama_create(const ModelView* view, int threads) { return new Engine(*view, threads); }
 void llama_forward(void* engine, const StepView* step) { ((Engine*)engine)->run(*step); }
+void llama_sample(void* engine, SampleView* views, int rows) {
+  if (engine) ((Engine*)engine)->run(views, rows);
+  else for (int i = 0; i < rows; ++i) draw_row(views + i);
+}
 void llama_destroy(void* engine) { delete (Engine*)engine; }
 const char* llama_isa() {
 #if defined(USE_AMX)

@@ -87,9 +87,14 @@ def unlike(old: Result, new: Result) -> Iterator[str]:
 
 
 def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:
-    """A result itself, named "", and the closed-loop levels that both have, such as "8 at once "."""
+    """A result itself, named "", and the greedy closed-loop levels that both have, such as "8 at once "."""
     before, after = (
-        {"": x} | {f"{y['concurrency']} at once ": y for y in x.get("levels", []) if "concurrency" in y}
+        {"": x}
+        | {
+            f"{y['concurrency']} at once ": y
+            for y in x.get("levels", [])
+            if "concurrency" in y and "sampling" not in y.get("workload", {})
+        }
         for x in (old, new)
     )
     yield from ((name, before[name], after[name]) for name in before if name in after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
+from llama_engine.sampling import SamplingParams
 
 WAKE_TOKENS = 2  # of the uncounted request at the start of a turn
 
@@ -143,10 +145,17 @@ class EngineStack:
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         return self.generate_batch([prompt_ids], new_tokens)[0]
 
-    def generate_batch(self, prompts: Sequence[list[int]], new_tokens: int) -> list[GenerationRun]:
-        """All prompts at once; every run has the same t0, the moment the first was added."""
+    def generate_batch(
+        self, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams | None = None
+    ) -> list[GenerationRun]:
+        """All prompts at once; every run has the same t0, the moment the first was added. Prompt i draws with the seed
+        of ``sampling`` + i."""
+        params = [sampling and dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         start = now()
-        runs = {self.engine.add_request(prompt, new_tokens): GenerationRun(start) for prompt in prompts}
+        runs = {
+            self.engine.add_request(prompt, new_tokens, params=p): GenerationRun(start)
+            for prompt, p in zip(prompts, params)
+        }
         while self.engine.has_unfinished:
             outputs = self.engine.step()
             stamp = now()

@@ -38,6 +38,7 @@ from llama_engine.measure.telemetry import Telemetry
 from llama_engine.native import load_engine
 from llama_engine.report.show import show
 from llama_engine.runner import ModelRunner
+from llama_engine.sampling import SamplingParams
 
 BATCH_LEVELS = (8, 32, 64)
 DEFAULT_PROMPT = (
@@ -75,6 +76,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="*", help="requests at once, native only (default: 8 32 64)")
     parser.add_argument("--batch-output-tokens", type=int, default=256, help="new tokens a request of a batch")
     parser.add_argument("--batch-runs", type=int, default=3, help="timed runs a batch level")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: time 1 and each --batch sampled too")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of what is sampled")
+    parser.add_argument("--top-k", type=int, default=0, help="likewise")
+    parser.add_argument("--seed", type=int, default=0, help="likewise, of a batch's first request")
 
 
 def prepare(args: argparse.Namespace) -> str:
@@ -151,6 +156,8 @@ def check_limits(args: argparse.Namespace, info: EngineInfo) -> None:
         requests["--prefill-tokens"] = (args.prefill_tokens, WAKE_TOKENS)
     if args.batch:
         requests["--batch-output-tokens"] = (args.input_tokens, args.batch_output_tokens)
+    if sampling_of(args):
+        requests["--batch-output-tokens"] = (args.input_tokens, args.batch_output_tokens)
     for flag, (prompt, new) in requests.items():
         if prompt + new > room:
             raise InputError(
@@ -221,25 +228,42 @@ def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
     }
 
 
+def sampling_of(args: argparse.Namespace) -> SamplingParams | None:
+    """What the sampled levels ask for; None when ``--temperature`` is 0. Raises :class:`InputError`."""
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+    return params if args.temperature else None
+
+
+def about(sampling: SamplingParams | None) -> dict[str, Any]:
+    """What a level's workload says of its sampling; nothing when greedy."""
+    fields = ("temperature", "top_k", "top_p", "seed")
+    return {"sampling": {name: getattr(sampling, name) for name in fields}} if sampling else {}
+
+
 def measure_batches(
     stack: EngineStack, args: argparse.Namespace, device: str, environment: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """In-process levels: that many requests handed over at once, ``--batch-runs`` times after one to warm up.
 
-    Throughput is tokens received / wall time from the first t0 to the last tN.
+    Throughput is tokens received / wall time from the first t0 to the last tN. With ``--temperature``, 1 and the
+    levels once more, sampled.
     """
-    levels, new_tokens, results = args.batch, args.batch_output_tokens, []
+    new_tokens, results = args.batch_output_tokens, []
+    levels: list[tuple[int, SamplingParams | None]] = [(level, None) for level in args.batch]
+    if drawn := sampling_of(args):
+        levels += [(level, drawn) for level in sorted({1, *args.batch})]
     with Telemetry(device) as telemetry, progress_bar() as bar:
         task = bar.add_task("", total=len(levels) * (args.batch_runs + 1))
-        for level in levels:
-            bar.update(task, description=f"{level} at once")
+        for level, sampling in levels:
+            name = f"{level} at once{', sampled' * bool(sampling)}"
+            bar.update(task, description=name)
             prompts = make_prompts(args.model_dir, args.prompt, args.input_tokens, level)
-            stack.generate_batch(prompts, new_tokens)
+            stack.generate_batch(prompts, new_tokens, sampling)
             bar.advance(task)
             runs, walls, rates, outputs = [], [], [], set()
             for _ in range(args.batch_runs):
-                with telemetry.section(str(level)):
-                    batch = stack.generate_batch(prompts, new_tokens)
+                with telemetry.section(name):
+                    batch = stack.generate_batch(prompts, new_tokens, sampling)
                 runs += batch
                 outputs.add(tuple(tuple(run.token_ids) for run in batch))
                 walls.append(max(run.token_times[-1] for run in batch) - batch[0].t0)
@@ -250,7 +274,7 @@ def measure_batches(
             part = {
                 "concurrency": level,
                 "mode": "in_process",
-                "workload": {"input_tokens": args.input_tokens, "output_tokens": new_tokens},
+                "workload": {"input_tokens": args.input_tokens, "output_tokens": new_tokens} | about(sampling),
                 "samples": samples | {"wall_s": walls},
                 "summary": summarize(samples, rates),
                 "checks": {
@@ -263,7 +287,7 @@ def measure_batches(
                 },
             }
             nbytes = stack.cost.decode_nbytes(args.input_tokens, new_tokens, level)
-            results.append(add_device(part, telemetry.summary(str(level)), nbytes, environment))
+            results.append(add_device(part, telemetry.summary(name), nbytes, environment))
     return results
 
 

@@ -28,6 +28,7 @@ def show(results: Collection[Result]) -> None:
             name = "engine" if result["benchmark"] == "optimized" else result["benchmark"]
             waits = result["workload"].get("streaming") is False
             what = f"{users} {'no stream' if waits else 'at once'}" if users else f"{load['rate']:g}/s"
+            what += ", sampled" * ("sampling" in load.get("workload", {}))
             table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
     out = Console()
     out.print(table)

@@ -146,8 +146,9 @@ class Story:
         return gpu["name"] if gpu else f"{cpu['name']}, {cpu['cores']} cores"
 
     def levels(self, file: str) -> list[tuple[int, dict[str, Any]]]:
-        """(index in the file, level) of the closed-loop levels that have figures, by concurrency."""
+        """(index in the file, level) of the greedy closed-loop levels that have figures, by concurrency."""
         levels = enumerate(self.get(file, "levels") or [])
+        levels = [(i, level) for i, level in levels if "sampling" not in level.get("workload", {})]
         closed = [(i, level) for i, level in levels if "concurrency" in level and level["summary"].get("latency_s")]
         return sorted(closed, key=lambda item: item[1]["concurrency"])
 

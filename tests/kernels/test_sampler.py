@@ -1,6 +1,10 @@
 """The kernels' draws against :func:`llama_engine.model.sampler.sample`: the same token, always."""
 
+import inspect
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 
 from llama_engine.cpu import fused
 from llama_engine.model.sampler import sample
+from llama_engine.native import load_engine
 from llama_engine.sampling import NOT_FINITE, SamplingParams, count_tokens
 
 INF = math.inf
@@ -26,12 +31,9 @@ def cpu_sampler(tmp_path_factory):
 
 def on_cpu(sampler, logits, params, positions, histories):
     """The tokens, and what became of the counts."""
-    tokens, counts = [], []
-    for row, p, position, history in zip(logits.clone(), params, positions, histories):
-        count = torch.from_numpy(count_tokens(*history, row.numel()))
-        tokens.append(sampler.sample(row, p.record, position, p.biases, count if p.penalized else None))
-        counts.append(count)
-    return tokens, torch.stack(counts)
+    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
+    views = [fused.SampleView.of(p, count if p.penalized else None) for p, count in zip(params, counts)]
+    return sampler.sample(logits.clone(), views, positions), counts
 
 
 def on_gpu(logits, params, positions, histories, device):
@@ -135,6 +137,19 @@ def test_the_cpu_kernel_is_the_reference(cpu_sampler, kind):
         assert not p.penalized or torch.equal(got, want)
 
 
+def test_the_threads_of_an_engine_share_the_rows(cpu_sampler, tiny_engine):
+    executor = load_engine(tiny_engine, device="cpu", threads=3).executor
+    for kind in KINDS[:4]:
+        arguments = cases(kind)
+        for _ in range(20):
+            tokens, counts = on_cpu(executor._model.sampler, *arguments)
+            alone, expected = on_cpu(cpu_sampler, *arguments)
+            assert tokens == alone
+            assert torch.equal(counts, expected)
+    one_row = [part[:1] for part in cases("normal")]
+    assert on_cpu(executor._model.sampler, *one_row)[0] == reference(*one_row)[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
@@ -153,6 +168,76 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
     assert [t for t, m in zip(tokens, mode) if m] == [t for t, m in zip(expected, mode) if m]
     for p, got, want in zip(arguments[1], counts, expected_counts):
         assert not p.penalized or torch.equal(got, want)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Sets how many programs share a row. Triton's interpreter runs programs one after another: here each has a thread,
+    and goes on alone until it comes to an atomic operation."""
+    from llama_engine.kernels import sampler
+
+    monkeypatch.setattr(sampler, "WARPS", 1)
+    monkeypatch.setattr(sampler, "PARTS", 4)
+    monkeypatch.setattr(sampler, "CANDIDATES", 32)
+    if torch.cuda.is_available():
+        return lambda programs: monkeypatch.setattr(sampler, "SPLITS", programs)
+    from triton.runtime import interpreter
+
+    monkeypatch.setitem(globals(), "tl", sampler.tl)  # the interpreter looks for it beside the kernel
+    running, atomic = threading.Lock(), interpreter.interpreter_builder.create_atomic_rmw
+
+    def switch(*arguments):
+        running.release()
+        time.sleep(1e-6)
+        running.acquire()
+        return atomic(*arguments)
+
+    def concurrent(self, fn, *rest):
+        waiting = []
+
+        def program(**arguments):
+            waiting.append(pool.submit(alone, arguments))
+            if len(waiting) == math.prod(self.grid):
+                [done.result(timeout=300) for done in waiting]
+
+        def alone(arguments):
+            with running:
+                fn(**arguments)
+
+        pool = ThreadPoolExecutor(math.prod(rest[1]))
+        program.__signature__, program.__annotations__ = inspect.signature(fn), fn.__annotations__
+        start(self, program, *rest)
+
+    start = interpreter.GridExecutor.__init__
+    monkeypatch.setattr(interpreter.GridExecutor, "__init__", concurrent)
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", switch)
+    return lambda programs: monkeypatch.setattr(sampler, "programs_per_row", lambda *_: programs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "programs"), [("normal", 2), ("tied", 4), ("flat", 4), ("mostly banned", 2), ("equal", 8), ("peaked", 16)]
+)
+def test_a_row_in_pieces_is_the_reference(device, split, kind, programs):
+    split(programs)
+    logits, params, positions, histories = cases(kind)
+    some = range(programs % 3, len(params), 3)
+    arguments = logits[some], [params[i] for i in some], [positions[i] for i in some], histories[: len(some)]
+    tokens, counts = on_gpu(*arguments, device)
+    expected, expected_counts = reference(*arguments)
+    for row, p in enumerate(arguments[1]):
+        assert not p.mode or tokens[row] == expected[row]
+        assert not p.penalized or torch.equal(counts[row], expected_counts[row])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, in the interpreter
+def test_a_broken_row_in_pieces_gives_no_token(device, split):
+    split(2)
+    logits = torch.full((2 * len(BROKEN), VOCAB), -1.0)
+    logits[: len(BROKEN), :3] = logits[len(BROKEN) :, -3:] = torch.tensor(BROKEN)
+    logits[[4, 9]] = -INF
+    for p in (SamplingParams(1.0), SamplingParams(1.0, top_p=0.5), SamplingParams(repetition_penalty=2.0)):
+        arguments = logits, [p] * len(logits), [0] * len(logits), [([0], [])] * len(logits)
+        assert on_gpu(*arguments, device)[0] == [NOT_FINITE] * len(logits)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, in the interpreter

@@ -24,6 +24,7 @@ def run_main(run_script):
 def test_compare_writes_three_results(run_main, tiny_model, tiny_engine, tmp_path):
     where = ("--model-dir", tiny_model, "--engine-dir", tiny_engine, "--output", tmp_path / "tiny")
     batches = ("--prefill-tokens", 40, "--batch", 2, 4, "--batch-output-tokens", 4)
+    batches += ("--temperature", 0.8, "--top-p", 0.9, "--seed", 3)
     done = run_main("compare", *where, *batches, *SHORT)
     assert done.returncode == 0, done.stderr
     printed, results = done.stdout, load_folder(tmp_path / "tiny")
@@ -38,9 +39,13 @@ def test_compare_writes_three_results(run_main, tiny_model, tiny_engine, tmp_pat
         assert len(result["workload"]["prompt_ids"]) == 5
         assert result["telemetry"]["gpu_power_w"] is None
     assert len(before["checks"]["first_token_ids"]) == len(after["checks"]["first_token_ids"]) == 6
-    assert [level["concurrency"] for level in after["levels"]] == [2, 4]
+    assert [level["concurrency"] for level in after["levels"]] == [2, 4, 1, 2, 4]
+    drawn = [level["workload"].get("sampling") for level in after["levels"]]
+    assert drawn == [None] * 2 + [{"temperature": 0.8, "top_k": 0, "top_p": 0.9, "seed": 3}] * 3
+    assert all(level["summary"]["output_tokens_per_s"]["p50"] > 0 for level in after["levels"])
+    assert printed.count("sampled") == 3
     assert after["levels"][1]["samples"]["output_tokens"] == [4] * 12
-    assert [part["checks"]["prefix_cache_hit_tokens"] for part in (after, *after["levels"])] == [0, 0, 0]
+    assert [part["checks"]["prefix_cache_hit_tokens"] for part in (after, *after["levels"])] == [0] * 6
     assert "MBU" in printed
     assert "synthetic weights" in printed
     valid = before["validity"]["status"] == after["validity"]["status"] == "VALID"
@@ -68,6 +73,7 @@ def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_p
         ("baseline", ["--output", "README.md"], "already exists: give --force"),
         ("benchmark_optimized", ["--engine-dir", "nowhere"], "nowhere is not an engine"),
         ("benchmark_optimized", ["--batch", 99], "--batch 99: this engine was built for 1 to 4"),
+        ("benchmark_optimized", ["--top-p", 2], "top_p must be a number in [0, 1], got 2"),
         ("compare", ["--runs", 0], "--runs must be at least 1"),
         ("compare", ["--output", "README.md"], "README.md is a file"),
         ("accuracy", ["--window", 1], "--window must be 2 to 256"),

@@ -47,6 +47,9 @@ def test_compare_leaves_out_levels_that_cannot_be_compared(folder, run_script, e
     slow = level | {"samples": {"latency_s": [2.0] * 5}}
     edit_json(new / "optimized-native.json", {"levels": [slow]})
     assert run_script("scripts/compare_results.py", folder, new).returncode == 3
+    sampled = slow | {"workload": level["workload"] | {"sampling": {"temperature": 0.8}}}
+    edit_json(new / "optimized-native.json", {"levels": [level, sampled]})
+    assert run_script("scripts/compare_results.py", folder, new).returncode == 0
     edit_json(new / "optimized-native.json", {"levels": [slow | change]})
     done = run_script("scripts/compare_results.py", folder, new)
     assert done.returncode == 0
