@@ -232,7 +232,7 @@ def test_an_engine_is_measured_under_the_name_of_its_backend(engine, tiny_model,
     protocol.main("", engine=True)
     result = load_result(tmp_path / "results/local/optimized-tensorrt_llm.json")
     assert result["backend"] == result["engine"]["kernels"] == "tensorrt_llm"
-    monkeypatch.setattr(protocol, "open_engine", lambda *_: pytest.fail("measured before the file was looked at"))
+    monkeypatch.setattr(protocol, "open_engine", lambda *_, **__: pytest.fail("measured before the file was looked at"))
     with pytest.raises(InputError, match=r"optimized-tensorrt_llm\.json already exists"):
         protocol.main("", engine=True)
 

@@ -74,7 +74,7 @@ def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_p
         ("accuracy", ["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         ("accuracy", ["--text", "results/waterfall.png"], "waterfall.png is not UTF-8"),
         ("accuracy", ["--model-dir", SMOLLM2, "--text", "tests/__init__.py"], "fewer than two tokens"),
-        ("accuracy", ["--model-dir", SMOLLM2, "--greedy-tokens", 225], "--greedy-tokens must be at most 224"),
+        ("accuracy", ["--model-dir", SMOLLM2, "--greedy-tokens", 225], "--greedy-tokens: 32 prompt tokens + 225 new"),
         ("accuracy", ["--greedy-tokens", 0], "--greedy-tokens at least 1"),
         ("accuracy", ["--greedy-prompts", -1], "--greedy-prompts must be at least 0"),
     ],
