@@ -15,6 +15,7 @@ Output: a table.
 from __future__ import annotations
 
 import argparse
+
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     if scheme is not FP16:
 
         def quantize(i: int) -> None:
-            quant.norm(model.hidden, None, eps, *model.input_of("down", layers[i].down), rows)
+            quant.quantize_rows(model.hidden, *model.input_of("down", layers[i].down), rows)
 
         runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):

@@ -29,7 +29,7 @@ def load_engine(
     engine_dir: str | Path, *, device: str = "auto", kernels: str = "auto", threads: int | None = None, **changes: Any
 ) -> Engine:
     """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
+    a GPU also streaming or tiled (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
     found that a layer's activations do not bear the fused kernels' integers. ``changes`` replace fields of the
     :class:`EngineConfig` it was built with.
 
@@ -50,7 +50,7 @@ def make_executor(
     engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
 ) -> Executor:
     """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
-    choices = ("auto", "stream", "triton", "torch") if device.type == "cuda" else ("auto", "torch")
+    choices = ("auto", "streaming", "tiled", "torch") if device.type == "cuda" else ("auto", "torch")
     if kernels not in choices:
         raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
     weights = load_weights(engine_dir, model, device)

@@ -18,7 +18,7 @@ from llama_engine.kernels.common import launch_options
 from llama_engine.model.rope import rope_tables
 
 CHUNK, MAX_CHUNKS, MERGE_WARPS = 256, 128, 16  # of a decode, in tokens
-DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, many to a multiprocessor
+DECODE_KEYS, DECODE_WARPS, DECODE_STAGES, DECODE_BLOCKS = 32, 2, 2, 1056  # small blocks, 8 to each of an H100's 132
 QUERY_ROWS, KEYS, PREFILL_WARPS, PREFILL_STAGES = 64, 64, 4, 2  # of a prefill tile; rows are tokens times heads
 
 
@@ -59,7 +59,7 @@ class PagedAttention:
         num_rows: int,
     ) -> None:
         """One new token a row: rotate, cache, attend; the result goes to ``out``, in the form that its dtype asks for
-        (:func:`llama_engine.kernels.quant.norm`), and its row scales to ``a_scale``.
+        (:func:`llama_engine.kernels.quant.quantize_rows`), and its row scales to ``a_scale``.
 
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """

@@ -1,7 +1,7 @@
 """Linear layers of up to 32 rows on Hopper GPUs: ``stream.cu``, whose weights are on their way before their turn comes.
 
 Bitwise equal to :func:`llama_engine.kernels.gemm.gemm`, which runs everything else and is the off-switch
-(``kernels="triton"``). The reference of both is :func:`llama_engine.kernels.gemm.gemm_reference`.
+(``kernels="tiled"``). The reference of both is :func:`llama_engine.kernels.gemm.gemm_reference`.
 """
 
 from __future__ import annotations
