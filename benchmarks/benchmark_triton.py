@@ -28,6 +28,7 @@ from llama_engine.config import check_length
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import add_device, progress_bar
@@ -48,7 +49,7 @@ console = Console(stderr=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--url", help="HOST:PORT of a running server (default: start one and stop it)")

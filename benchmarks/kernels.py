@@ -14,8 +14,6 @@ Output: a table.
 
 from __future__ import annotations
 
-import argparse
-
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +24,7 @@ from rich.table import Table
 from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure import environment
 from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import LINEARS, random_weights
@@ -106,7 +105,7 @@ def sampler_runs(rows: int, vocab: int, device: torch.device) -> dict[str, Calla
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
     parser.add_argument("--scheme", choices=[*SCHEMES], default="int8", help="of the layers' matrices (default: int8)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 256)")

@@ -246,7 +246,7 @@ def test_the_build_script_runs_and_prints_the_exact_command(tiny_checkpoint, tmp
             [*map(str, command), *args], cwd=ROOT, env=env, capture_output=True, text=True, check=False
         )
 
-    done = run("--backend", "tensorrt_llm", "--dry-run")
+    done = run("--backend", "tensorrt_llm", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == trtllm.build_command(
         tiny_checkpoint, tmp_path / "e", EngineConfig(max_num_tokens=8192), FLAGS

@@ -82,7 +82,7 @@ class StreamGemm:
             try:
                 self._functions[key] = shape and self._compile(n, k, epilogue, bucket, shape)
             except RunError as error:
-                warnings.warn(f"{error}; a matrix of {n}x{k} runs the Triton kernel instead", stacklevel=2)
+                warnings.warn(f"{error}; a matrix of {n}x{k} runs the tiled kernel instead", stacklevel=2)
         return self._functions[key]
 
     def _compile(self, n: int, k: int, epilogue: int, bucket: int, shape: Shape) -> nvrtc.Function | None:

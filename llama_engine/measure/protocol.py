@@ -14,6 +14,7 @@ import torch
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError
+from llama_engine.flags import Parser
 from llama_engine.measure.cost import Cost, linear_weights
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
@@ -41,7 +42,7 @@ RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill
 
 def parser_for(doc: str | None, output: str | None) -> argparse.ArgumentParser:
     """A script's parser, with the flags of every benchmark that loads a model itself; ``output`` is the default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
