@@ -112,3 +112,9 @@ def test_each_prompt_is_checked_once_and_before_the_first_step(runner, monkeypat
     with pytest.raises(InputError, match="outside the vocabulary"):
         runner.generate([torch.tensor([1]), torch.tensor([10**6])], **options)
     assert not runner.backend.engine.has_unfinished
+
+
+@pytest.mark.parametrize("kernels", ["tiled", "triton"])
+def test_kernels_that_the_device_does_not_have_are_refused(tiny_engine, kernels):
+    with pytest.raises(InputError, match=f"must be one of auto, torch on cpu, got '{kernels}'"):
+        ModelRunner.from_dir(tiny_engine, device="cpu", kernels=kernels)

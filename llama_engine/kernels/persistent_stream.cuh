@@ -8,7 +8,7 @@ typedef unsigned long long u64;
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int STAGE = 16384, SMEM = 232448;
 // Tuned on an H100: stages on their way from device memory and from L2, stages read ahead into L2, clocks between them.
-constexpr int IN_FLIGHT = 3, IN_FLIGHT_L2 = 6, PREFETCH = 8, PACE = 1400;  // found on an H100 SXM; PACE in its clocks
+constexpr int IN_FLIGHT = 3, IN_FLIGHT_L2 = 6, PREFETCH = 8, PACE = 1400;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
 constexpr int GROUP = HEADS / KV_HEADS;
 __host__ __device__ constexpr int power_of_two(int n) { return n < 2 ? 1 : 2 * power_of_two(n / 2); }
