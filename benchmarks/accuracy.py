@@ -12,17 +12,21 @@ Output: a result file with the figures and "gate". --quick scores an eighth of 2
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from llama_engine.checkpoint.hf import model_identity
+from llama_engine.config import check_length
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure import accuracy, protocol, result, validity
 from llama_engine.measure.environment import fingerprint
-from llama_engine.measure.generation import EngineStack, TransformersStack, make_prompts, progress_bar, tokenize
+from llama_engine.measure.generation import make_prompts, progress_bar, tokenize
+from llama_engine.measure.stacks import EngineStack, TransformersStack
+from llama_engine.measure.workload import check_model
 from llama_engine.model.llama import TorchModel
 from llama_engine.native import load_engine
 
@@ -38,23 +42,27 @@ def main() -> None:
     parser.add_argument("--greedy-prompts", type=int, default=8, help="continuations to compare")
     parser.add_argument("--greedy-tokens", type=int, default=64, help="tokens of each")
     parser.add_argument("--quick", action="store_true", help="score an eighth of 20,000 tokens")
-    parser.set_defaults(backend="native")
     args = parser.parse_args()
     result.check_output(args.output, args.force, args.model_dir, args.engine_dir)
     if not args.text.is_file():
         raise InputError(f"--text {args.text} does not exist")
-    device = protocol.prepare(args)
-    limit = load_engine_json(args.engine_dir, backend=args.backend).engine.max_seq_len
+    device = protocol.use_device(args.device, args.threads)
+    info = load_engine_json(args.engine_dir)
+    limit = info.engine.max_seq_len
     if not 2 <= args.window <= limit:
         raise InputError(f"--window must be 2 to {limit} (the engine's max_seq_len)")
     if args.greedy_prompts < 0 or args.greedy_tokens < 1:
         raise InputError("--greedy-prompts must be at least 0, --greedy-tokens at least 1")
     model = model_identity(args.model_dir)
-    synthetic = model["source"] == "synthetic"
-    if args.greedy_prompts and not synthetic and GREEDY_INPUT + args.greedy_tokens > limit:
-        raise InputError(f"--greedy-tokens must be at most {limit - GREEDY_INPUT} (the engine's max_seq_len: {limit})")
-    windows = windows_of(args, synthetic)
-    measured = run(args, protocol.open_engine(args, device), device, model, windows)
+    if args.greedy_prompts and model["source"] != "synthetic":
+        check_length(info.engine, GREEDY_INPUT, args.greedy_tokens, "--greedy-tokens")
+    scoring = Scoring(
+        args.model_dir, model, args.text, args.window, args.greedy_prompts, args.greedy_tokens, args.quick
+    )
+    windows = scoring.windows()
+    check_model(info, model)
+    stack = protocol.open_engine(args.engine_dir, info, device=device, threads=args.threads)
+    measured = run(scoring, windows, args.engine_dir, stack, device)
     result.write_result(args.output, measured, force=args.force)
     for key, value in measured["summary"].items():
         print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
@@ -63,32 +71,49 @@ def main() -> None:
         raise RunError("the accuracy gate failed: " + "; ".join(measured["gate"]["reasons"]))
 
 
-def windows_of(args: argparse.Namespace, synthetic: bool) -> list[list[int]]:
-    """Successive windows of the text's ids; seeded random ids for a model without a tokenizer."""
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"--text {args.text} is not UTF-8 text") from None
-    if synthetic or not (args.model_dir / "tokenizer.json").is_file():
-        return make_prompts(args.model_dir, text, args.window, SYNTHETIC_WINDOWS)
-    ids = tokenize(args.model_dir, text)
-    windows = [ids[start : start + args.window] for start in range(0, len(ids), args.window)]
-    enough = -(-validity.MIN_ACCURACY_TOKENS // (args.window - 1))  # the first token of a window is not scored
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
-        raise InputError(f"--text {args.text} holds fewer than two tokens: there is nothing to predict")
-    return windows[: enough // 8 or 1 if args.quick else enough]
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored: windows of a text, and greedy continuations of it. ``model`` is the identity of ``model_dir``."""
+
+    model_dir: Path
+    model: dict[str, str]
+    text_file: Path
+    window: int
+    greedy_prompts: int
+    greedy_tokens: int
+    quick: bool
+
+    @cached_property
+    def text(self) -> str:
+        try:
+            return self.text_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"--text {self.text_file} is not UTF-8 text") from None
+
+    @property
+    def synthetic(self) -> bool:
+        return self.model["source"] == "synthetic"
+
+    def windows(self) -> list[list[int]]:
+        """Successive windows of the text's ids; seeded random ids for a model without a tokenizer."""
+        if self.synthetic or not (self.model_dir / "tokenizer.json").is_file():
+            return make_prompts(self.model_dir, self.text, self.window, SYNTHETIC_WINDOWS)
+        ids = tokenize(self.model_dir, self.text)
+        windows = [ids[start : start + self.window] for start in range(0, len(ids), self.window)]
+        enough = -(-validity.MIN_ACCURACY_TOKENS // (self.window - 1))  # the first token of a window is not scored
+        windows = [window for window in windows if len(window) > 1]
+        if not windows:
+            raise InputError(f"--text {self.text_file} holds fewer than two tokens: there is nothing to predict")
+        return windows[: enough // 8 or 1 if self.quick else enough]
 
 
-def run(
-    args: argparse.Namespace, stack: EngineStack, device: str, model: dict[str, str], windows: list[list[int]]
-) -> result.Result:
-    synthetic = model["source"] == "synthetic"
+def run(scoring: Scoring, windows: list[list[int]], engine_dir: Path, stack: EngineStack, device: str) -> result.Result:
+    synthetic = scoring.synthetic
     reference: accuracy.Logits
     if synthetic:
-        reference, name = float_reference(args, device), "float32 on the dequantized weights"
+        reference, name = float_reference(engine_dir, device), "float32 on the dequantized weights"
     else:
-        baseline = TransformersStack(args.model_dir, device)
+        baseline = TransformersStack(scoring.model_dir, device)
         name = f"transformers, SDPA, {baseline.dtype}"
 
         @torch.inference_mode()
@@ -104,30 +129,30 @@ def run(
         if synthetic:
             served = (accuracy.served_error(reference, stack.engine, ids[:32], SERVED_TOKENS) for ids in windows)
             figures["served_error_rms"] = max(served, key=lambda error: (error != error, error))  # NaN above all
-        elif args.greedy_prompts:
-            text = args.text.read_text(encoding="utf-8")
-            prompts = make_prompts(args.model_dir, text, GREEDY_INPUT, args.greedy_prompts)
+        elif scoring.greedy_prompts:
+            new_tokens = scoring.greedy_tokens
+            prompts = make_prompts(scoring.model_dir, scoring.text, GREEDY_INPUT, scoring.greedy_prompts)
             pairs = [
-                (baseline.generate(prompt, args.greedy_tokens), stack.generate(prompt, args.greedy_tokens))
+                (baseline.generate(prompt, new_tokens), stack.generate(prompt, new_tokens))
                 for prompt in bar.track(prompts, description="greedy")
             ]
             figures["greedy_agreement_tokens"] = accuracy.greedy_agreement(*zip(*pairs))
     return result.new_result(
         "accuracy",
         "native",
-        model=model,
-        workload={"text": args.text.name, "window": args.window, "windows": len(windows)},
+        model=scoring.model,
+        workload={"text": scoring.text_file.name, "window": scoring.window, "windows": len(windows)},
         environment=fingerprint(device),
         summary=figures,
         engine=stack.about,
         reference=name,
-        gate=accuracy.gate(figures, full=not args.quick),
+        gate=accuracy.gate(figures, full=not scoring.quick),
     )
 
 
-def float_reference(args: argparse.Namespace, device: str) -> accuracy.Logits:
+def float_reference(engine_dir: Path, device: str) -> accuracy.Logits:
     """The PyTorch reference on the same engine's dequantized weights, float32 activations."""
-    engine = load_engine(args.engine_dir, device=device, kernels="torch")
+    engine = load_engine(engine_dir, device=device, kernels="torch")
     model: TorchModel = engine.executor._model  # type: ignore[attr-defined]
     model.dtype = torch.float32  # on a GPU the fallback would run in float16, which is no reference
     return lambda ids: accuracy.engine_logits(engine, ids)

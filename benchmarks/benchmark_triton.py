@@ -17,15 +17,18 @@ import math
 import random
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from llama_engine.config import check_length
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import add_device, progress_bar
@@ -46,7 +49,7 @@ console = Console(stderr=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--url", help="HOST:PORT of a running server (default: start one and stop it)")
@@ -67,17 +70,21 @@ def main() -> int:
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     info = load_engine_json(args.engine_dir, backend="auto")
-    loads = [*args.concurrency, *args.rate]
-    positive, not_negative = (*loads, args.timeout), (args.requests, args.duration)
-    if not (all(0 < x < math.inf for x in positive) and all(0 <= x < math.inf for x in not_negative)):
-        raise InputError("--concurrency, --rate and --timeout must be positive, --requests and --duration not negative")
-    if not loads:
-        raise InputError("nothing to measure: give --concurrency or --rate")
-    args.input_tokens, args.output_tokens = Length.parse(args.input_tokens), Length.parse(args.output_tokens)
-    longest, limit = args.input_tokens.high + args.output_tokens.high, info.engine.max_seq_len
-    if longest > limit:
-        raise InputError(f"{longest} input and output tokens exceed this engine's max_seq_len {limit}")
-    args.slo = parse_slo(args.slo)
+    load = ServedLoad(
+        concurrency=args.concurrency,
+        rate=args.rate,
+        input_tokens=Length.parse(args.input_tokens),
+        output_tokens=Length.parse(args.output_tokens),
+        requests=args.requests,
+        duration=args.duration,
+        timeout=args.timeout,
+        slo=parse_slo(args.slo),
+        streaming=args.streaming,
+        protocol=args.protocol,
+        prefix_cache=args.prefix_cache,
+        seed=args.seed,
+    )
+    check_length(info.engine, load.input_tokens.high, load.output_tokens.high, "--output-tokens")
     name = f"triton-{info.backend}{'' if args.streaming else '-whole'}.json"
     output = check_output(args.output or Path("results/local") / name, args.force, args.engine_dir)
     device = pick_device(args.device).type
@@ -85,40 +92,71 @@ def main() -> int:
         environment = fingerprint(device) | ceilings(device)
         if device == "cuda":
             torch.cuda.empty_cache()
+    url, metrics_url = args.url, args.metrics_url
     with ExitStack() as stack:
-        if not args.url:
+        if not url:
             with console.status("starting Triton Inference Server"):
                 config = ServeConfig(device=args.device, null_model=True, enable_prefix_cache=args.prefix_cache)
                 triton = stack.enter_context(TritonServer(args.engine_dir, config))
-            args.url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
-            args.metrics_url = f"{triton.host}:{triton.metrics_port}"
-        result = asyncio.run(measure(args, info, environment))
+            url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
+            metrics_url = f"{triton.host}:{triton.metrics_port}"
+        result = asyncio.run(measure(load, url, metrics_url, info, environment))
     write_result(output, result, force=args.force)
     show([result])
     print(f"wrote {output}")
     return 0 if result["validity"]["status"] == "VALID" else 1
 
 
-async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[str, Any]) -> Result:
+@dataclass(frozen=True)
+class ServedLoad:
+    """What the clients ask of the server. ``concurrency`` and ``rate`` list the levels, closed loop and open loop."""
+
+    concurrency: list[int]
+    rate: list[float]
+    input_tokens: Length
+    output_tokens: Length
+    requests: int
+    duration: float
+    timeout: float
+    slo: dict[str, float]
+    streaming: bool
+    protocol: str
+    prefix_cache: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        levels = [*self.concurrency, *self.rate]
+        positive, not_negative = (*levels, self.timeout), (self.requests, self.duration)
+        if not (all(0 < x < math.inf for x in positive) and all(0 <= x < math.inf for x in not_negative)):
+            raise InputError(
+                "--concurrency, --rate and --timeout must be positive, --requests and --duration not negative"
+            )
+        if not levels:
+            raise InputError("nothing to measure: give --concurrency or --rate")
+
+
+async def measure(
+    asked: ServedLoad, url: str, metrics_url: str, info: EngineInfo, environment: dict[str, Any]
+) -> Result:
     """Null model first, then every level."""
-    client = connect(args.protocol, args.url)
-    rng, vocab = random.Random(args.seed), info.model.vocab_size
+    client = connect(asked.protocol, url)
+    rng, vocab = random.Random(asked.seed), info.model.vocab_size
 
     def generator(**changes: Any) -> Generator:
-        options = {"streaming": args.streaming, "seed": args.seed, "timeout_s": args.timeout} | changes
+        options = {"streaming": asked.streaming, "seed": asked.seed, "timeout_s": asked.timeout} | changes
         prompts = lambda n: [rng.randrange(vocab) for _ in range(n)]  # noqa: E731  distinct, so no prefix is shared
-        return Generator(client, prompts, args.input_tokens, args.output_tokens, **options)
+        return Generator(client, prompts, asked.input_tokens, asked.output_tokens, **options)
 
-    users = max([*args.concurrency, 8])
+    users = max([*asked.concurrency, 8])
     null = await generator(model="null_model").closed(users, duration_s=NULL_S)
     null_rate = null.responses / null.wall_s if null.runs else None
     kernels, cost, values = "unknown", None, {}
     try:
-        values, kernels = await asyncio.to_thread(read_metrics, args.metrics_url)
+        values, kernels = await asyncio.to_thread(read_metrics, metrics_url)
         cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"]))
     except OSError:
-        console.print(f"no metrics at {args.metrics_url}: MBU is left out (give --metrics-url)")
-    plan = [("concurrency", value) for value in args.concurrency] + [("rate", value) for value in args.rate]
+        console.print(f"no metrics at {metrics_url}: MBU is left out (give --metrics-url)")
+    plan = [("concurrency", value) for value in asked.concurrency] + [("rate", value) for value in asked.rate]
     levels = []
     with Telemetry(environment["device"], own_processes=OWN_PROCESSES) as telemetry, progress_bar() as bar:
         task = bar.add_task("", total=len(plan))
@@ -134,30 +172,32 @@ async def measure(args: argparse.Namespace, info: EngineInfo, environment: dict[
                 bar.update(task, description=f"{name}: {rate:,.0f} tok/s" + (f", {failed} failed" if failed else ""))
 
             loader = generator(on_progress=progress)
-            requests = args.requests or (0 if args.duration else 4 * value if closed else 32)
+            requests = asked.requests or (0 if asked.duration else 4 * value if closed else 32)
             with telemetry.section(name):
                 load = await (loader.closed if closed else loader.open)(
-                    value, requests=requests, duration_s=args.duration
+                    value, requests=requests, duration_s=asked.duration
                 )
             part = {kind: value, "mode": "closed" if closed else "open"}
-            part |= level(load, streaming=args.streaming, slo=args.slo)
+            part |= level(load, streaming=asked.streaming, slo=asked.slo)
             part["checks"]["null_responses_per_s"] = null_rate
             if cost:  # the server's metrics can be read
                 await asyncio.sleep(PUBLISHED_S)
-                before, (values, _) = values, await asyncio.to_thread(read_metrics, args.metrics_url)
+                before, (values, _) = values, await asyncio.to_thread(read_metrics, metrics_url)
                 part["checks"] |= {key: int(values[key] - before[key]) for key in PREFIX_CACHE if key in values}
             nbytes = (
-                cost.decode_nbytes(args.input_tokens.mean, args.output_tokens.mean, value) if cost and closed else None
+                cost.decode_nbytes(asked.input_tokens.mean, asked.output_tokens.mean, value)
+                if cost and closed
+                else None
             )
             levels.append(add_device(part, telemetry.summary(name), nbytes, environment))
             bar.advance(task)
     await client.close()
     if not any(part["samples"] for part in levels):
-        raise RunError(f"no request succeeded at {args.url}: {next(iter(levels[0]['failures']), 'no answer')}")
-    workload = {"streaming": args.streaming, "protocol": args.protocol, "seed": args.seed, "slo": args.slo}
-    workload["prefix_cache"] = args.prefix_cache
+        raise RunError(f"no request succeeded at {url}: {next(iter(levels[0]['failures']), 'no answer')}")
+    workload = {"streaming": asked.streaming, "protocol": asked.protocol, "seed": asked.seed, "slo": asked.slo}
+    workload["prefix_cache"] = asked.prefix_cache
     for name in ("input_tokens", "output_tokens"):
-        length = getattr(args, name)
+        length = getattr(asked, name)
         workload |= {name: length.low} if length.low == length.high else {f"{name}_range": [length.low, length.high]}
     return new_result(
         "triton",

@@ -13,22 +13,24 @@ from __future__ import annotations
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import run_cli
 from llama_engine.measure import protocol, result
-from llama_engine.measure.generation import TransformersStack
+from llama_engine.measure.stacks import TransformersStack
+from llama_engine.measure.workload import add_arguments, add_engine_arguments, workload_of
 from llama_engine.report.show import show
 
 
 def main() -> None:
     parser = protocol.parser_for(__doc__, "results/local")
-    protocol.add_arguments(parser)
-    protocol.add_engine_arguments(parser)
+    add_arguments(parser)
+    add_engine_arguments(parser)
     args = parser.parse_args()
-    device = protocol.prepare(args)
-    backend = load_engine_json(args.engine_dir, backend=args.backend).backend
-    names = ("baseline.json", f"optimized-{backend}.json", "comparison.json")
+    device = protocol.use_device(args.device, args.threads)
+    info = load_engine_json(args.engine_dir, backend=args.backend)
+    names = ("baseline.json", f"optimized-{info.backend}.json", "comparison.json")
     folder = result.check_folder(args.output)
     paths = [result.check_output(folder / name, args.force, args.model_dir, args.engine_dir) for name in names]
-    engine = protocol.open_engine(args, device)
-    measured = protocol.measure([TransformersStack(args.model_dir, device), engine], args, device)
+    workload = workload_of(args, info)
+    engine = protocol.open_engine(args.engine_dir, info, device=device, threads=args.threads)
+    measured = protocol.measure([TransformersStack(args.model_dir, device), engine], workload, device)
     before, after = measured["transformers"], measured[engine.name]
     results = (before, after, protocol.comparison(before, after))
     for path, content in zip(paths, results):

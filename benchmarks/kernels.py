@@ -14,7 +14,6 @@ Output: a table.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from rich.table import Table
 from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure import environment
 from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import LINEARS, random_weights
@@ -57,7 +57,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     if scheme is not FP16:
 
         def quantize(i: int) -> None:
-            quant.norm(model.hidden, None, eps, *model.input_of("down", layers[i].down), rows)
+            quant.quantize_rows(model.hidden, *model.input_of("down", layers[i].down), rows)
 
         runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):
@@ -114,7 +114,7 @@ def sampler_runs(rows: int, vocab: int, device: torch.device, cuts: list[tuple])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-3.1-8b")
     parser.add_argument("--scheme", choices=[*SCHEMES], default="int8", help="of the layers' matrices (default: int8)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes (at most 512)")

@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 
 from llama_engine.errors import RunError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.serving.client import Client, connect
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.text import TextStream
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, required=True, help="where the tokenizer lies")
     parser.add_argument("--prompt", default="What is the capital of France? Answer briefly.")
     parser.add_argument("--output-tokens", type=int, default=128, help="at most; the answer may end before")

@@ -1,4 +1,4 @@
-"""The INT8 engine under NVTX ranges, for Nsight Systems. A profiled run is slow: no speed is taken from it.
+"""Either engine, native or TensorRT-LLM, under NVTX ranges for Nsight Systems. No speed is taken from a profiled run.
 
 Method: one warm-up marked "warm-up", then one generation in which the prefill and each decode step are marked.
 scripts/profile_nsight.sh runs it under nsys.

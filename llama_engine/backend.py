@@ -35,13 +35,10 @@ class Batch:
 class Backend(Protocol):
     """A loaded engine of one kind."""
 
-    def check(self, batch: Batch) -> None:
-        """Raise :class:`InputError` for a batch that this engine cannot answer."""
-        ...
-
-    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def answer(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """``output_ids`` int32 ``[batch, 1, width]`` and lengths int32 ``[batch, 1]`` after each step.
 
-        Unless ``batch.streaming``, the last pair will do. Raises :class:`RunError`.
+        The call itself raises :class:`InputError` for a batch that this engine cannot answer; the iterator may raise
+        :class:`RunError`. Unless ``batch.streaming``, the last pair will do.
         """
         ...

@@ -279,12 +279,17 @@ def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int
         raise InputError("the prompt is empty: give at least one token id")
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1 and an integer, got {max_new_tokens!r}")
-    if len(prompt) + max_new_tokens > engine.max_seq_len:
-        raise InputError(
-            f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed this engine's "
-            f"max_seq_len {engine.max_seq_len}",
-            ErrorCode.CONTEXT_LENGTH,
-        )
+    check_length(engine, len(prompt), max_new_tokens)
     bad = [token for token in prompt if type(token) is not int or not 0 <= token < model.vocab_size]
     if bad:
         raise InputError(f"token id {bad[0]!r} is outside the vocabulary of {model.vocab_size}")
+
+
+def check_length(engine: EngineConfig, prompt_tokens: int, new_tokens: int, flag: str = "") -> None:
+    """Raise :class:`InputError`, with the numbers and the ``flag`` that asked, unless prompt and answer fit."""
+    if prompt_tokens + new_tokens > engine.max_seq_len:
+        raise InputError(
+            f"{flag}{': ' if flag else ''}{prompt_tokens} prompt tokens + {new_tokens} new tokens exceed this engine's "
+            f"max_seq_len {engine.max_seq_len}",
+            ErrorCode.CONTEXT_LENGTH,
+        )

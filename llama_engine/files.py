@@ -143,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checked(path: Path) -> Iterator[None]:
-    """What a wrong value out of ``path`` raises in the block becomes an :class:`InputError` that names the file."""
+    """Report any bad value read from ``path`` as an :class:`InputError`."""
     try:
         yield
     except InputError:

@@ -18,6 +18,7 @@ from llama_engine.cpu.executor import HostExecutor
 from llama_engine.device import pick_device
 from llama_engine.engine.engine import Engine
 from llama_engine.engine.executor import Executor
+from llama_engine.engine.scheduler import Sequence
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.model.llama import TorchModel
@@ -29,7 +30,7 @@ def load_engine(
     engine_dir: str | Path, *, device: str = "auto", kernels: str = "auto", threads: int | None = None, **changes: Any
 ) -> Engine:
     """Load a built engine. ``device`` is auto, cpu or cuda; ``kernels`` auto (fused) or torch (the reference); on
-    a GPU also stream or triton (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
+    a GPU also streaming or tiled (:class:`llama_engine.gpu.executor.CudaExecutor`). auto is torch where the build
     found that a layer's activations do not bear the fused kernels' integers. ``changes`` replace fields of the
     :class:`EngineConfig` it was built with.
 
@@ -50,7 +51,7 @@ def make_executor(
     engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
 ) -> Executor:
     """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
-    choices = ("auto", "stream", "triton", "torch") if device.type == "cuda" else ("auto", "torch")
+    choices = ("auto", "streaming", "tiled", "torch") if device.type == "cuda" else ("auto", "torch")
     if kernels not in choices:
         raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
     weights = load_weights(engine_dir, model, device)
@@ -100,22 +101,29 @@ class NativeBackend:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def check(self, batch: Batch) -> None:
+    def answer(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if any(len(word) != 1 for words in batch.stop_words for word in words):
             raise InputError("stop_words_list: the native engine stops at words of one token only")
-        for prompt in batch.prompts:
-            self.engine.validate(prompt, batch.max_new_tokens)
-
-    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         end = (batch.end_id,) if batch.end_id >= 0 else ()
+        sequences = [
+            self.engine.make_request(
+                prompt,
+                batch.max_new_tokens,
+                params=batch.params,
+                stop_token_ids=(*end, *(word[0] for word in words)),
+            )
+            for prompt, words in zip(batch.prompts, batch.stop_words)
+        ]
+        return self._steps(batch, sequences)
+
+    def _steps(self, batch: Batch, sequences: list[Sequence]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         output_ids = torch.full((len(batch.prompts), 1, batch.width), batch.end_id, dtype=torch.int32)
         lengths = torch.tensor([[len(prompt)] for prompt in batch.prompts], dtype=torch.int32)
         row_of = {}
-        for row, (prompt, words) in enumerate(zip(batch.prompts, batch.stop_words)):
-            output_ids[row, 0, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-            stops = (*end, *(word[0] for word in words))
-            added = self.engine.add_request(prompt, batch.max_new_tokens, params=batch.params, stop_token_ids=stops)
-            row_of[added] = row
+        for row, sequence in enumerate(sequences):
+            output_ids[row, 0, : len(sequence.prompt)] = torch.tensor(sequence.prompt, dtype=torch.int32)
+            self.engine.add(sequence)
+            row_of[sequence.request_id] = row
         try:
             while row_of:
                 outputs = [output for output in self.engine.step() if output.request_id in row_of]

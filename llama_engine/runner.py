@@ -66,8 +66,7 @@ class ModelRunner:
         if len(words) != len(prompts):
             raise InputError(f"stop_words_list has words for {len(words)} prompts, but there are {len(prompts)}")
         batch = Batch(prompts, max_new_tokens, params, end_id, pad_id, words, streaming)
-        self.backend.check(batch)
-        steps = self.backend.steps(batch)
+        steps = self.backend.answer(batch)
         results = (_result(*step, return_dict, output_sequence_lengths) for step in steps)
         if streaming:
             return results

@@ -117,14 +117,15 @@ class TensorRTBackend:
         except (AssertionError, RuntimeError) as error:
             raise RunError(f"TensorRT-LLM could not load {engine_dir}: {error}") from error
 
-    def check(self, batch: Batch) -> None:
+    def answer(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         limit = self.info.engine.max_batch_size
         if len(batch.prompts) > limit:
             raise InputError(f"{len(batch.prompts)} prompts, but the engine was built for {limit} at once")
         for prompt in batch.prompts:
             check_request(self.info.model, self.info.engine, prompt, batch.max_new_tokens)
+        return self._steps(batch)
 
-    def steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _steps(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # ModelRunnerCpp drops keywords it does not know without a word; these are all among those it accepts.
         results = self.runner.generate(
             [torch.tensor(prompt, dtype=torch.int32) for prompt in batch.prompts],

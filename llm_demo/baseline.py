@@ -98,7 +98,7 @@ def work(model_dir: str, device: str) -> None:
     import torch
 
     from llama_engine.device import pick_device
-    from llama_engine.measure.generation import TransformersStack
+    from llama_engine.measure.stacks import TransformersStack
 
     device = pick_device(device).type
     stack = TransformersStack(model_dir, device)

@@ -10,7 +10,6 @@ Output:  the conversation. /new starts over, /quit or Ctrl-D ends, Ctrl-C stops 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,6 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.flags import Parser
 
 now = time.perf_counter
 
@@ -107,7 +107,7 @@ def _check(response: httpx.Response) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("prompt", nargs="?", help="ask this and end (default: a conversation)")
     parser.add_argument("--race", action="store_true", help="engine against baseline, both at once")
     parser.add_argument("--url", default="http://127.0.0.1:8080")

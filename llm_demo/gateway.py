@@ -19,8 +19,9 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from llama_engine.config import check_request
 from llama_engine.engine_dir import load_engine_json
-from llama_engine.errors import InputError, RunError
+from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.serving.client import GrpcClient
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
@@ -72,16 +73,16 @@ class Gateway:
         """How many tokens may be made. Raises :class:`ApiError` where prompt and answer do not fit."""
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         limit = self.info.engine.max_seq_len
-        if not prompt:
-            raise ApiError(400, "the prompt is empty", param=where)
-        if bad := [token for token in prompt if not 0 <= token < self.info.model.vocab_size]:
-            raise ApiError(400, f"token id {bad[0]} is outside the vocabulary", param=where)
-        if len(prompt) + (request.max_tokens or 1) > limit:
-            asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
-            message = (
-                f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them."
-            )
-            raise ApiError(400, message, code="context_length_exceeded", param=where)
+        try:
+            check_request(self.info.model, self.info.engine, prompt, request.max_tokens or 1)
+        except InputError as error:
+            message = str(error)
+            if error.code is ErrorCode.CONTEXT_LENGTH:
+                asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
+                message = (
+                    f"This model's context is {limit} tokens; the prompt has {len(prompt)}{asked}. Shorten one of them."
+                )
+            raise ApiError(400, message, code=error.code.value, param=where) from None
         return request.max_tokens or limit - len(prompt)
 
     async def ids(self, prompt: list[int], max_tokens: int, request: Sampling) -> AsyncIterator[list[int]]:

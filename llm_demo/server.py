@@ -11,7 +11,6 @@ Output:  the page at /, the API under /v1, /health, /metrics (Prometheus). Start
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -25,6 +24,7 @@ from rich.console import Console
 from starlette.types import ASGIApp
 
 from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer, supervise
 from llm_demo.gateway import Gateway, create_app
@@ -33,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, required=True)
     parser.add_argument("--model-dir", type=Path, help="the Hugging Face model; without it there is no race")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")

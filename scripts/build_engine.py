@@ -11,7 +11,6 @@ Output:  OUTPUT_DIR with engine.json, the weights and the tokenizer.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from pathlib import Path
@@ -20,20 +19,23 @@ from llama_engine import trtllm
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.unified import Checkpoint
 from llama_engine.config import EngineConfig
+from llama_engine.engine_dir import WEIGHTS
 from llama_engine.errors import InputError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.native import prepare_machine
 
 ABLE = ("enable", "disable")
 PLUGIN = ("auto", "float16", "bfloat16", "float32", "disable")
+# trtllm-build's own flags: what they may be, the default first
 TRT_FLAGS = dict.fromkeys(("gemm_plugin", "gpt_attention_plugin"), PLUGIN)
 TRT_FLAGS |= dict.fromkeys(("use_paged_context_fmha", "use_fused_mlp"), ABLE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--backend", choices=["auto", "native", "tensorrt_llm"], default="auto")
+    parser.add_argument("--backend", choices=["auto", *WEIGHTS], default="auto")
     parser.add_argument("--max_batch_size", type=int, default=16, help="sequences at once (default: 16)")
     parser.add_argument("--max_seq_len", type=int, help="prompt and answer (default: 2048, or the model's positions)")
     parser.add_argument("--max_num_tokens", type=int, help="tokens of one step (default: 2048; tensorrt_llm 8192)")
@@ -46,7 +48,7 @@ def main() -> None:
     own.add_argument("--max_prefill_tokens", type=int, help=beside)
     trt = parser.add_argument_group("tensorrt_llm only")
     for name, choices in TRT_FLAGS.items():
-        trt.add_argument(f"--{name}", choices=choices)
+        trt.add_argument(f"--{name}", choices=choices, help=f"(default: {choices[0]})")
     trt.add_argument("--dry-run", action="store_true", help="print the trtllm-build command and stop")
     args = parser.parse_args()
 
@@ -65,7 +67,8 @@ def main() -> None:
         lm_head=args.lm_head,
         **({} if args.max_prefill_tokens is None else {"max_prefill_tokens": args.max_prefill_tokens}),
     )
-    flags = {name: value for name in TRT_FLAGS if (value := getattr(args, name)) is not None}
+    given = {name: value for name in TRT_FLAGS if (value := getattr(args, name)) is not None}
+    flags = {name: given.get(name, choices[0]) for name, choices in TRT_FLAGS.items()}
     if native and args.dry_run:
         raise InputError("--dry-run prints the trtllm-build command: give --backend tensorrt_llm with it")
     if not native and args.lm_head == "int8":
@@ -77,9 +80,9 @@ def main() -> None:
         return
     start = time.perf_counter()
     if native:
-        if flags:
-            given = " ".join(f"--{name} {value}" for name, value in flags.items())
-            print(f"native backend; these apply to tensorrt_llm only: {given}")
+        if given:
+            words = " ".join(f"--{name} {value}" for name, value in given.items())
+            print(f"native backend; these apply to tensorrt_llm only: {words}")
         build_native(args.checkpoint_dir, args.output_dir, engine, force=args.force)
         print(*prepare_machine(args.output_dir), sep="\n")
     else:

@@ -11,13 +11,13 @@ Output: a table. Exit code 0 no regression, 3 regression, 4 not comparable.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from llama_engine.errors import InputError, run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure.compare import compare
 from llama_engine.measure.result import load_folder
 
@@ -25,7 +25,7 @@ REGRESSION, NOT_COMPARABLE = 3, 4
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.02, help="loss that is not called a regression")

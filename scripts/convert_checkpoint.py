@@ -1,10 +1,11 @@
-r"""Convert a Hugging Face Llama to a TensorRT-LLM unified checkpoint, INT8 weight-only or FP8 row-wise if asked.
+r"""Convert a Hugging Face Llama to a TensorRT-LLM unified checkpoint: INT8 weight-only, or FP8 row-wise, or 16-bit.
 
 Purpose: one checkpoint that both TensorRT-LLM and the native engine build from.
 Method:  symmetric per-channel INT8 of every linear layer (max|w| / 128, half away from zero), packed in the byte
          order of the target GPU; or FP8 (e4m3), one scale a row (max|w| / 448), activations quantized per token at
          run time: by NVIDIA's recipe the MLP of all layers but the first and the last, or every linear layer, which
          the native engine alone runs. Rows stream from the shards, so memory stays small at any model size.
+         --no-use_weight_only keeps 16 bits.
 Output:  OUTPUT_DIR/config.json, rank{N}.safetensors, tokenizer files.
 
     python scripts/convert_checkpoint.py --model_dir models/smollm2-135m-instruct --output_dir checkpoints/smollm2 \
@@ -20,14 +21,19 @@ from pathlib import Path
 from llama_engine.checkpoint.convert import FP8_RECIPES, ConvertOptions, convert
 from llama_engine.checkpoint.packing import TARGET_ARCHES, visible_arch
 from llama_engine.errors import InputError, run_cli
+from llama_engine.flags import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--dtype", default="float16", help="float16 or bfloat16 (default: float16)")
-    parser.add_argument("--use_weight_only", action="store_true", help="quantize the linear layers' weights")
+    parser.add_argument(
+        "--use_weight_only",
+        action=argparse.BooleanOptionalAction,
+        help="quantize the linear layers' weights (default: yes, unless --use_fp8_rowwise)",
+    )
     parser.add_argument("--weight_only_precision", choices=["int8"], help="int8 is the only one")
     parser.add_argument("--use_fp8_rowwise", action="store_true", help="FP8 weights and activations (sm89 or later)")
     parser.add_argument("--fp8_recipe", choices=[*FP8_RECIPES], help="which matrices (default: nvidia; see above)")
@@ -38,11 +44,12 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
     args = parser.parse_args()
 
-    if args.weight_only_precision and not args.use_weight_only:
+    int8 = not args.use_fp8_rowwise if args.use_weight_only is None else args.use_weight_only
+    if args.weight_only_precision and not int8:
         raise InputError("--weight_only_precision needs --use_weight_only")
     if args.fp8_recipe and not args.use_fp8_rowwise:
         raise InputError("--fp8_recipe needs --use_fp8_rowwise")
-    packed = args.use_weight_only and not args.quantize_at_build
+    packed = int8 and not args.quantize_at_build
     if not packed and (args.target_arch or (args.trtllm_version and not args.use_fp8_rowwise)):
         what = "FP8 has" if args.use_fp8_rowwise else "16-bit weights have"
         raise InputError(f"--target_arch and --trtllm_version choose the byte order of INT8: {what} none")
@@ -53,7 +60,7 @@ def main() -> None:
             raise InputError(f"the visible GPU is {arch}: give --target_arch {' or '.join(TARGET_ARCHES)}")
     options = ConvertOptions(
         dtype=args.dtype,
-        int8=args.use_weight_only,
+        int8=int8,
         target_arch=arch,
         trtllm_version=args.trtllm_version or "0.15.0",
         quantize_at_build=args.quantize_at_build,

@@ -8,7 +8,7 @@
 set -euo pipefail
 model_args=() server_args=()
 while [ $# -gt 0 ]; do
-  case $1 in
+  case ${1//_/-} in # both spellings, as in the Python scripts
     --model-dir) [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }; model_args=("$1" "$2"); shift ;;
     -h | --help) sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) server_args+=("$1") ;;

@@ -11,15 +11,15 @@ Output: PERFORMANCE_REPORT.md, PERFORMANCE_REPORT.sources.json (the file and key
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from llama_engine.errors import run_cli
+from llama_engine.flags import Parser
 from llama_engine.report import publish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--results-dir", type=Path, default=Path("results/local"))
     parser.add_argument("--headline", metavar="NAME", help="publish all of results/, with results/NAME on top")
     parser.add_argument("--check", action="store_true", help="fail when a committed page or picture is stale")

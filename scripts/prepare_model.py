@@ -10,15 +10,15 @@ Output:  models/<name>/ with prepared.json (SHA-256 of every file); the director
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from llama_engine.checkpoint import prepare
 from llama_engine.errors import run_cli
+from llama_engine.flags import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model-dir", type=Path, help="a local LlamaForCausalLM directory in Hugging Face format")
     source.add_argument("--synthetic", choices=sorted(prepare.GEOMETRIES), help="seeded random weights, this geometry")

@@ -10,12 +10,12 @@ set -euo pipefail
 model=models/smollm2-135m-instruct engine=engines/smollm2-135m-instruct output=results/local/profile.json
 device=auto tokens=64 keep= force=()
 while [ $# -gt 0 ]; do
-  case $1 in
+  case ${1//_/-} in # both spellings, as in the Python scripts
     --force) force=(--force) ;;
     -h | --help) sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     --model-dir | --engine-dir | --output | --device | --output-tokens | --keep)
       [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-      case $1 in
+      case ${1//_/-} in
         --model-dir) model=$2 ;;
         --engine-dir) engine=$2 ;;
         --output) output=$2 ;;

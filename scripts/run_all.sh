@@ -13,12 +13,12 @@ set -euo pipefail
 quick= name=local model_args=() device=auto lm_head=checkpoint headline=
 usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; }
 while [ $# -gt 0 ]; do
-  case $1 in
+  case ${1//_/-} in # both spellings, as in the Python scripts
     --quick) quick=1 ;;
     --headline) headline=1 ;;
     --name | --device | --model-dir | --synthetic | --lm-head)
       [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-      case $1 in
+      case ${1//_/-} in
         --name) name=$2 ;;
         --device) device=$2 ;;
         --lm-head) lm_head=$2 ;;

@@ -24,20 +24,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llama_engine.engine_dir import load_engine_json
+from llama_engine.engine_dir import WEIGHTS, load_engine_json
 from llama_engine.errors import InputError, run_cli
 from llama_engine.files import atomic_dir
+from llama_engine.flags import Parser
 from llama_engine.serving.client import KEY_NAME, KEY_VARIABLE, inference_key
 from llama_engine.serving.repository import ServeConfig, own_names, render, serve_command
 from llama_engine.serving.server import TritonServer, listening, supervise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine-dir", "--engine_dir", type=Path, required=True)
-    parser.add_argument(
-        "--backend", choices=["auto", "native", "tensorrt_llm"], default="auto", help="auto: the engine's"
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("--engine-dir", type=Path, required=True)
+    parser.add_argument("--backend", choices=["auto", *WEIGHTS], default="auto", help="auto: the engine's")
     parser.add_argument("--print", action="store_true", help="tensorrt_llm: render, print the command, start nothing")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")

@@ -5,16 +5,16 @@ python scripts/show_results.py results/local
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from llama_engine.errors import run_cli
+from llama_engine.flags import Parser
 from llama_engine.measure.result import load_folder
 from llama_engine.report.show import show
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("results_dir", type=Path)
     folder = parser.parse_args().results_dir
     show(load_folder(folder).values())

@@ -21,6 +21,7 @@ ROOMS = {
     "sampling": {"errors"},
     "engine_dir": {"errors", "config", "files"},
     "device": {"errors"},
+    "flags": set(),
     "model": BASE,
     "checkpoint": BASE | {"model"},
     "engine": BASE,
@@ -33,7 +34,7 @@ ROOMS = {
     "trtllm": BASE | {"backend", "checkpoint", "model"},
     "runner": BASE | {"backend", "native", "trtllm"},
     "serving": BASE | {"device"},
-    "measure": BASE | {"device", "model", "checkpoint", "engine", "native", "runner", "serving", "report"},
+    "measure": BASE | {"device", "flags", "model", "checkpoint", "engine", "native", "runner", "serving", "report"},
     "report": BASE | {"measure"},
 }
 

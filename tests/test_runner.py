@@ -99,3 +99,22 @@ def test_prompts_must_be_integer_vectors(runner):
             runner.generate([bad], end_id=NEVER, pad_id=0)
     with pytest.raises(InputError, match="empty"):
         runner.generate([], end_id=NEVER, pad_id=0)
+
+
+def test_each_prompt_is_checked_once_and_before_the_first_step(runner, monkeypatch):
+    checked, validate = [], runner.backend.engine.validate
+    monkeypatch.setattr(runner.backend.engine, "validate", lambda *args: checked.append(args) or validate(*args))
+    options = {"end_id": NEVER, "pad_id": 0, "streaming": True}
+    results = runner.generate([torch.tensor([1, 2]), torch.tensor([3])], max_new_tokens=2, **options)
+    assert checked == [([1, 2], 2), ([3], 2)]
+    assert len(list(results)) >= 2
+    assert len(checked) == 2
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        runner.generate([torch.tensor([1]), torch.tensor([10**6])], **options)
+    assert not runner.backend.engine.has_unfinished
+
+
+@pytest.mark.parametrize("kernels", ["tiled", "triton"])
+def test_kernels_that_the_device_does_not_have_are_refused(tiny_engine, kernels):
+    with pytest.raises(InputError, match=f"must be one of auto, torch on cpu, got '{kernels}'"):
+        ModelRunner.from_dir(tiny_engine, device="cpu", kernels=kernels)

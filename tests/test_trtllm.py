@@ -232,7 +232,7 @@ def test_an_engine_is_measured_under_the_name_of_its_backend(engine, tiny_model,
     protocol.main("", engine=True)
     result = load_result(tmp_path / "results/local/optimized-tensorrt_llm.json")
     assert result["backend"] == result["engine"]["kernels"] == "tensorrt_llm"
-    monkeypatch.setattr(protocol, "open_engine", lambda *_: pytest.fail("measured before the file was looked at"))
+    monkeypatch.setattr(protocol, "open_engine", lambda *_, **__: pytest.fail("measured before the file was looked at"))
     with pytest.raises(InputError, match=r"optimized-tensorrt_llm\.json already exists"):
         protocol.main("", engine=True)
 
@@ -246,7 +246,7 @@ def test_the_build_script_runs_and_prints_the_exact_command(tiny_checkpoint, tmp
             [*map(str, command), *args], cwd=ROOT, env=env, capture_output=True, text=True, check=False
         )
 
-    done = run("--backend", "tensorrt_llm", "--dry-run")
+    done = run("--backend", "tensorrt_llm", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == trtllm.build_command(
         tiny_checkpoint, tmp_path / "e", EngineConfig(max_num_tokens=8192), FLAGS

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
 from llama_engine.engine.executor import Executor, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
-from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler
-from llama_engine.engine.scheduler import Sequence as RunningSequence
+from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler, Sequence
 from llama_engine.engine.step import Step
 from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams
@@ -35,18 +35,18 @@ class Output(NamedTuple):
 class Engine:
     """Not thread-safe: one owner calls everything (see :class:`llama_engine.engine.loop.EngineLoop`)."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, executor: Executor) -> None:
-        self.model, self.config, self.executor = model, config, executor
+    def __init__(self, model_config: ModelConfig, config: EngineConfig, executor: Executor) -> None:
+        self.model_config, self.config, self.executor = model_config, config, executor
         self.scheduler = Scheduler(config, BlockManager(executor.num_kv_blocks, config.tokens_per_block))
         self.tokens_generated = 0
         self.steps = 0
-        self._requests: dict[int, RunningSequence] = {}
+        self._requests: dict[int, Sequence] = {}
         self._ids = itertools.count()
         self._inflight: tuple[Plan, StepHandle] | None = None
 
     def add_request(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         max_new_tokens: int,
         *,
         params: SamplingParams | None = None,
@@ -59,27 +59,27 @@ class Engine:
 
     def make_request(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         max_new_tokens: int,
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
-    ) -> RunningSequence:
+    ) -> Sequence:
         """A checked request for :meth:`add`. The one method that any thread may call."""
         self.validate(prompt, max_new_tokens)
         if params is not None:
-            params.check_vocabulary(self.model.vocab_size)
-        return RunningSequence(
+            params.check_vocabulary(self.model_config.vocab_size)
+        return Sequence(
             next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
         )
 
-    def add(self, sequence: RunningSequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         self._requests[sequence.request_id] = sequence
         self.scheduler.add(sequence)
 
-    def validate(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+    def validate(self, prompt: abc.Sequence[int], max_new_tokens: int) -> None:
         """Raise :class:`InputError`, with the numbers, unless the request can run on this engine."""
-        check_request(self.model, self.config, prompt, max_new_tokens)
+        check_request(self.model_config, self.config, prompt, max_new_tokens)
         total = len(prompt) + max_new_tokens
         blocks = self.scheduler.blocks
         if blocks.blocks_for(total) > blocks.usable:

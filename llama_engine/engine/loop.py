@@ -22,6 +22,8 @@ OnTokens = Callable[[list[int], "FinishReason | RunError | None"], None]
 
 @dataclass(frozen=True)
 class _Request:
+    """A :class:`Sequence`, with who hears of its tokens and how long it may take."""
+
     sequence: Sequence
     on_tokens: OnTokens
     deadline: float

@@ -11,10 +11,10 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import gemm, library, quant
 from llama_engine.kernels.attention import PagedAttention
-from llama_engine.kernels.finish import finish
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, LOGITS, RESIDUAL, SILU_MUL, STORE
+from llama_engine.kernels.greedy import greedy
 from llama_engine.kernels.stream import StreamGemm
-from llama_engine.kernels.stream import supported as stream_supported
+from llama_engine.kernels.stream import supported as streaming_supported
 from llama_engine.kernels.tiles import Tiles
 from llama_engine.model.schemes import BF16, FP8, FP16
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
@@ -33,19 +33,14 @@ class GpuModel:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        engine: EngineConfig,
-        weights: EngineWeights,
-        tiles: Tiles,
-        stream: bool = True,
+        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, streaming: bool = True
     ) -> None:
-        """``stream`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
-        self.config, self.engine = config, engine
+        """``streaming`` lets up to 32 rows run the streaming kernel where the GPU has what it needs."""
+        self.config, self.engine_config = config, engine
         self.weights = _checked(config, weights)
         self.device = device = weights.embedding.device
         self.tiles = tiles
-        self.stream = StreamGemm(device) if stream and stream_supported(device) else None
+        self.streaming = StreamGemm(device) if streaming and streaming_supported(device) else None
         slots = engine.max_batch_size + 1
         capacity = -(-engine.max_num_tokens // ROW_PADDING) * ROW_PADDING
         self.dummy_slot = slots - 1
@@ -72,7 +67,7 @@ class GpuModel:
         self.kv = self._allocate_kv()
 
     def _allocate_kv(self) -> list[torch.Tensor]:
-        c, e = self.config, self.engine
+        c, e = self.config, self.engine_config
         block = c.kv_nbytes() * e.tokens_per_block
         blocks = e.num_kv_blocks
         if not blocks:
@@ -119,7 +114,7 @@ class GpuModel:
         """
         a, a_scale = self.input_of(name, linear)
         if tile is None and self.streams(name, linear, rows):
-            self.stream.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
+            self.streaming.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
             return None
         chosen = tile or self.tiles.get(name, linear, rows)
         if not chosen.library:
@@ -144,7 +139,7 @@ class GpuModel:
             library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y)
             if name == "gate_up":
                 scale = None if out_scale is None else out_scale[piece]
-                quant.norm(y, None, 0.0, out[piece], scale, count, gated=True)
+                quant.quantize_rows(y, out[piece], scale, count, gated=True)
             elif name != "qkv":
                 if count == rows:
                     return y
@@ -159,11 +154,11 @@ class GpuModel:
             return
         self._linear("gate_up", gate_up, self.hidden, rows)
         if scale is not None:
-            quant.norm(self.hidden, None, 0.0, out, scale, rows)
+            quant.quantize_rows(self.hidden, out, scale, rows)
 
     def streams(self, name: str, linear: Linear, rows: int) -> bool:
         """Whether the streaming kernel runs ``linear``, called ``name``, for so many rows; else it is the others'."""
-        return self.stream is not None and self.stream.runs(linear, rows, EPILOGUES[name])
+        return self.streaming is not None and self.streaming.runs(linear, rows, EPILOGUES[name])
 
     def linears(self, name: str) -> list[Linear]:
         """Every matrix called ``name``."""
@@ -199,8 +194,8 @@ class GpuModel:
             attend(kv, *query)
             if ends is not None and layer is self.weights.layers[-1]:
                 rows = ends.numel()
-                quant.norm(self.attended, None, 0.0, *query, rows, ends)
-                quant.embed(self.x, ends, self.x_ends, rows)
+                quant.quantize_rows(self.attended, *query, rows, ends)
+                quant.gather_rows(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
             rest = self._linear("o", layer.o, x, rows)
             quant.norm(x, layer.post_norm, eps, *self.input_of("gate_up", layer.gate_up), rows, add=rest)
@@ -231,16 +226,16 @@ class GpuModel:
             n = piece.stop - first
             # ``which`` counts from the top of x, an implicit row from the top of the piece
             picked = None if which is None else which[piece]
-            tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
+            num_tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
             following = None if next_position is None else next_position[piece]
             state = (slots[piece], self.last_token, self.position)
-            finish(self.partials, tiles, sampled[piece], *state, n, following)
+            greedy(self.partials, num_tiles, sampled[piece], *state, n, following)
 
     def decode(self, slots: torch.Tensor, sampled: torch.Tensor) -> None:
         """One token for each of ``slots`` (int32 ``[rows]``): greedy ids to ``sampled`` and the slots, logits to
         ``logits[:rows]``, positions advanced."""
         rows = slots.numel()
-        quant.embed(self.weights.embedding, self.last_token, self.x, rows, slots)
+        quant.gather_rows(self.weights.embedding, self.last_token, self.x, rows, slots)
         x = self._layers(
             rows,
             lambda kv, *out: self.attention.decode(self.qkv, kv, slots, self.position, *out, rows),
@@ -267,9 +262,9 @@ class GpuModel:
         ``every_row`` is a must); the ``tiles`` count the rows after them."""
         rows, d = ids.numel(), decodes
         if d and not part.start:
-            quant.embed(self.weights.embedding, self.last_token, self.x, d, slots)
+            quant.gather_rows(self.weights.embedding, self.last_token, self.x, d, slots)
         if not part.start:
-            quant.embed(self.weights.embedding, ids[d:], self.x[d:], rows - d)
+            quant.gather_rows(self.weights.embedding, ids[d:], self.x[d:], rows - d)
 
         def attend(kv: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
             if d:
@@ -277,7 +272,7 @@ class GpuModel:
             new = (slots[d:], positions[d:], tiles, self.attended[d:], rows - d)
             self.attention.prefill(self.qkv[d:], kv, *new)
             rest = None if scale is None else scale[d:]
-            quant.norm(self.attended[d:], None, 0.0, out[..., d:, :], rest, rows - d)
+            quant.quantize_rows(self.attended[d:], out[..., d:, :], rest, rows - d)
 
         count = ends.shape[1]
         x = self._layers(rows, attend, ends[0] if count and not every_row else None, part)
@@ -293,7 +288,7 @@ class GpuModel:
 
         sampled = ints(*[0] * rows)
         if prefill:
-            step = min(rows, self.engine.max_seq_len)
+            step = min(rows, self.engine_config.max_seq_len)
             starts = range(0, rows, step)
             tiles = [t for first in starts for t in self.attention.tiles(first, 0, min(step, rows - first), 0)]
             positions = ints(*(i % step for i in range(rows)))
@@ -303,7 +298,7 @@ class GpuModel:
         slots = ints(*range(rows))  # at most max_batch_size of them
 
         def decode() -> None:
-            self.position.fill_(min(context, self.engine.max_seq_len - 1))
+            self.position.fill_(min(context, self.engine_config.max_seq_len - 1))
             self.decode(slots, sampled)
 
         return decode

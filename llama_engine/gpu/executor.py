@@ -90,7 +90,8 @@ class CudaHandle:
 class CudaExecutor:
     """Implements :class:`llama_engine.engine.executor.Executor`.
 
-    ``kernels``: "auto", "stream" (no persistent kernel) or "triton" (nor the streaming one).
+    ``kernels``: "auto", "streaming" (no persistent kernel) or "tiled" (the Triton-language ones alone); other
+    words are refused by :func:`llama_engine.native.make_executor`.
 
     Raises :class:`InputError` for a model no kernel runs, :class:`RunError` without memory for a KV cache.
     """
@@ -107,14 +108,12 @@ class CudaExecutor:
         kernels: str = "auto",
         graphs: bool = True,
     ) -> None:
-        if kernels not in ("auto", "stream", "triton"):
-            raise InputError(f"kernels must be 'auto', 'stream' or 'triton' on the CUDA executor, got {kernels!r}")
         self.device = weights.embedding.device
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
         tiles = Tiles(tuning, gpu_name(self.device))
-        self.model = model = GpuModel(config, engine, weights, tiles, kernels != "triton")
-        self.engine = engine
+        self.model = model = GpuModel(config, engine, weights, tiles, streaming=kernels != "tiled")
+        self.engine_config = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
         self.kv_nbytes_per_token = config.kv_nbytes()
@@ -131,9 +130,9 @@ class CudaExecutor:
             try:
                 self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
             except RunError as error:
-                warnings.warn(f"{error}; decoding with the Triton kernels alone", stacklevel=2)
-        used = [name for name, there in (("persistent", self._persistent), ("stream", model.stream)) if there]
-        self.kernels = "cuda-" + "+".join([*used, "triton"])
+                warnings.warn(f"{error}; decoding with the other kernels", stacklevel=2)
+        used = [name for name, there in (("persistent", self._persistent), ("streaming", model.streaming)) if there]
+        self.kernels = "cuda-" + "+".join([*used, "tiled"])
         self._use_graphs = graphs and self._cuda
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
@@ -146,10 +145,10 @@ class CudaExecutor:
             if decodes + tokens <= model.x.shape[0]
         ]
         limit = PREFILL_BUCKETS[-1]
-        tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
+        num_tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
         size = max(limit, engine.max_num_tokens)
         self._inputs = torch.zeros(
-            3 * size + 4 * (tiles + size) + 3 * engine.max_batch_size + 256, dtype=torch.int32, device=self.device
+            3 * size + 4 * (num_tiles + size) + 3 * engine.max_batch_size + 256, dtype=torch.int32, device=self.device
         )
         if self._use_graphs:
             with torch.cuda.stream(self._stream):
@@ -202,7 +201,7 @@ class CudaExecutor:
         slots = [chunk.slot for chunk in chunks]
         bucket = bucket_of(len(slots), self._buckets)
         if bucket is None:
-            raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine.max_batch_size}")
+            raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine_config.max_batch_size}")
         padded = slots + [self.model.dummy_slot] * (bucket - len(slots))
         if padded != self._bound:
             self._upload(self._slots, np.asarray(padded, dtype=np.int32))
@@ -222,8 +221,8 @@ class CudaExecutor:
     def _prefill(self, step: Step, indices: list[int]) -> _Pass:
         chunks = [step.chunks[i] for i in indices]
         total = sum(chunk.length for chunk in chunks)
-        if total > self.engine.max_num_tokens:
-            raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine.max_num_tokens}")
+        if total > self.engine_config.max_num_tokens:
+            raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine_config.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
         graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
         if graphs is not None:
@@ -312,7 +311,7 @@ class CudaExecutor:
 
     def _graph_shape(self, tokens: int, max_chunks: int, decodes: int = 0) -> tuple[int, int]:
         """Query tiles and samples of a prefill graph."""
-        samples = min(max_chunks + decodes, self.engine.max_batch_size)
+        samples = min(max_chunks + decodes, self.engine_config.max_batch_size)
         return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, samples
 
     # -- graphs -----------------------------------------------------------------------------------------------------
@@ -325,7 +324,7 @@ class CudaExecutor:
             self._sampler_graphs[bucket] = self._capture(lambda b=bucket: self._sampler_kernel(b))
         for tokens in PREFILL_BUCKETS:
             for chunks in PREFILL_CHUNKS:
-                if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine.max_batch_size):
+                if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine_config.max_batch_size):
                     continue
                 views = self._views(tokens, *self._graph_shape(tokens, chunks))
                 self._inputs.zero_()

@@ -85,7 +85,7 @@ def tune(
     fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
     """
     work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
-    prefill = {bucket: bucket > model.engine.max_batch_size for bucket in ROW_BUCKETS}
+    prefill = {bucket: bucket > model.engine_config.max_batch_size for bucket in ROW_BUCKETS}
     for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
             continue  # lm_head has no tiles of 8 rows, never runs more than 512, and a prefill needs it for one

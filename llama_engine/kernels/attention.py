@@ -87,7 +87,7 @@ class PagedAttention:
         num_rows: int,
     ) -> None:
         """One new token a row: rotate, cache, attend; the result goes to ``out``, in the form that its dtype asks for
-        (:func:`llama_engine.kernels.quant.norm`), and its row scales to ``a_scale``.
+        (:func:`llama_engine.kernels.quant.quantize_rows`), and its row scales to ``a_scale``.
 
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """

@@ -1,4 +1,4 @@
-"""What every Triton kernel's launch needs to know about the device."""
+"""What the launch of every Triton-language kernel needs to know about the device."""
 
 from __future__ import annotations
 

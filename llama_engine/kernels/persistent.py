@@ -51,9 +51,10 @@ class _Params(ctypes.Structure):
 
 
 def supported(config: ModelConfig, weights: EngineWeights) -> bool:
-    """Whether this kernel can run the model on the device that holds ``weights``."""
+    """Whether this kernel can run the model on the device that holds ``weights``: compute capability 9.0, having run on
+    no other."""
     device = weights.embedding.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     properties = torch.cuda.get_device_properties(device)
     blocks, half_stage = properties.multi_processor_count, STAGE_BYTES // 2

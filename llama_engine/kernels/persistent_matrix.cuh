@@ -23,14 +23,16 @@ template <int K> struct Digits {
     int hi[ROWS][K / 1024], lo[ROWS][K / 1024];
     float scale[ROWS];
 };
-// round(v * inv), |result| <= 32512, in the low 16 bits: adding 1.5 * 2^23 leaves the integer in the mantissa.
+// The largest activation in fixed point: both of its digits fit a signed byte. DIGITS_MAX of schemes.py.
+constexpr float DIGITS_MAX = 32512.0f;
+// round(v * inv), |result| <= DIGITS_MAX, in the low 16 bits: adding 1.5 * 2^23 leaves the integer in the mantissa.
 __device__ __forceinline__ int to_fixed(float v, float inv) { return __float_as_int(fmaf(v, inv, 12582912.0f)); }
 __device__ __forceinline__ void pack(float4 v, float inv, int& hi, int& lo) {
     const int a = to_fixed(v.x, inv), b = to_fixed(v.y, inv), c = to_fixed(v.z, inv), d = to_fixed(v.w, inv);
     lo = __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
     hi = __byte_perm(__byte_perm(a + 128, b + 128, 0x0051), __byte_perm(c + 128, d + 128, 0x0051), 0x5410);
 }
-__device__ __forceinline__ float inverse_of(float amax) { return amax > 0 ? 32512.0f / amax : 0.0f; }
+__device__ __forceinline__ float inverse_of(float amax) { return amax > 0 ? DIGITS_MAX / amax : 0.0f; }
 
 // ---------------------------------------------------------------- words between blocks
 // What travels is the upper 24 bits of a float32 (an error of 2^-17, below that of the 16-bit digits) and a flag.
@@ -145,7 +147,7 @@ __device__ void norm_digits(Shared& s, const float4 (&weight)[HIDDEN / 1024], fl
     normalize(s, weight, eps, v, rstd, amax);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        d.scale[r] = amax[r] * rstd[r] / 32512.0f;
+        d.scale[r] = amax[r] * rstd[r] / DIGITS_MAX;
 #pragma unroll
         for (int w = 0; w < W; ++w) pack(v[r * W + w], inverse_of(amax[r]), d.hi[r][w], d.lo[r][w]);
     }
@@ -163,7 +165,7 @@ template <int K, bool POLL> __device__ void plain_digits(Shared& s, const u32* s
         consumer_sync();
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) top = larger(top, s.reduce[w][r][0]);
-        d.scale[r] = top / 32512.0f;
+        d.scale[r] = top / DIGITS_MAX;
 #pragma unroll
         for (int w = 0; w < K / 1024; ++w) pack(v[w], inverse_of(top), d.hi[r][w], d.lo[r][w]);
     }
@@ -189,7 +191,7 @@ template <int N> __device__ __forceinline__ Words<N> load_shared(u32 addr) {
 template <int K, int NROWS, bool PAIRED>
 __device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count) {
     using S = Split<K>;
-    // 32512 * 128 * K / WARPS < 2^31: one integer holds a warp's sum of both digits
+    // DIGITS_MAX * 128 * K / WARPS < 2^31: one integer holds a warp's sum of both digits
     constexpr bool ONE = K / WARPS <= 512;
     constexpr int PER = PAIRED ? NROWS / 2 : NROWS, VALUES = NROWS * ROWS, PASSES = ceil_div(VALUES, 16);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

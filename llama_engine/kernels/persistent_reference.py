@@ -20,10 +20,9 @@ from torch import Tensor
 
 from llama_engine.config import ModelConfig
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import INT8
+from llama_engine.model.schemes import DIGITS_MAX, INT8
 from llama_engine.model.weights import EngineWeights, Linear
 
-LIMIT = 32512  # the largest activation in fixed point: both of its digits fit a signed byte
 NONE = -1e30  # the score of a share of the context that holds no positions
 
 
@@ -65,7 +64,7 @@ def decode(
         residual = residual + matrix(plain_digits(hidden), layer.down, grid)
         x = word(residual)
     logits = lm_head(x, weights, eps, grid)
-    sampled = finish(logits, slots, last_token, position)
+    sampled = greedy(logits, slots, last_token, position)
     return sampled, logits
 
 
@@ -126,7 +125,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def to_digits(x: Tensor, amax: Tensor, scale: Tensor) -> Digits:
     """Fixed point, rounded to nearest even, in two signed digits. ``to_fixed``, ``pack``, ``inverse_of`` in
     persistent_matrix.cuh."""
-    inverse = torch.where(amax > 0, LIMIT / amax, 0.0)
+    inverse = torch.where(amax > 0, DIGITS_MAX / amax, 0.0)
     fixed = (x.double() * inverse.double()[:, None]).round()
     high = ((fixed + 128) / 256).floor()
     return Digits(high, fixed - 256 * high, scale)
@@ -136,13 +135,13 @@ def norm_digits(x: Tensor, weight: Tensor, eps: float) -> Digits:
     """A normalized row in fixed point: its 1 / RMS goes into the scale. ``norm_digits`` in persistent_matrix.cuh."""
     v, rstd = normalize(x, weight, eps)
     amax = v.abs().amax(-1)
-    return to_digits(v, amax, amax * rstd / LIMIT)
+    return to_digits(v, amax, amax * rstd / DIGITS_MAX)
 
 
 def plain_digits(x: Tensor) -> Digits:
     """A row in fixed point: the input of ``o`` and ``down``. ``plain_digits`` in persistent_matrix.cuh."""
     amax = x.abs().amax(-1)
-    return to_digits(x, amax, amax / LIMIT)
+    return to_digits(x, amax, amax / DIGITS_MAX)
 
 
 def gemv(d: Digits, linear: Linear, rows: slice) -> Tensor:
@@ -234,7 +233,7 @@ def lm_head(x: Tensor, weights: EngineWeights, eps: float, grid: int) -> Tensor:
     return v @ weights.lm_head.weight.float().T * rstd[:, None]
 
 
-def finish(logits: Tensor, slots: Tensor, last_token: Tensor, position: Tensor) -> Tensor:
+def greedy(logits: Tensor, slots: Tensor, last_token: Tensor, position: Tensor) -> Tensor:
     """The largest logit's id (the lowest wins a tie), and the slots' next state, int64 ``[rows]``. The last block of
     ``consume`` in persistent.cu."""
     sampled = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)

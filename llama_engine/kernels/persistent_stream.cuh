@@ -177,8 +177,9 @@ struct Ring {
     }
 };
 
-// Rows of an n-row matrix that this block owns. The blocks with one row more move on with `turn`, the layer where
-// a row's owner may change, so that over the token every block streams about the same number of bytes.
+// Rows of an n-row matrix that this block owns: split evenly, and the remainder, one row more for n % GRID of the blocks,
+// rotates with `turn`, the layer where a row's owner may change, so that over the token every block streams about the
+// same number of bytes.
 struct Part { int start, count; };
 __device__ Part part_of(int n, int turn) {
     const int cta = blockIdx.x, q = n / GRID, r = n % GRID, off = turn * r % GRID, end = off + r - GRID;

@@ -2,7 +2,7 @@
 """Embedding, RMSNorm, SiLU * mul and the forms of activations: 16-bit fixed point, e4m3 or plain.
 
 For an INT8 matrix a row ``x`` becomes ``a = 256 * hi + lo`` with ``a = round(x / scale)``, half away from zero,
-``scale = max|x| / 32512`` and both digits in -128 .. 127, so that the matrix multiplies it exactly in two integer
+``scale = max|x| / DIGITS_MAX`` and both digits in -128 .. 127, so that the matrix multiplies it exactly in two integer
 products. For an FP8 matrix it becomes e4m3 as :func:`llama_engine.model.schemes.quantize_e4m3` says.
 """
 
@@ -14,8 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
+from llama_engine.model.schemes import DIGITS_MAX
 
-LIMIT = 32512  # 127 * 256: the largest magnitude whose digits both fit
+_LIMIT = tl.constexpr(float(DIGITS_MAX))
 
 
 @triton.jit
@@ -57,18 +58,18 @@ def _largest(x):
 @triton.jit
 def _store_digits(x, at, scale_ptr, mask, plane):
     amax = _largest(x)
-    inverse = 32512.0 / tl.maximum(amax, 1e-30)
-    magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), 32512.0)
+    inverse = _LIMIT / tl.maximum(amax, 1e-30)
+    magnitude = tl.minimum(tl.floor(tl.abs(x) * inverse + 0.5), _LIMIT)
     a = tl.where(x < 0, -magnitude, magnitude).to(tl.int32)
     lo = ((a + 128) & 255) - 128
     hi = (a - lo) >> 8
     tl.store(at, hi.to(tl.int8), mask=mask)
     tl.store(at + plane, lo.to(tl.int8), mask=mask)
-    tl.store(scale_ptr, amax / 32512.0)
+    tl.store(scale_ptr, amax / _LIMIT)
 
 
 @triton.jit
-def _norm(
+def _rows_kernel(
     x_ptr,
     norm_ptr,
     rows_ptr,
@@ -113,7 +114,7 @@ def _norm(
 
 
 @triton.jit
-def _embed(
+def _gather_kernel(
     ids_ptr,
     slots_ptr,
     table_ptr,
@@ -142,12 +143,12 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def embed(
+def gather_rows(
     table: torch.Tensor, ids: torch.Tensor, x: torch.Tensor, num_rows: int, slots: torch.Tensor | None = None
 ) -> None:
     """``x[r] = table[ids[r]]``, or ``table[ids[slots[r]]]``. table ``[vocab, K]``, ids and slots int32."""
     block = triton.next_power_of_2(x.shape[1])
-    _embed[(num_rows,)](
+    _gather_kernel[(num_rows,)](
         ids,
         slots,
         table,
@@ -162,25 +163,51 @@ def embed(
 
 def norm(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
     scale: torch.Tensor | None,
     num_rows: int,
     rows: torch.Tensor | None = None,
-    gated: bool = False,
     add: torch.Tensor | None = None,
 ) -> None:
-    """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, or the rows as they are.
+    """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, in the form of ``out`` as
+    :func:`quantize_rows` has it. ``add`` ``[num_rows, K]`` is first added to ``x`` itself, whose rows are then not to
+    be chosen."""
+    _launch(x, weight, eps, out, scale, num_rows, rows, False, add)
 
-    ``gated``: ``x`` is ``[*, 2 K]``, gate and up, of which ``silu(gate) * up`` is taken. ``add`` ``[num_rows, K]`` is
-    first added to ``x`` itself, whose rows are then not to be chosen. ``out`` decides the form: int8
-    ``[2, capacity, K]`` takes the planes of hi and lo, float8_e4m3fn ``[capacity, K]`` e4m3 values, both with ``scale``
-    float32 ``[capacity]`` for the row scales; a plain ``[*, K]`` takes its own dtype.
+
+def quantize_rows(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    num_rows: int,
+    rows: torch.Tensor | None = None,
+    gated: bool = False,
+) -> None:
+    """The rows of ``x`` ``[*, K]`` (or ``x[rows]``) in the form that ``out`` decides: int8 ``[2, capacity, K]`` takes
+    the planes of hi and lo, float8_e4m3fn ``[capacity, K]`` e4m3 values, both with ``scale`` float32 ``[capacity]`` for
+    the row scales; a plain ``[*, K]`` takes its own dtype.
+
+    ``gated``: ``x`` is ``[*, 2 K]``, gate and up, of which ``silu(gate) * up`` is taken.
     """
+    _launch(x, None, 0.0, out, scale, num_rows, rows, gated, None)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    num_rows: int,
+    rows: torch.Tensor | None,
+    gated: bool,
+    add: torch.Tensor | None,
+) -> None:
     width = x.shape[-1] // 2 if gated else x.shape[-1]
     block = triton.next_power_of_2(width)
-    _norm[(num_rows,)](
+    _rows_kernel[(num_rows,)](
         x,
         weight,
         rows,
@@ -204,7 +231,7 @@ def quantize_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The digits int8 ``[2, M, K]`` and scales float32 ``[M]`` of ``x`` ``[M, K]``."""
     x = x.float()
     amax = x.abs().amax(dim=-1)
-    inverse = torch.where(amax > 0, LIMIT / amax, 0.0)
-    a = (torch.floor(x.abs() * inverse[:, None] + 0.5).clamp(max=LIMIT) * x.sign()).to(torch.int32)
+    inverse = torch.where(amax > 0, DIGITS_MAX / amax, 0.0)
+    a = (torch.floor(x.abs() * inverse[:, None] + 0.5).clamp(max=DIGITS_MAX) * x.sign()).to(torch.int32)
     lo = ((a + 128) & 255) - 128
-    return torch.stack(((a - lo) >> 8, lo)).to(torch.int8), amax / LIMIT
+    return torch.stack(((a - lo) >> 8, lo)).to(torch.int8), amax / DIGITS_MAX

@@ -751,9 +751,9 @@ class Sampler:
         """Replace the tokens of the rows whose slots ask for it.
 
         ``logits`` float32 ``[rows, vocab]``, overwritten where penalized or biased; ``sampled`` int32 ``[rows]`` holds
-        each row's greedy token (:func:`llama_engine.kernels.finish.finish`, which ran before) and receives the drawn
+        each row's greedy token (:func:`llama_engine.kernels.greedy.greedy`, which ran before) and receives the drawn
         one, or -1 for a row without a finite largest logit; so does ``last_token[slots[r]]`` int32, 0 for such a row.
-        ``position[slots[r]]`` int32 is where the new token will stand: as ``finish`` leaves it.
+        ``position[slots[r]]`` int32 is where the new token will stand: as ``greedy`` leaves it.
         """
         chunks = triton.cdiv(self.vocab_size, PARTS * 32 * WARPS)
         split = programs_per_row(num_rows, chunks, logits.device)

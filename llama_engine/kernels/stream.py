@@ -1,7 +1,7 @@
 """Linear layers of up to 32 rows on Hopper GPUs: ``stream.cu``, whose weights are on their way before their turn comes.
 
 Bitwise equal to :func:`llama_engine.kernels.gemm.gemm`, which runs everything else and is the off-switch
-(``kernels="triton"``). The reference of both is :func:`llama_engine.kernels.gemm.gemm_reference`.
+(``kernels="tiled"``). The reference of both is :func:`llama_engine.kernels.gemm.gemm_reference`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StreamGemm:
             try:
                 self._functions[key] = shape and self._compile(n, k, epilogue, bucket, shape)
             except RunError as error:
-                warnings.warn(f"{error}; a matrix of {n}x{k} runs the Triton kernel instead", stacklevel=2)
+                warnings.warn(f"{error}; a matrix of {n}x{k} runs the tiled kernel instead", stacklevel=2)
         return self._functions[key]
 
     def _compile(self, n: int, k: int, epilogue: int, bucket: int, shape: Shape) -> nvrtc.Function | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from llama_engine.checkpoint.hf import HFModel
-from llama_engine.engine.engine import Engine
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.stats import summary
 from llama_engine.measure.telemetry import Telemetry
-from llama_engine.sampling import SamplingParams
 
 WAKE_TOKENS = 2  # of the uncounted request at the start of a turn
 
@@ -66,6 +64,9 @@ class GenerationRun:
         return sum(b < a for a, b in itertools.pairwise([self.t0, *self.token_times]))
 
 
+Mark = Callable[[str], AbstractContextManager[None]]  # opens a profiler's range of that name
+
+
 class Stack(Protocol):
     name: str
     cost: Cost
@@ -75,113 +76,9 @@ class Stack(Protocol):
         """Exactly ``new_tokens`` greedy tokens, each stamped when the caller could use it."""
         ...
 
-
-class TransformersStack:
-    """The baseline: ``AutoModelForCausalLM``, SDPA, fp16 on CUDA and bf16 on a CPU, ``generate`` with a streamer."""
-
-    name = "transformers"
-
-    def __init__(self, model_dir: Path | str, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig, __version__
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        config = HFModel(model_dir).config  # refuses what is not a Llama directory, in one line
-        self.dtype = torch.float16 if device == "cuda" else torch.bfloat16
-        self.device = device
-        self.about: dict[str, Any] = {}
-        # 4.56 renamed the keyword: older releases do not know the new name, newer ones warn about the old
-        keyword = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
-        options = {keyword: self.dtype, "attn_implementation": "sdpa"}
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
-        self.model.to(device).eval()
-        # generate() fills unset fields from the model's own generation config: leave it no EOS to stop at
-        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        weights = sum(p.nbytes for p in self.model.parameters())
-        if not config.tie_word_embeddings:
-            weights -= self.model.get_input_embeddings().weight.nbytes  # a gather of one row, not a read of all
-        self.cost = Cost.of(config, weights, config.kv_nbytes(self.dtype.itemsize))
-
-    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
-        run = GenerationRun(now())
-        self.stream(prompt_ids, new_tokens, lambda ids: run.add(ids, now()))
-        return run
-
-    @torch.inference_mode()
-    def stream(
-        self, prompt_ids: list[int], new_tokens: int, on_ids: Callable[[list[int]], None], **options: Any
-    ) -> None:
-        """transformers' ``generate`` with ``options``; ``on_ids`` gets each token as it is made."""
-        ids = torch.tensor([prompt_ids], device=self.device)
-        options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
-        self.model.generate(ids, streamer=_Streamer(on_ids), **options)
-
-
-class _Streamer:
-    """A transformers streamer. ``generate`` hands it host tensors, so a CUDA token has been waited for."""
-
-    def __init__(self, on_ids: Callable[[list[int]], None]) -> None:
-        self.on_ids, self.prompt_seen = on_ids, False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt first, then with each new token."""
-        if self.prompt_seen:
-            self.on_ids(value.reshape(-1).tolist())
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        """Called after the last token."""
-
-
-class EngineStack:
-    """The native engine in this process."""
-
-    name = "native"
-
-    def __init__(self, engine: Engine, about: dict[str, Any] | None = None) -> None:
-        self.engine, self.about = engine, about or {}
-        self.cost = Cost.of(engine.model, engine.executor.step_nbytes, engine.executor.kv_nbytes_per_token)
-
-    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
-        return self.generate_batch([prompt_ids], new_tokens)[0]
-
-    def generate_batch(
-        self, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams | None = None
-    ) -> list[GenerationRun]:
-        """All prompts at once; every run has the same t0, the moment the first was added. Prompt i draws with the seed
-        of ``sampling`` + i."""
-        params = [sampling and dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
-        start = now()
-        runs = {
-            self.engine.add_request(prompt, new_tokens, params=p): GenerationRun(start)
-            for prompt, p in zip(prompts, params)
-        }
-        while self.engine.has_unfinished:
-            outputs = self.engine.step()
-            stamp = now()
-            for output in outputs:
-                if isinstance(output.reason, RunError):
-                    raise output.reason
-                runs[output.request_id].add(output.token_ids, stamp)
-        return list(runs.values())
-
-
-class RunnerStack:
-    """Any ``ModelRunner`` through its streaming face: how a TensorRT-LLM engine is measured."""
-
-    def __init__(self, runner: Any, cost: Cost, about: dict[str, Any]) -> None:
-        self.runner, self.cost, self.about = runner, cost, about
-        self.name: str = about["backend"]
-
-    def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
-        run = GenerationRun(now())
-        prompt = [torch.tensor(prompt_ids, dtype=torch.int32)]
-        options = {"streaming": True, "return_dict": True, "output_sequence_lengths": True}
-        for result in self.runner.generate(prompt, max_new_tokens=new_tokens, end_id=-1, pad_id=0, **options):
-            seen = len(prompt_ids) + len(run.token_ids)
-            ids = result["output_ids"][0, 0, seen : int(result["sequence_lengths"][0, 0])].tolist()
-            run.add(ids, now())
-        return run
+    def marked(self, mark: Mark) -> AbstractContextManager[None]:
+        """Ranges named prefill and decode around the steps of whatever is generated inside."""
+        ...
 
 
 def tokenize(model_dir: Path | str, text: str) -> list[int]:

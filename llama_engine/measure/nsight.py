@@ -7,7 +7,6 @@ The tables are Nsight Systems' own (``nsys export --type sqlite``); times in the
 
 from __future__ import annotations
 
-import argparse
 import re
 import sqlite3
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ import numpy as np
 
 from llama_engine.errors import InputError, run_cli
 from llama_engine.files import checked, read_json
+from llama_engine.flags import Parser
 from llama_engine.measure.result import Result, new_result, write_result
 
 SUBMITS = re.compile(r"cu(?:da)?(LaunchKernel|LaunchCooperative|GraphLaunch|Memcpy|Memset)")
@@ -144,7 +144,7 @@ def combine(runs: Sequence[str], profiler: str) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", action="append", required=True, metavar="INFO[:EXPORT]")
     parser.add_argument("--profiler", default="Nsight Systems")
     parser.add_argument("--output", type=Path, required=True)

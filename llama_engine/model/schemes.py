@@ -53,6 +53,7 @@ FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU
 FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
 BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
 SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, FP16, BF16)}
+DIGITS_MAX = 32512  # 127 * 256: the largest 16-bit fixed-point activation whose two digits both fit a signed byte
 E4M3_MAX = 448.0
 E4M3_MIN_SCALE = 1 / (448 * 512)  # TensorRT-LLM's least scale, of weights and of activations
 

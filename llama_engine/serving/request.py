@@ -22,7 +22,7 @@ NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one request asks for. ``prompt`` is the unpadded token ids."""
+    """What the tensors of one request ask for. ``prompt`` is the unpadded token ids."""
 
     prompt: list[int]
     max_new_tokens: int

@@ -279,7 +279,7 @@ def test_a_linked_output_is_followed_on_every_run(tiny_model, tmp_path, run_scri
     (tmp_path / "disk").mkdir()
     (tmp_path / "c").symlink_to("disk/c")
     for run in range(3):
-        done = run_script(*args, *(["--use_weight_only"] if run == 1 else []))
+        done = run_script(*args, *([] if run == 1 else ["--no-use_weight_only"]))
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "c").is_symlink()
         assert (Checkpoint(tmp_path / "disk/c").layout is not None) == (run == 1)
@@ -303,9 +303,12 @@ def test_bad_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weight_only_precision", "int8"], "--weight_only_precision needs --use_weight_only"),
-        (["--target_arch", "sm90"], "16-bit weights have none"),
-        (["--use_weight_only", "--quantize_at_build", "--trtllm_version", "0.17.0"], "16-bit weights have none"),
+        (
+            ["--no-use_weight_only", "--weight_only_precision", "int8"],
+            "--weight_only_precision needs --use_weight_only",
+        ),
+        (["--no-use-weight-only", "--target_arch", "sm90"], "16-bit weights have none"),
+        (["--quantize_at_build", "--trtllm_version", "0.17.0"], "16-bit weights have none"),
     ],
 )
 def test_flags_without_effect_are_refused(tiny_model, tmp_path, run_script, flags, message):
@@ -328,7 +331,7 @@ def test_damaged_weights_leave_no_checkpoint(tmp_path):
 
 
 def test_a_killed_conversion_leaves_nothing_and_starts_again(smollm2_model, tmp_path, run_script):
-    args = ["--model_dir", str(smollm2_model), "--output_dir", str(tmp_path / "c"), "--use_weight_only"]
+    args = ["--model_dir", str(smollm2_model), "--output_dir", str(tmp_path / "c")]
     process = subprocess.Popen(
         [sys.executable, "scripts/convert_checkpoint.py", *args], cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -350,11 +353,14 @@ def test_the_scripts_convert_and_refuse_to_overwrite(tiny_model, tmp_path, run_s
     done = run_script("scripts/convert_checkpoint.sh", *args)
     assert done.returncode == 0, done.stderr
     assert "INT8, layout column_major," in done.stdout
-    done = run_script("scripts/convert_checkpoint.py", *args[:4])
+    done = run_script("scripts/convert_checkpoint.py", *args)
     assert done.returncode == 2
     assert "--force" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert run_script("scripts/convert_checkpoint.py", *args[:4], "--force").returncode == 0
+    before = content(tmp_path / "c")
+    assert run_script("scripts/convert_checkpoint.py", *args, "--force").returncode == 0
+    assert content(tmp_path / "c") == before  # both scripts have the same defaults
+    assert run_script("scripts/convert_checkpoint.py", *args[:4], "--no-use_weight_only", "--force").returncode == 0
     assert Checkpoint(tmp_path / "c").layout is None
 
 

@@ -59,7 +59,7 @@ def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smol
     reference = dequantized_transformers(smollm2_model, smollm2_engine)
     engine = load_engine(smollm2_engine, device="cpu")
     for text in PROMPTS:
-        prompt, stop = chat_ids(smollm2_model, text), engine.model.eos_token_ids
+        prompt, stop = chat_ids(smollm2_model, text), engine.model_config.eos_token_ids
         tokens = generate(engine, prompt, 48, stop_token_ids=stop)
         assert len(tokens) > 2
         assert len(tokens) == 48 or tokens[-1] in stop
@@ -72,7 +72,7 @@ def test_greedy_tokens_are_those_of_transformers_on_the_dequantized_weights(smol
 def test_paris(smollm2_model, smollm2_engine):
     engine = load_engine(smollm2_engine, device="cpu")
     prompt = chat_ids(smollm2_model, PROMPTS[0])
-    tokens = generate(engine, prompt, 32, stop_token_ids=engine.model.eos_token_ids)
+    tokens = generate(engine, prompt, 32, stop_token_ids=engine.model_config.eos_token_ids)
     text = AutoTokenizer.from_pretrained(smollm2_model).decode(tokens, skip_special_tokens=True)
     assert text.strip() == "The capital of France is Paris."
 

@@ -59,7 +59,7 @@ def test_ragged_steps_match_the_reference(int8_head):
 
 
 def test_a_request_alone_equals_the_same_request_in_a_batch():
-    fused, _ = _pair(kernels="triton")
+    fused, _ = _pair(kernels="tiled")
     results = []
     for others in (0, 3):
         for slot in range(4):
@@ -110,7 +110,7 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
 def _executor(config, weights, mixed):
     from llama_engine.gpu.executor import CudaExecutor
 
-    executor = CudaExecutor(config, ENGINE, weights, kernels="stream")
+    executor = CudaExecutor(config, ENGINE, weights, kernels="streaming")
     if not mixed:
         executor._mixed_buckets = []
     return executor
@@ -233,7 +233,7 @@ def test_no_memory_for_a_cache_is_one_clear_line():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kernels", ["stream", "triton"])
+@pytest.mark.parametrize("kernels", ["streaming", "tiled"])
 @pytest.mark.parametrize("geometry", ["smollm2", "8b"])
 def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels):
     from llama_engine.gpu.executor import CudaExecutor
@@ -277,7 +277,7 @@ def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels)
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("kernels", ["auto", "stream", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", "streaming", "tiled"])
 def test_a_deep_model_serves_the_reference_and_repeats_itself(kernels, graphs):
     from llama_engine.engine.engine import Engine
     from llama_engine.gpu.executor import CudaExecutor
@@ -328,7 +328,7 @@ def test_a_prompt_whose_start_is_cached_is_answered_as_without():
     def engine(executor, cached):
         return Engine(TINY, dataclasses.replace(ENGINE, enable_prefix_cache=cached), executor)
 
-    (fused, host), (other, _), prompt = _pair(kernels="triton"), _pair(kernels="triton"), list(range(20, 58))
+    (fused, host), (other, _), prompt = _pair(kernels="tiled"), _pair(kernels="tiled"), list(range(20, 58))
     warm, cold, reference = engine(fused, True), engine(other, False), engine(host, False)
     for length, new in ((33, 8), (38, 8), (38, 1), (32, 8)):
         tokens = generate(warm, prompt[:length], new)
@@ -338,7 +338,7 @@ def test_a_prompt_whose_start_is_cached_is_answered_as_without():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kernels", ["auto", "stream"])
+@pytest.mark.parametrize("kernels", ["auto", "streaming"])
 def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernels):
     from llama_engine.engine.engine import Engine
     from llama_engine.gpu.executor import CudaExecutor
@@ -355,7 +355,7 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
     assert engine.scheduler.prefix_cache_hit_tokens > 1000
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
-    if kernels == "stream":  # the persistent kernel rounds differently, so its answers depend on the batch's size
+    if kernels == "streaming":  # the persistent kernel rounds differently, so its answers depend on the batch's size
         for (prompt, new, params, stops), tokens in list(finished.values())[::10]:
             engine.scheduler.reset_prefix_cache()
             assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens

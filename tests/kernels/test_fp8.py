@@ -37,7 +37,7 @@ def _problem(device, scheme, m, n, k):
 
 @pytest.mark.parametrize("k", [96, 576])
 def test_e4m3_values_and_scales_are_the_references(device, k):
-    from llama_engine.kernels.quant import norm
+    from llama_engine.kernels.quant import quantize_rows
 
     x = torch.randn(8, k, device=device)
     x[3], x[4, 7] = 0, 900.0
@@ -46,7 +46,7 @@ def test_e4m3_values_and_scales_are_the_references(device, k):
     x[7] = torch.arange(k, device=device) % 449 / 448  # ties among them
     values, scale = _empty(16, k, device)
     before = values[8:].view(torch.uint8).clone()
-    norm(x, None, 0.0, values, scale, 8)
+    quantize_rows(x, values, scale, 8)
     want, want_scale = quantize_e4m3(x)
     assert torch.equal(scale[:8], want_scale)
     assert torch.equal(values[:8].float(), want.float())
@@ -54,22 +54,22 @@ def test_e4m3_values_and_scales_are_the_references(device, k):
 
 
 def test_norm_and_gated_rows_to_e4m3_and_fp16(device):
-    from llama_engine.kernels.quant import norm
+    from llama_engine.kernels.quant import norm, quantize_rows
 
     k = 320
     x = (torch.randn(4, k, device=device) * 3).half()
     weight = torch.rand(k, device=device).half()
     index = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
-    for source, options, want in (
-        (x, {"weight": weight, "rows": index}, rms_norm(x.float(), weight, 1e-5)[index.long()]),
-        (x.view(2, 2 * k), {"weight": None, "gated": True}, F.silu(x[::2].float()) * x[1::2].float()),
+    for kernel, source, options, want in (
+        (norm, x, {"weight": weight, "eps": 1e-5, "rows": index}, rms_norm(x.float(), weight, 1e-5)[index.long()]),
+        (quantize_rows, x.view(2, 2 * k), {"gated": True}, F.silu(x[::2].float()) * x[1::2].float()),
     ):
         rows = len(want)
         plain = torch.full((rows, k), float("nan"), dtype=torch.float16, device=device)
-        norm(source, out=plain, scale=None, num_rows=rows, eps=1e-5, **options)
+        kernel(source, out=plain, scale=None, num_rows=rows, **options)
         assert (plain.float() - want).abs().max() < 2e-3 * want.abs().max()
         values, scale = _empty(rows, k, device)
-        norm(source, out=values, scale=scale, num_rows=rows, eps=1e-5, **options)
+        kernel(source, out=values, scale=scale, num_rows=rows, **options)
         # half a step of three mantissa bits, or of the least exponent
         error = (values.float() * scale[:, None] - want).abs()
         assert (error <= torch.maximum(want.abs() * 2**-4 * 1.001, scale[:, None] * 2**-10 * 1.01)).all()

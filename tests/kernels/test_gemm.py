@@ -83,8 +83,8 @@ def test_silu_mul_over_stacked_rows(device, swap):
 
 @pytest.mark.parametrize("int8", [True, False])
 def test_logits_argmax_and_slot_state(device, int8):
-    from llama_engine.kernels.finish import finish
     from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm, gemm_reference
+    from llama_engine.kernels.greedy import greedy
 
     m, n, k = 3, 200, 64
     linear, x, a, a_scale, digits, scale = _problem(device, m, n, k)
@@ -104,11 +104,11 @@ def test_logits_argmax_and_slot_state(device, int8):
     last = torch.full((5,), -1, dtype=torch.int32, device=device)
     position = torch.arange(5, dtype=torch.int32, device=device)
     sampled = torch.empty(m, dtype=torch.int32, device=device)
-    finish(partials, tiles, sampled, slots, last, position, m)
+    greedy(partials, tiles, sampled, slots, last, position, m)
     assert sampled.tolist() == logits.argmax(-1).tolist()
     assert last.tolist() == [sampled[1], -1, sampled[0], -1, -1]  # slot 4 is the padding's
     assert position.tolist() == [1, 1, 3, 3, 4]
-    finish(
+    greedy(
         partials, tiles, sampled, slots, last, position, m, torch.tensor([9, 8, 7], dtype=torch.int32, device=device)
     )
     assert position.tolist() == [8, 1, 9, 3, 4]
@@ -116,8 +116,8 @@ def test_logits_argmax_and_slot_state(device, int8):
 
 @pytest.mark.parametrize("swap", [True, False])
 def test_a_maximum_that_is_not_finite_is_no_token_and_the_slot_still_holds_an_id(device, swap):
-    from llama_engine.kernels.finish import finish
     from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm
+    from llama_engine.kernels.greedy import greedy
 
     m, n, k = 6, 200, 64
     a = torch.zeros((64, k), dtype=torch.float16, device=device)
@@ -137,7 +137,7 @@ def test_a_maximum_that_is_not_finite_is_no_token_and_the_slot_still_holds_an_id
         gemm(a, None, Linear(weight), logits, m, LOGITS, tile, Workspace(device), partials)
         last = torch.full((m + 1,), 50, dtype=torch.int32, device=device)
         sampled = torch.empty(m, dtype=torch.int32, device=device)
-        finish(partials, tiles, sampled, slots, last, position, m)
+        greedy(partials, tiles, sampled, slots, last, position, m)
         best = logits.argmax(-1).tolist()
         expected = [best[0], best[1], -1, -1, -1, best[5]] if column is None else [-1] * m
         assert sampled.tolist() == expected

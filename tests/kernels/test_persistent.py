@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ LLAMA_1B = dataclasses.replace(
 TINY_WIDTHS = {"hidden_size": 96, "intermediate_size": 168, "head_size": 32, "num_heads": 6, "num_kv_heads": 2}
 TINY = dataclasses.replace(LLAMA_8B, vocab_size=301, num_layers=3, **TINY_WIDTHS)
 LLAMA_3B = dataclasses.replace(LLAMA_8B, hidden_size=3072, intermediate_size=8192, num_heads=24, num_layers=2)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
+def test_other_gpus_than_those_it_has_run_on_are_left_to_the_other_kernels(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weights = SimpleNamespace(embedding=SimpleNamespace(device=torch.device("cuda")))
+    assert not supported(LLAMA_8B, weights)
 
 
 class Case:

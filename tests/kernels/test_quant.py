@@ -3,7 +3,7 @@ import torch
 
 
 def test_digits_restore_the_row_and_match_the_reference(device):
-    from llama_engine.kernels.quant import norm, quantize_reference
+    from llama_engine.kernels.quant import quantize_reference, quantize_rows
 
     k = 576
     x = torch.randn(5, k, device=device).half()
@@ -11,7 +11,7 @@ def test_digits_restore_the_row_and_match_the_reference(device):
     x[4, 7] = 900.0  # an outlier, as Llama's residual stream has
     digits = torch.full((2, 16, k), 99, dtype=torch.int8, device=device)
     scale = torch.full((16,), float("nan"), device=device)
-    norm(x, None, 0.0, digits, scale, 5)
+    quantize_rows(x, digits, scale, 5)
     expected, expected_scale = quantize_reference(x)
     assert torch.equal(scale[:5], expected_scale)
     value = (digits[0].int() * 256 + digits[1].int())[:5]
@@ -24,14 +24,16 @@ def test_digits_restore_the_row_and_match_the_reference(device):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_one_value_that_is_not_finite_makes_the_whole_row_so_and_no_other(device, bad, weighted):
-    from llama_engine.kernels.quant import norm
+    from llama_engine.kernels.quant import norm, quantize_rows
 
     x = torch.randn(3, 320, device=device).half()
     x[1, 200] = bad
-    weight = torch.rand(320, device=device).half() if weighted else None
     digits = torch.empty((2, 3, 320), dtype=torch.int8, device=device)
     scale = torch.empty(3, device=device)
-    norm(x, weight, 1e-5, digits, scale, 3)
+    if weighted:
+        norm(x, torch.rand(320, device=device).half(), 1e-5, digits, scale, 3)
+    else:
+        quantize_rows(x, digits, scale, 3)
     assert scale.isfinite().tolist() == [True, False, True]
 
 
@@ -57,13 +59,13 @@ def test_norm_matches_the_reference(device, rows):
 
 
 def test_embedding_by_row_and_by_slot(device):
-    from llama_engine.kernels.quant import embed
+    from llama_engine.kernels.quant import gather_rows
 
     table = torch.randn(11, 40, device=device).half()
     ids = torch.tensor([3, 10, 0], dtype=torch.int32, device=device)
     x = torch.empty((3, 40), dtype=torch.float16, device=device)
-    embed(table, ids, x, 3)
+    gather_rows(table, ids, x, 3)
     assert torch.equal(x, table[ids.long()])
     slots = torch.tensor([2, 1], dtype=torch.int32, device=device)
-    embed(table, ids, x, 2, slots)
+    gather_rows(table, ids, x, 2, slots)
     assert torch.equal(x[:2], table[[0, 10]])

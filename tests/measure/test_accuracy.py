@@ -78,7 +78,7 @@ def test_engine_logits_predict_its_own_greedy_tokens(tiny_engine, monkeypatch):
         token for _ in iter(lambda: engine.has_unfinished, False) for out in engine.step() for token in out.token_ids
     ]
     logits = accuracy.engine_logits(engine, [3, 1, 4, 1, 5, *tokens])
-    assert logits.shape == (25, engine.model.vocab_size)
+    assert logits.shape == (25, engine.model_config.vocab_size)
     assert logits[4:-1].argmax(-1).tolist() == tokens
 
 

@@ -80,7 +80,7 @@ def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_p
         ("accuracy", ["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         ("accuracy", ["--text", "results/waterfall.png"], "waterfall.png is not UTF-8"),
         ("accuracy", ["--model-dir", SMOLLM2, "--text", "tests/__init__.py"], "fewer than two tokens"),
-        ("accuracy", ["--model-dir", SMOLLM2, "--greedy-tokens", 225], "--greedy-tokens must be at most 224"),
+        ("accuracy", ["--model-dir", SMOLLM2, "--greedy-tokens", 225], "--greedy-tokens: 32 prompt tokens + 225 new"),
         ("accuracy", ["--greedy-tokens", 0], "--greedy-tokens at least 1"),
         ("accuracy", ["--greedy-prompts", -1], "--greedy-prompts must be at least 0"),
     ],
@@ -108,6 +108,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     [
         ("benchmarks/benchmark_triton.py", ["--rate", "nan"], "--timeout must be positive"),
         ("benchmarks/benchmark_triton.py", ["--input-tokens", "16:8"], "LOW:HIGH with 1 <= LOW <= HIGH, got '16:8'"),
+        ("benchmarks/benchmark_triton.py", ["--output_tokens", "9:225"], "--output-tokens: 32 prompt tokens + 225 new"),
         ("benchmarks/benchmark_triton.py", ["--slo", "ttft_ms:1.2.3"], "--slo takes ttft_ms:MS"),
         ("benchmarks/benchmark_triton.py", ["--output", "results", "--force"], "results is a directory"),
         ("scripts/serve_triton.py", ["--drain-s", "nan"], "must be finite and not negative"),

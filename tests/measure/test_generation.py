@@ -11,6 +11,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.measure import generation, protocol
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.generation import GenerationRun
+from llama_engine.measure.stacks import RunnerStack, TransformersStack
 from llama_engine.measure.telemetry import Telemetry
 
 
@@ -52,7 +53,7 @@ def model_dir(tmp_path_factory):
 
 def test_the_baseline_ignores_eos_and_gives_exactly_n_tokens(model_dir):
     """Every id is an EOS here, so a stack that honours EOS stops after one token."""
-    stack = generation.TransformersStack(model_dir)
+    stack = TransformersStack(model_dir)
     run = stack.generate([1, 2, 3], 7)
     assert len(run.token_ids) == len(run.token_times) == 7
     assert run.t0 < run.token_times[0] <= run.token_times[-1]
@@ -78,7 +79,7 @@ def test_each_transformers_release_gets_the_dtype_by_the_name_it_knows(model_dir
 
     monkeypatch.setattr("transformers.__version__", version)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
-    generation.TransformersStack(model_dir)
+    TransformersStack(model_dir)
     assert given == {keyword: torch.bfloat16, "attn_implementation": "sdpa"}
 
 
@@ -114,7 +115,7 @@ def test_runner_stack_counts_only_new_tokens():
                 "sequence_lengths": torch.tensor([[length]]),
             }
 
-    stack = generation.RunnerStack(SimpleNamespace(generate=generate), Cost(1, 1, 1.0), {"backend": "x"})
+    stack = RunnerStack(SimpleNamespace(generate=generate), Cost(1, 1, 1.0), {"backend": "x"})
     assert stack.name == "x"
     run = stack.generate([0, 1, 2], 3)
     assert run.token_ids == [3, 4, 5]

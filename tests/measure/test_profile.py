@@ -6,7 +6,7 @@ import pytest
 
 from llama_engine.measure import nsight, profile
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.generation import EngineStack, RunnerStack, TransformersStack
+from llama_engine.measure.stacks import EngineStack, RunnerStack, TransformersStack
 from llama_engine.native import load_engine
 from llama_engine.runner import ModelRunner
 
@@ -34,7 +34,7 @@ def ranges(monkeypatch):
 
 def test_engine_steps_are_marked(ranges, tiny_engine):
     stack = EngineStack(load_engine(tiny_engine, device="cpu", kernels="torch"))
-    with profile.marked(stack):
+    with stack.marked(profile.mark):
         stack.generate(list(range(70)), 5)  # more than one prefill chunk: max_num_tokens is 64
     assert ranges == ["prefill"] * 2 + ["decode"] * 4
     assert "step" not in vars(stack.engine)
@@ -44,7 +44,7 @@ def test_steps_behind_a_runner_are_marked(ranges, tiny_engine):
     """As with TensorRT-LLM, of which no more is seen than what its iterator yields."""
     runner = ModelRunner.from_dir(tiny_engine, device="cpu", kernels="torch")
     stack = RunnerStack(runner, Cost(1, 1, 1.0), {"backend": "x"})
-    with profile.marked(stack):
+    with stack.marked(profile.mark):
         marked = stack.generate(list(range(70)), 5)
     assert ranges == ["prefill"] + ["decode"] * 4
     assert stack.generate(list(range(70)), 5).token_ids == marked.token_ids
@@ -53,7 +53,7 @@ def test_steps_behind_a_runner_are_marked(ranges, tiny_engine):
 
 def test_baseline_steps_and_phases_are_marked(ranges, tiny_model):
     stack = TransformersStack(tiny_model)
-    with profile.marked(stack):
+    with stack.marked(profile.mark):
         stack.generate([1, 2, 3], 4)
     assert [name for name in ranges if name in ("prefill", "decode")] == ["prefill"] + ["decode"] * 3
     assert ranges.count("attention") == ranges.count("mlp") == 2 * 4  # layers x forwards

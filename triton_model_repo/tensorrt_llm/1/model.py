@@ -57,7 +57,8 @@ COUNTERS = {
 
 
 class Live:
-    """A request between ``execute`` and its final response. ``ids`` only grows; ``sent`` of them are answered.
+    """A :class:`GenerationRequest` between ``execute`` and its final response, with what Triton answers it through and
+    what has come of it. ``ids`` only grows; ``sent`` of them are answered.
 
     ``lock`` guards ``sender``: Triton frees what ``is_cancelled`` reads when the final response is sent.
     """

@@ -12,7 +12,7 @@ from llama_engine.kernels.common import launch_options
 
 
 @triton.jit
-def _finish(
+def _greedy(
     best_ptr,
     index_ptr,
     sampled_ptr,
@@ -20,7 +20,7 @@ def _finish(
     last_ptr,
     position_ptr,
     next_ptr,
-    tiles,
+    num_tiles,
     dummy,
     ADVANCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -31,10 +31,10 @@ def _finish(
         gdc_launch_dependents()
         gdc_wait()
     offs = tl.arange(0, BLOCK)
-    mask = offs < tiles
-    best = tl.load(best_ptr + row * tiles + offs, mask=mask, other=float("-inf"))
+    mask = offs < num_tiles
+    best = tl.load(best_ptr + row * num_tiles + offs, mask=mask, other=float("-inf"))
     top, tile = tl.max(best, axis=0, return_indices=True)
-    token = tl.load(index_ptr + row * tiles + tile)
+    token = tl.load(index_ptr + row * num_tiles + tile)
     token = tl.where(tl.abs(top) < float("inf"), token, -1)
     slot = tl.load(slots_ptr + row)
     tl.store(sampled_ptr + row, token)
@@ -46,9 +46,9 @@ def _finish(
             tl.store(position_ptr + slot, tl.load(next_ptr + row))
 
 
-def finish(
+def greedy(
     partials: tuple[torch.Tensor, torch.Tensor],
-    tiles: int,
+    num_tiles: int,
     sampled: torch.Tensor,
     slots: torch.Tensor,
     last_token: torch.Tensor,
@@ -62,15 +62,15 @@ def finish(
     ``next_position[r]``. The last slot is the padding's and stays as it is. A row whose maximum is infinite samples
     :data:`llama_engine.sampling.NOT_FINITE`, and its ``last_token`` becomes 0.
     """
-    block = triton.next_power_of_2(tiles)
-    _finish[(num_rows,)](
+    block = triton.next_power_of_2(num_tiles)
+    _greedy[(num_rows,)](
         *partials,
         sampled,
         slots,
         last_token,
         position,
         next_position,
-        tiles,
+        num_tiles,
         last_token.shape[0] - 1,
         ADVANCE=next_position is None,
         BLOCK=block,
