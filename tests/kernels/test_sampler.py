@@ -282,7 +282,11 @@ def test_the_gpu_kernel_for_any_parameters(device, params, kind, position):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("spread", [0.0, 0.02, 1.3, 5.0])
-def test_a_whole_vocabulary_on_the_gpu(spread):
+@pytest.mark.parametrize("programs", [None, 1, 8, 32])  # a row; also more in all than run at once
+def test_a_whole_vocabulary_on_the_gpu(spread, programs, monkeypatch):
+    from llama_engine.kernels import sampler
+
+    monkeypatch.setattr(sampler, "SPLITS", programs)
     vocab, rows = 128256, 64
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(rows, vocab, generator=generator) * spread
