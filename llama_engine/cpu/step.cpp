@@ -59,7 +59,7 @@ struct Engine : Attention {
       ++generation;
       generation.notify_all();
       draw();
-    } else {
+    } else if (rows) {
       draw_row(views);
     }
   }
