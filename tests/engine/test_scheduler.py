@@ -291,3 +291,15 @@ def test_after_a_failed_step_nothing_is_found():
     engine.cancel(request)
     engine.executor.failures = 0.0
     assert ask(engine, [*prompt, 7, 7, 7, 7], 4)[:2] == (answer([*prompt, 7, 7, 7, 7], 4), 0)
+
+
+def test_no_later_request_overtakes_a_preempted_one():
+    engine = make_engine(num_blocks=9, max_batch_size=2, enable_prefix_cache=False)
+    engine.executor.truth = lambda slot: []
+    sizes = (24, 24, 4)  # seven blocks, of eight, for each of the first two, and room for the third beside either
+    first, second, third = (engine.add_request([number] * SIZE, new) for number, new in enumerate(sizes))
+    finished = []
+    while engine.has_unfinished:
+        finished += [output.request_id for output in engine.step() if output.finished]
+    assert engine.scheduler.preemptions > 0
+    assert finished == [first, third, second]  # the third came in when the second was back

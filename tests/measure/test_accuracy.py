@@ -22,15 +22,15 @@ def test_identical_logits_have_no_distance():
 
 
 def test_figures_by_hand():
-    """p = (3/4, 1/4), q = (1/4, 3/4), the next token is 0: all figures in closed form."""
-    p, q = torch.tensor([[0.75, 0.25]] * 2).log(), torch.tensor([[0.25, 0.75]] * 2).log()
+    """p = (3/4, 1/4), q = (1/3, 2/3), the next token is 0: all figures in closed form, and KL(q, p) is another."""
+    p, q = torch.tensor([[0.75, 0.25]] * 2).log(), torch.tensor([[1 / 3, 2 / 3]] * 2).log()
     result = accuracy.compare_logits(lambda ids: p, lambda ids: q, [[0, 0]], synthetic=False)
     assert result["perplexity_baseline"] == pytest.approx(4 / 3)
-    assert result["perplexity_engine"] == pytest.approx(4)
-    assert result["kl_mean"] == pytest.approx(0.5 * math.log(3))
+    assert result["perplexity_engine"] == pytest.approx(3)
+    assert result["kl_mean"] == pytest.approx(0.75 * math.log(9 / 4) + 0.25 * math.log(3 / 8))
     assert result["top1_agreement"] == 0
     errors = accuracy.compare_logits(lambda ids: p, lambda ids: q, [[0, 0]], synthetic=True)
-    assert errors["logit_error_max"] == pytest.approx(math.log(3) / math.log(4))
+    assert errors["logit_error_max"] == pytest.approx(math.log(8 / 3) / math.log(4))
     assert "perplexity_ratio" not in errors
 
 
