@@ -223,7 +223,7 @@ def test_the_script_never_writes_over_its_input(tiny_checkpoint, tmp_path, run_s
 
 
 def test_only_an_engine_is_replaced_with_all_that_its_machine_added(engine, tiny_model, tiny_checkpoint, tmp_path):
-    (engine / "kernels").mkdir()
+    (engine / "kernels").mkdir(exist_ok=True)
     (engine / "kernels/cpu.so").write_text("")
     (engine / "tuning.json").write_text("{}")
     build_native(tiny_checkpoint, engine, SMALL, force=True)
