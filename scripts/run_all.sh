@@ -3,7 +3,7 @@
 # Triton Inference Server, draw the pictures, write the report. Results go to results/local/.
 #
 #   ./scripts/run_all.sh                                   the default model on this machine
-#   ./scripts/run_all.sh --quick                           shorter and fewer runs, at most six minutes on two cores
+#   ./scripts/run_all.sh --quick                           shorter and fewer runs
 #   ./scripts/run_all.sh --device cuda --synthetic llama-3.1-8b --name my-gpu
 #
 #   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
