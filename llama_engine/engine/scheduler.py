@@ -3,7 +3,7 @@
 Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
 ``max_num_tokens``. A prompt must not hold up those who are being answered: while one sequence waits for its first token
 (is prefilled, or could be admitted), or at most half as many as decode, prefill takes at most ``max_prefill_tokens`` of
-a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
+a step for each that waits. When more wait, as after a burst, whole steps are theirs: that serves most of them sooner.
 When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
 it has said.
 
@@ -129,8 +129,9 @@ class Scheduler:
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
         prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
-        if work and len(prefilling) + self._admissible() <= max(1, len(work) // 2):
-            budget = min(budget, self._config.max_prefill_tokens)
+        prompts = len(prefilling) + self._admissible()
+        if work and prompts <= max(1, len(work) // 2):
+            budget = min(budget, self._config.max_prefill_tokens * prompts)
         for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
         while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
