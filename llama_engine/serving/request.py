@@ -91,7 +91,7 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         repetition_penalty=float(scalar(arrays, "repetition_penalty", 1.0)),
         presence_penalty=float(scalar(arrays, "presence_penalty", 0.0)),
         frequency_penalty=float(scalar(arrays, "frequency_penalty", 0.0)),
-        banned=tuple(_words(arrays, "bad_words_list", "bans")),
+        bad_words=tuple(map(tuple, _words(arrays, "bad_words_list"))),
         logprobs=_logprobs(arrays),
     )
 
@@ -109,11 +109,14 @@ def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
 def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     """``end_id`` and the words of ``stop_words_list``."""
     end_id = int(scalar(arrays, "end_id", -1))
-    return tuple(([end_id] if end_id >= 0 else []) + _words(arrays, "stop_words_list", "stops at"))
+    words = _words(arrays, "stop_words_list")
+    if any(len(word) != 1 for word in words):
+        raise InputError("stop_words_list: the native engine stops at words of one token only")
+    return (*([end_id] if end_id >= 0 else []), *(word[0] for word in words))
 
 
-def _words(arrays: Mapping[str, np.ndarray], name: str, what: str) -> list[int]:
-    """The one-token words of a list ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
+def _words(arrays: Mapping[str, np.ndarray], name: str) -> list[list[int]]:
+    """The words of a list ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
     words = arrays.get(name)
     if words is None or not words.size:
         return []
@@ -121,6 +124,6 @@ def _words(arrays: Mapping[str, np.ndarray], name: str, what: str) -> list[int]:
         raise InputError(f"{name} must have shape [1, 2, n], got {list(words.shape)}")
     flat, offsets = words.reshape(2, -1)
     ends = [int(end) for end in offsets if end > 0]
-    if ends != list(range(1, len(ends) + 1)) or len(ends) > flat.size:
-        raise InputError(f"{name}: the native engine {what} words of one token only")
-    return flat[: len(ends)].tolist()
+    if ends != sorted(set(ends)) or max(ends, default=0) > flat.size:
+        raise InputError(f"{name} ends words at {ends}, which must rise and not pass its {flat.size} ids")
+    return [flat[start:end].tolist() for start, end in zip([0, *ends], ends)]
