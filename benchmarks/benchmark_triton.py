@@ -6,6 +6,8 @@ Method:  closed loop at each --concurrency, then open loop with seeded Poisson a
          ceiling, and its lag is sampled; both decide validity.
 Output:  results/<name>/triton-<backend>.json (-whole.json with --no-streaming) with one entry in "levels" a load.
 
+With --url, --model-dir may take the engine directory's place: the model that the server runs, Hugging Face format.
+
     python benchmarks/benchmark_triton.py --engine-dir engines/smollm2-135m-instruct
 """
 
@@ -24,7 +26,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llama_engine.config import check_length
+from llama_engine.checkpoint.hf import HFModel, model_identity
+from llama_engine.config import ModelConfig, check_length
 from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
@@ -50,7 +53,8 @@ console = Console(stderr=True)
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
+    parser.add_argument("--engine-dir", type=Path, help="default: engines/smollm2-135m-instruct")
+    parser.add_argument("--model-dir", type=Path, help="what NVIDIA's server at --url runs, if its engine is elsewhere")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--url", help="HOST:PORT of a running server (default: start one and stop it)")
     parser.add_argument("--metrics-url", default="127.0.0.1:8002", help="its metrics page, with --url")
@@ -69,7 +73,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="default: results/local/triton-<backend>[-whole].json")
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
-    info = load_engine_json(args.engine_dir, backend="auto")
+    served = served_by(args.engine_dir, args.model_dir, args.url)
     load = ServedLoad(
         concurrency=args.concurrency,
         rate=args.rate,
@@ -84,9 +88,10 @@ def main() -> int:
         prefix_cache=args.prefix_cache,
         seed=args.seed,
     )
-    check_length(info.engine, load.input_tokens.high, load.output_tokens.high, "--output-tokens")
-    name = f"triton-{info.backend}{'' if args.streaming else '-whole'}.json"
-    output = check_output(args.output or Path("results/local") / name, args.force, args.engine_dir)
+    if served.info:
+        check_length(served.info.engine, load.input_tokens.high, load.output_tokens.high, "--output-tokens")
+    name = f"triton-{served.backend}{'' if args.streaming else '-whole'}.json"
+    output = check_output(args.output or Path("results/local") / name, args.force, served.dir)
     device = pick_device(args.device).type
     with console.status("measuring this machine's ceilings"):
         environment = fingerprint(device) | ceilings(device)
@@ -97,14 +102,39 @@ def main() -> int:
         if not url:
             with console.status("starting Triton Inference Server"):
                 config = ServeConfig(device=args.device, null_model=True, enable_prefix_cache=args.prefix_cache)
-                triton = stack.enter_context(TritonServer(args.engine_dir, config))
+                triton = stack.enter_context(TritonServer(served.dir, config))
             url = triton.grpc_url if args.protocol == "grpc" else triton.http_url
             metrics_url = f"{triton.host}:{triton.metrics_port}"
-        result = asyncio.run(measure(load, url, metrics_url, info, environment))
+        result = asyncio.run(measure(load, url, metrics_url, served, environment))
     write_result(output, result, force=args.force)
     show([result])
     print(f"wrote {output}")
     return 0 if result["validity"]["status"] == "VALID" else 1
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the server runs, as known here. ``info`` is None where only the model is at hand, not the engine."""
+
+    dir: Path
+    backend: str
+    model: ModelConfig
+    identity: dict[str, str]
+    info: EngineInfo | None = None
+
+
+def served_by(engine_dir: Path | None, model_dir: Path | None, url: str | None) -> Served:
+    """Of the engine's directory, or of the model's where NVIDIA's backend runs at ``url``. Raises
+    :class:`InputError`."""
+    if model_dir is None:
+        engine_dir = engine_dir or Path("engines/smollm2-135m-instruct")
+        info = load_engine_json(engine_dir, backend="auto")
+        if info.backend != "native" and not url:
+            raise InputError("NVIDIA's backend is not started here: run scripts/serve_triton.sh, and give --url")
+        return Served(engine_dir, info.backend, info.model, info.identity, info)
+    if engine_dir or not url:
+        raise InputError("--model-dir takes the place of --engine-dir for a server that runs at --url")
+    return Served(model_dir, "tensorrt_llm", HFModel(model_dir).config, model_identity(model_dir))
 
 
 @dataclass(frozen=True)
@@ -135,12 +165,19 @@ class ServedLoad:
             raise InputError("nothing to measure: give --concurrency or --rate")
 
 
-async def measure(
-    asked: ServedLoad, url: str, metrics_url: str, info: EngineInfo, environment: dict[str, Any]
-) -> Result:
+async def measure(asked: ServedLoad, url: str, metrics_url: str, served: Served, environment: dict[str, Any]) -> Result:
     """Null model first, then every level."""
+    kernels, cost, values = "unknown", None, {}
+    try:
+        values, kernels = await asyncio.to_thread(read_metrics, metrics_url)
+        if "step_nbytes" in values:  # a page of NVIDIA's backend has rows of its own
+            cost = Cost.of(served.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"]))
+    except OSError:
+        console.print(f"no metrics at {metrics_url}: MBU is left out (give --metrics-url)")
+    if cost and served.backend != "native":
+        raise InputError(f"{url} runs the native engine: give --engine-dir, the one that it serves")
     client = connect(asked.protocol, url)
-    rng, vocab = random.Random(asked.seed), info.model.vocab_size
+    rng, vocab = random.Random(asked.seed), served.model.vocab_size
 
     def generator(**changes: Any) -> Generator:
         options = {"streaming": asked.streaming, "seed": asked.seed, "timeout_s": asked.timeout} | changes
@@ -150,12 +187,6 @@ async def measure(
     users = max([*asked.concurrency, 8])
     null = await generator(model="null_model").closed(users, duration_s=NULL_S)
     null_rate = null.responses / null.wall_s if null.runs else None
-    kernels, cost, values = "unknown", None, {}
-    try:
-        values, kernels = await asyncio.to_thread(read_metrics, metrics_url)
-        cost = Cost.of(info.model, int(values["step_nbytes"]), int(values["kv_nbytes_per_token"]))
-    except OSError:
-        console.print(f"no metrics at {metrics_url}: MBU is left out (give --metrics-url)")
     plan = [("concurrency", value) for value in asked.concurrency] + [("rate", value) for value in asked.rate]
     levels = []
     with Telemetry(environment["device"], own_processes=OWN_PROCESSES) as telemetry, progress_bar() as bar:
@@ -201,11 +232,11 @@ async def measure(
         workload |= {name: length.low} if length.low == length.high else {f"{name}_range": [length.low, length.high]}
     return new_result(
         "triton",
-        info.backend,
-        model=info.identity,
+        served.backend,
+        model=served.identity,
         workload=workload,
         environment=environment,
-        engine=describe(info, kernels),
+        engine=describe(served.info, kernels) if served.info else {"backend": served.backend},
         null_model={"responses_per_s": null_rate, "concurrency": users, "failures": dict(null.failures)},
         levels=levels,
     )
