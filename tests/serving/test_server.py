@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import random
 import socket
@@ -331,6 +332,51 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
         assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] > 0
         assert result["workload"]["prefix_cache"] == bool(asked)
         assert any("prefix cache" in reason for reason in result["validity"]["reasons"]) == (not asked)
+
+
+NVIDIA_METRICS = """# TYPE nv_inference_request_success counter
+nv_inference_request_success{model="tensorrt_llm",version="1"} 12
+# TYPE nv_trt_llm_kv_cache_block_metrics gauge
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per",model="tensorrt_llm",version="1"} 64
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
+"""
+
+
+@pytest.fixture
+def nvidia_page():
+    """HOST:PORT of a metrics page as NVIDIA's backend has it, without any of the native engine's rows."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(NVIDIA_METRICS.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{page.server_port}"
+        page.shutdown()
+
+
+def test_a_server_of_nvidias_backend_is_measured_without_its_engine(
+    server, tiny_model, nvidia_page, run_script, tmp_path, small_ceilings
+):
+    """The requests go to the native engine; what is known of it is what is known of NVIDIA's."""
+    output, metrics = tmp_path / "triton.json", f"{server.host}:{server.metrics_port}"
+    command = ["benchmarks/benchmark_triton.py", "--model-dir", tiny_model, "--url", server.grpc_url]
+    command += ["--concurrency", 2, "--requests", 6, "--output-tokens", 8, "--output", output, "--metrics-url"]
+    done = run_script(*command, nvidia_page)
+    assert done.returncode in (0, 1), done.stderr
+    result = json.loads(output.read_text())
+    assert result["backend"] == result["engine"]["backend"] == "tensorrt_llm"
+    assert result["model"]["name"] == "synthetic-tiny"
+    assert result["levels"][0]["samples"]["output_tokens"] == [8] * 6
+    assert "mbu" not in result["levels"][0]["summary"]
+    refused = run_script(*command, metrics, "--force")
+    assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
