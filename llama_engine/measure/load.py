@@ -219,12 +219,12 @@ def settle(run: ServedRun, events: Sequence[Event], ask: Ask, text: Text) -> Non
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """``total`` as whole numbers in proportion to ``weights``, the first and the last of them at least 1."""
-    if total < len(weights):
-        return [1] * (total - 1) + [0] * (len(weights) - total) + [1] * (total > 0)
-    spare = total - len(weights)
-    ends = [round(spare * part / (sum(weights) or 1)) for part in itertools.accumulate(weights)]
-    return [1 + end - begin for begin, end in zip([0, *ends], ends)] if sum(weights) else [1 + spare, *weights[1:]]
+    """``total`` as whole numbers in proportion to ``weights``, first and last at least 1 if it is enough."""
+    weights = weights if sum(weights) else [1] * len(weights)
+    ends, last = [], len(weights) - 1
+    for i, part in enumerate(itertools.accumulate(weights)):
+        ends.append(min(max(1, round(total * part / sum(weights))), total - (i < last)) if total else 0)
+    return [end - begin for begin, end in zip([0, *ends], ends)]
 
 
 def level(load: Load, *, streaming: bool, limits: Limits | None = None, text: Text | None = None) -> dict[str, Any]:

@@ -89,8 +89,8 @@ class Traffic:
             raise InputError(f"--workload {name}: no such file, and no workload of that name (there are {known})")
         data = read_json(path)
         fields = {x.name for x in dataclasses.fields(cls)} | {"description"}
-        if not isinstance(data, dict) or (strange := sorted(data.keys() - fields)):
-            raise InputError(f"{path}: {', '.join(strange) if isinstance(data, dict) else 'not an object'}: unknown")
+        if strange := sorted(data.keys() - fields):
+            raise InputError(f"{path}: {', '.join(strange)}: unknown")
         data.pop("description", None)
         try:
             for key in ("input_tokens", "output_tokens", "turns"):

@@ -24,6 +24,7 @@ from llama_engine.serving.target import Ask, Decode, Event
 KEY_VARIABLE = "OPENAI_API_KEY"
 PROBE_TOKENS = 2
 WISHES = ("continuous_usage_stats", "ignore_eos", "prompt ids", "include_usage", "seed")  # the least needed first
+STREAM_OPTIONS = ("continuous_usage_stats", "include_usage")
 TEXTS = ("content", "reasoning_content", "reasoning")  # where servers put what a model writes
 
 
@@ -85,6 +86,8 @@ class OpenAITarget:
                 return
             except RequestFailed as error:
                 named = [wish for wish in self._wishes if wish.split()[-1] in str(error)]
+                if "stream_options" in str(error):
+                    named += [wish for wish in STREAM_OPTIONS if wish in self._wishes]
                 if "prompt" in str(error) and "prompt ids" in self._wishes:
                     named.insert(0, "prompt ids")
                 if not self._wishes or not str(error).startswith("HTTP 4"):
@@ -135,7 +138,7 @@ class OpenAITarget:
             body |= {"seed": drawn.seed} if "seed" in self._wishes else {}
         if "ignore_eos" in self._wishes:
             body["ignore_eos"] = True
-        options = {name: True for name in ("include_usage", "continuous_usage_stats") if name in self._wishes}
+        options = {name: True for name in STREAM_OPTIONS if name in self._wishes}
         if streaming and options:
             body["stream_options"] = options
         return body | self._extra

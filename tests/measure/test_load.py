@@ -4,12 +4,12 @@ import time
 import pytest
 
 from llama_engine.measure.lengths import Length
-from llama_engine.measure.load import Generator, Load, ServedRun, level
+from llama_engine.measure.load import Generator, Load, ServedRun, apportion, level, settle
 from llama_engine.measure.slo import Limits
-from llama_engine.measure.text import RandomIds, Text
+from llama_engine.measure.text import Pieces, RandomIds, Text
 from llama_engine.measure.traffic import Traffic
 from llama_engine.serving.client import RequestFailed
-from llama_engine.serving.target import Event
+from llama_engine.serving.target import Ask, Event
 
 
 class FakeTarget:
@@ -91,3 +91,89 @@ def test_level_against_numbers_worked_by_hand():
     assert part["summary"]["goodput"]["share"] == 0.5
     assert part["summary"]["goodput"]["requests_per_s"] == pytest.approx(0.5)
     assert "ttft_ms" not in level(Load(runs=runs), streaming=False)["summary"]
+
+
+def test_a_conversation_sends_its_history():
+    traffic = Traffic(
+        input_tokens=Length(4, 4), output_tokens=Length(3, 3), turns=Length(3, 3), prefix_groups=1, prefix_tokens=32
+    )
+    target = FakeTarget()
+    load = asyncio.run(generator(target, traffic).closed(1, requests=7))
+    assert len(load.runs) == 7
+    roles = [[role for role, _ in ask.messages] for ask in target.asks[:4]]
+    talk = ["system", "user"]
+    assert roles == [talk, [*talk, "assistant", "user"], [*talk, *["assistant", "user"] * 2], talk]
+    assert target.asks[1].ids[: 32 + 4 + 3] == [*target.asks[0].ids, 0, 1, 2]
+    shared = level(load, streaming=True)["checks"]["shared_prompt_tokens"]
+    assert shared == 6 * 32  # whole blocks of 16 alone: the turns between are shorter
+
+
+def test_a_replay_keeps_the_arrivals_of_its_trace(tmp_path):
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival,input,output\n5,8,3\n5.1,16,2\n5.3,4,1\n")
+    load = asyncio.run(generator(FakeTarget(gap=0), Traffic(trace=trace)).replay(2.0))
+    t0 = sorted(run.t0 for run in load.runs)
+    assert [round(t - t0[0], 3) for t in t0] == [0, 0.05, 0.15]
+    assert sorted(run.input_tokens for run in load.runs) == [4, 8, 16]
+    assert load.span_s == pytest.approx(0.15)
+
+
+def settled(events, new_tokens=4, text=None):
+    run = ServedRun(0.0)
+    settle(run, events, Ask((("user", (1,)),), new_tokens), text or Text(Pieces()))
+    return run
+
+
+def test_chunks_that_say_how_many_tokens_they_hold_keep_their_times():
+    run = settled([Event(1.0, 1, text="a"), Event(2.0, 3, text="bcd"), Event(2.5, None, finish="length")])
+    assert run.token_times == [1.0, 2.0, 2.0, 2.0]
+    assert run.counted_by == "server"
+
+
+@pytest.mark.parametrize(
+    ("last", "counted_by"),
+    [
+        ({"finish": "length", "usage": {"completion_tokens": 4, "prompt_tokens": 77}}, "server"),
+        ({"finish": "length"}, "length asked for"),
+        ({"finish": None}, "tokenizer"),
+    ],
+)
+def test_chunks_without_counts_get_the_total_by_characters(last, counted_by):
+    run = settled([Event(1.0, None, text="ab"), Event(2.0, None, text="cdefghijklmnop"), Event(3.0, None, **last)])
+    assert run.token_times == [1.0, 2.0, 2.0, 2.0]
+    assert run.counted_by == counted_by
+    assert run.input_tokens == (77 if "usage" in last else 0)
+
+
+def test_an_answer_that_ends_by_itself_is_counted_and_another_length_fails():
+    assert settled([Event(1.0, 2, text="ab", finish="stop")]).ended_early
+    with pytest.raises(RequestFailed, match="2 tokens received, 4 requested"):
+        settled([Event(1.0, 2, text="ab", finish="length")])
+    with pytest.raises(RequestFailed, match="without a token"):
+        settled([])
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "parts"),
+    [
+        (5, [1, 4], [1, 4]),
+        (3, [9], [3]),
+        (2, [1, 1, 1], [1, 0, 1]),
+        (6, [0, 0], [3, 3]),
+        (1, [1, 1], [0, 1]),
+        (0, [2, 2], [0, 0]),
+    ],
+)
+def test_apportioning(total, weights, parts):
+    assert apportion(total, weights) == parts
+
+
+def test_what_the_server_counts_is_checked_against_the_tokenizer():
+    class Exact(Pieces):
+        exact = True
+
+    usage = {"completion_tokens": 9, "prompt_tokens": 4, "cached_tokens": 2}
+    runs = [ServedRun(0.0, [0.1] * 9, text="abcd" * 2, usage=usage), ServedRun(0.0, [0.1], text="abcd")]
+    checks = level(Load(runs=runs), streaming=True, text=Text(Exact()))["checks"]
+    assert (checks["tokenizer_disagrees"], checks["usage_missing"], checks["prefix_cache_hit_tokens"]) == (1, 1, 2)
+    assert (checks["tokens_by_server"], checks["tokens_by_tokenizer"]) == (10, 3)
