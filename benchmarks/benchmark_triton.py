@@ -90,6 +90,7 @@ def main() -> int:
     )
     if served.info:
         check_length(served.info.engine, load.input_tokens.high, load.output_tokens.high, "--output-tokens")
+        served.info.check_input(load.input_tokens.high, "--input-tokens")
     name = f"triton-{served.backend}{'' if args.streaming else '-whole'}.json"
     output = check_output(args.output or Path("results/local") / name, args.force, served.dir)
     device = pick_device(args.device).type
@@ -167,7 +168,7 @@ class ServedLoad:
 
 async def measure(asked: ServedLoad, url: str, metrics_url: str, served: Served, environment: dict[str, Any]) -> Result:
     """Null model first, then every level."""
-    kernels, cost, values = "unknown", None, {}
+    kernels, cost, values, own = "unknown", None, {}, served.info and served.info.tensorrt_llm
     try:
         values, kernels = await asyncio.to_thread(read_metrics, metrics_url)
         if "step_nbytes" in values:  # a page of NVIDIA's backend has rows of its own
@@ -176,6 +177,8 @@ async def measure(asked: ServedLoad, url: str, metrics_url: str, served: Served,
         console.print(f"no metrics at {metrics_url}: MBU is left out (give --metrics-url)")
     if cost and served.backend != "native":
         raise InputError(f"{url} runs the native engine: give --engine-dir, the one that it serves")
+    if own:
+        cost = Cost.of(served.model, own.step_nbytes, served.model.kv_nbytes())
     client = connect(asked.protocol, url)
     rng, vocab = random.Random(asked.seed), served.model.vocab_size
 
@@ -211,7 +214,7 @@ async def measure(asked: ServedLoad, url: str, metrics_url: str, served: Served,
             part = {kind: value, "mode": "closed" if closed else "open"}
             part |= level(load, streaming=asked.streaming, slo=asked.slo)
             part["checks"]["null_responses_per_s"] = null_rate
-            if cost:  # the server's metrics can be read
+            if values:  # the server's metrics can be read, and are the native engine's
                 await asyncio.sleep(PUBLISHED_S)
                 before, (values, _) = values, await asyncio.to_thread(read_metrics, metrics_url)
                 part["checks"] |= {key: int(values[key] - before[key]) for key in PREFIX_CACHE if key in values}
