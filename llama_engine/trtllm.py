@@ -26,7 +26,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
 from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
 
-INSTALL = "pip install -r requirements-trtllm.txt, or build an engine with --backend native"
+INSTALL = "source scripts/setup.sh --trtllm says what is missing; or build an engine with --backend native"
 
 
 def installed() -> bool:

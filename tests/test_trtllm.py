@@ -216,7 +216,7 @@ def test_an_engine_that_does_not_load_is_one_line(engine):
 
 def test_without_the_package_the_install_command_is_named(engine, monkeypatch):
     monkeypatch.setattr(trtllm, "installed", lambda: False)
-    with pytest.raises(InputError, match=r"pip install -r requirements-trtllm\.txt"):
+    with pytest.raises(InputError, match=r"source scripts/setup\.sh --trtllm"):
         ModelRunner.from_dir(engine)
 
 
