@@ -48,12 +48,19 @@ case ${1:-} in
         echo "note: the rest is installed without it; requirements-trtllm.txt says where the wheel lies" >&2
     fi
     echo "TensorRT-LLM's Python: $PY; what it has stays as it is, what is missing is added"
-    given=$(mktemp)
-    trap 'rm -f "$given" "$given.wanted"' EXIT
-    "$PY" -c 'import importlib.metadata as m
-print(*sorted({f"{d.name}=={d.version}" for d in m.distributions() if d.name}), sep="\n")' >"$given"
-    grep -v '^tensorrt_llm' requirements-trtllm.txt >"$given.wanted"
-    "$PY" -m pip install -q --disable-pip-version-check -c "$given" -r "$given.wanted"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    "$PY" - "$work" <<'EOF'
+import importlib.metadata, pathlib, re, sys
+there = {re.sub("[-_.]+", "-", d.name).lower(): d.version for d in importlib.metadata.distributions() if d.name}
+lines = pathlib.Path("requirements-trtllm.txt").read_text().splitlines()
+wanted = [line for line in lines if re.match("[a-z]", line) and not line.startswith("tensorrt_llm")]
+name = lambda line: re.sub("[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()
+work = pathlib.Path(sys.argv[1])
+work.joinpath("given").write_text("".join(f"{key}=={version}\n" for key, version in sorted(there.items())))
+work.joinpath("wanted").write_text("".join(f"{x}\n" for x in wanted if "[" in x or name(x) not in there))  # extras
+EOF
+    "$PY" -m pip install -q --disable-pip-version-check -c "$work/given" -r "$work/wanted"
     "$PY" scripts/doctor.py --backend tensorrt_llm || true # it has said what is missing
     exit
     ;;
