@@ -272,6 +272,10 @@ class EngineConfig(_Config):
         """What all sequences at full length take, and the scratch block."""
         return self.max_batch_size * self.max_blocks_per_sequence + 1
 
+    def kv_tokens(self, sequences: int) -> int:
+        """Positions in the blocks that so many sequences at full length take."""
+        return sequences * self.max_blocks_per_sequence * self.tokens_per_block
+
 
 def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
     """Raise :class:`InputError`, with the numbers, unless a request fits the engine's limits."""

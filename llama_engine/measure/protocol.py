@@ -15,7 +15,7 @@ from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.flags import Parser
-from llama_engine.measure.cost import Cost, linear_weights
+from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,
@@ -29,14 +29,14 @@ from llama_engine.measure.generation import (
     summarize,
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.stacks import EngineStack, RunnerStack, TransformersStack
+from llama_engine.measure.stacks import EngineStack, TensorRTStack, TransformersStack
 from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.measure.workload import Workload, add_arguments, add_engine_arguments, workload_of
 from llama_engine.native import load_engine
 from llama_engine.report.show import show
-from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
+from llama_engine.trtllm import TensorRTBackend
 
 RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
 
@@ -100,10 +100,9 @@ def open_engine(engine_dir: Path, info: EngineInfo, *, device: str, threads: int
     if info.backend == "native":
         engine = load_engine(engine_dir, device=device, threads=threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
-    model = info.model
-    nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
-    cost = Cost.of(model, nbytes, model.kv_nbytes())
-    return RunnerStack(ModelRunner.from_dir(engine_dir), cost, describe(info, info.backend))
+    assert info.tensorrt_llm
+    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes())
+    return TensorRTStack(TensorRTBackend(engine_dir, sequences=1), cost, describe(info, info.backend))
 
 
 def measure(stacks: Sequence[Stack], workload: Workload, device: str) -> dict[str, Result]:
