@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_engine.measure.result import Result
+from llama_engine.measure.result import MEASUREMENTS, Result
 
 COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "limit", "failed")
 
 
 def show(results: Collection[Result]) -> None:
     """One row a load of each measurement; then what is INVALID or failed, long prompts, the gate and paired ratios."""
-    measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
+    measured = [x for x in results if x["benchmark"] in MEASUREMENTS]
     names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
     title = "; ".join(dict.fromkeys(names))
     table = Table("", title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
