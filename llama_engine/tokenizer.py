@@ -10,10 +10,11 @@ guess. All else - spaces beside a control token, prefix spaces, normalization - 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class ChatTokenizer:
         self.backend: Tokenizer = self._renderer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        parameters = inspect.signature(self._renderer.apply_chat_template).parameters
+        self._reserved = {*parameters, "messages"} - {"add_generation_prompt"}
         self.template: str = self._renderer.get_chat_template() if self._renderer.chat_template else ""
         self.pad_token_id: int | None = self._renderer.pad_token_id
         own = self._renderer.eos_token_id
@@ -81,24 +84,28 @@ class ChatTokenizer:
         """
         return self.backend.encode(text).ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """Ids of a conversation up to where the answer begins; control tokens are the template's alone.
 
-        Raises :class:`InputError` when the model has no template or its template refuses these messages.
+        ``tools`` and ``options`` are what the template may ask for. Raises :class:`InputError` when the model has no
+        template or its template refuses these messages.
         """
         if not self.template:
             raise InputError("this model has no chat template: use /v1/completions")
         roles = [message["role"] for message in messages]
         if bad := [role for role in roles if not ROLE.fullmatch(role) or self._find(role)]:
             raise InputError(f"a role is one word of letters, digits and underscores, got {bad[0]!r}")
-        texts = (text for message in messages for text in message.values())
-        stand_ins = _StandIns([self.template, *self._names, *texts])
-        hidden = [
-            {key: text if key == "role" else self._hide(text, stand_ins) for key, text in message.items()}
-            for message in messages
-        ]
+        if reserved := options.keys() & self._reserved:
+            raise InputError(f"chat_template_kwargs may not set {sorted(reserved)[0]}")
+        stand_ins = _StandIns([self.template, *self._names, *_strings([messages, tools, options])])
+        contents = [{key: value for key, value in message.items() if key != "role"} for message in messages]
+        hidden, tools, options = self._hide_all([contents, tools, options], stand_ins)
+        hidden = [{"role": role, **content} for role, content in zip(roles, hidden)]
+        options = {"add_generation_prompt": True} | options
         try:
-            text = self._renderer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False)
+            text = self._renderer.apply_chat_template(hidden, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template refuses by raising what it likes
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
         back = str.maketrans({stand_in: char for char, stand_in in stand_ins.items()})
@@ -118,6 +125,16 @@ class ChatTokenizer:
         found = self._finder.encode(text, add_special_tokens=False)
         tokens = [(*span, self._finder.id_to_token(id)) for id, span in zip(found.ids, found.offsets)]
         return [token for token in tokens if token[2] in self._names]
+
+    def _hide_all(self, value: Any, stand_ins: _StandIns) -> Any:
+        """``value``, as JSON has it, with every string in it hidden."""
+        if isinstance(value, str):
+            return self._hide(value, stand_ins)
+        if isinstance(value, list):
+            return [self._hide_all(item, stand_ins) for item in value]
+        if isinstance(value, dict):
+            return {self._hide(key, stand_ins): self._hide_all(item, stand_ins) for key, item in value.items()}
+        return value
 
     def _hide(self, text: str, stand_ins: _StandIns) -> str:
         """``text`` with a stand-in for a character of each control token, and at either end for one that could make a
@@ -150,6 +167,16 @@ class _StandIns(dict[str, str]):
         if stand_in is None:
             raise InputError("the messages use every private-use character of Unicode: none is left")
         return self.setdefault(char, stand_in)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in ``value``, as JSON has it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(item)
 
 
 def stop_inputs(ids: Sequence[int]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from llama_engine.errors import ErrorCode, InputError, RunError, split_code
 
 # inputs that are neither BOOL nor INT32
-DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
+FLOATS = ("temperature", "runtime_top_p", "min_p", "embedding_bias")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64}
 # unlimited messages, as the client's own default; a restarted server is found again within a second
 CHANNEL = [
     ("grpc.max_send_message_length", -1),

@@ -91,8 +91,17 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         repetition_penalty=float(scalar(arrays, "repetition_penalty", 1.0)),
         presence_penalty=float(scalar(arrays, "presence_penalty", 0.0)),
         frequency_penalty=float(scalar(arrays, "frequency_penalty", 0.0)),
+        min_p=float(scalar(arrays, "min_p", 0.0)),
         banned=tuple(_words(arrays, "bad_words_list", "bans")),
+        logit_bias=_bias(arrays),
     )
+
+
+def _bias(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
+    """What ``embedding_bias`` ``[1, vocab]`` adds to which ids."""
+    bias = arrays.get("embedding_bias", np.zeros(0, np.float32)).reshape(-1)
+    ids = np.flatnonzero(bias)
+    return tuple(zip(ids.tolist(), bias[ids].tolist()))
 
 
 def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:

@@ -1,0 +1,33 @@
+"""The served OpenAPI document against what the gateway does, fuzzed by schemathesis; no engine behind it."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from llm_demo.app import create_app
+from llm_demo.gateway import Gateway
+from tests.llm_demo.test_endings import Fake
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+
+@pytest.fixture(scope="module")
+def contract(smollm2_engine):
+    gateway = Gateway(smollm2_engine, "127.0.0.1:1", model_dir=None, device="cpu")
+    gateway.models.append("fuzzed")
+    gateway.client = Fake([400], [500, 600])
+    gateway.check_model = lambda name: None  # any model, or a fuzzer that makes names up would get no further
+    app = create_app(gateway, api_key=None, local_only=False)
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
+def test_nothing_sent_breaks_the_gateway_and_every_answer_is_as_documented(contract, mode):
+    for operation in (result.ok() for result in contract.get_all_operations()):
+        kind = schemathesis.GenerationMode[mode]
+
+        @given(operation.as_strategy(generation_mode=kind))
+        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        def check(case):
+            case.call_and_validate(headers={"Content-Type": "application/json"})
+
+        check()

@@ -1,0 +1,122 @@
+"""What OpenAI's clients and benchmark tools ask for, through the real ``openai`` client over the real engine."""
+
+import openai
+import pytest
+
+from llama_engine.tokenizer import ChatTokenizer
+from tests.llm_demo.test_gateway import NAME, PARIS, STORY
+
+COUNT = "1, 2, 3, 4, 5, 6,"
+
+
+@pytest.fixture(scope="module")
+def client(gateway):
+    with openai.OpenAI(base_url=f"{gateway}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_model):
+    return ChatTokenizer(smollm2_model)
+
+
+def complete(client, **asked):
+    return client.completions.create(**{"model": NAME, "prompt": COUNT, "temperature": 0} | asked)
+
+
+def text(client, **asked):
+    return complete(client, **asked).choices[0].text
+
+
+def test_a_completion_has_16_tokens_unless_asked_for_others(client):
+    assert complete(client).usage.completion_tokens == 16
+    assert complete(client, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_several_prompts_of_either_kind_and_several_choices(client, tokenizer):
+    texts = [COUNT, "The capital of France is"]
+    alone = [text(client, prompt=prompt, max_tokens=8) for prompt in texts]
+    for prompts in (texts, [tokenizer.encode(prompt) for prompt in texts]):
+        answer = complete(client, prompt=prompts, max_tokens=8, n=2)
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in answer.choices] == [alone[0], alone[0], alone[1], alone[1]]
+        assert answer.usage.completion_tokens == 32
+        assert answer.usage.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in texts)
+    streamed = {index: "" for index in range(4)}
+    for chunk in complete(client, prompt=texts, max_tokens=8, n=2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert [*streamed.values()] == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_choices_of_a_seed_differ_and_come_again(client):
+    asked = {"model": NAME, "messages": STORY, "seed": 3, "n": 3, "max_tokens": 8}
+    first, second = (client.chat.completions.create(**asked) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in second.choices]
+    streamed = dict.fromkeys(range(3), "")
+    roles = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        roles += [chunk.choices[0].index] if chunk.choices[0].delta.role else []
+    assert [*streamed.values()] == texts
+    assert sorted(roles) == [0, 1, 2]
+
+
+def test_biases_and_penalties_reach_the_sampler(client, tokenizer):
+    [seven] = tokenizer.backend.encode("7", add_special_tokens=False).ids
+    assert "7" in text(client)
+    assert "7" not in text(client, logit_bias={str(seven): -100})
+    assert text(client, logit_bias={str(seven): 100}, max_tokens=4) == "7777"
+    again = "The fox. The fox."
+    penalties = {"frequency_penalty": 2}, {"presence_penalty": 2}, {"extra_body": {"repetition_penalty": 1.5}}
+    assert text(client, prompt=again) == " The fox." * 5 + " The"
+    for penalty in penalties:
+        assert text(client, prompt=again, **penalty).count("The fox") < 3
+    plain = text(client, max_tokens=24)
+    hot = {"temperature": 2, "seed": 5}
+    assert text(client, **hot) != plain[:40]
+    for narrow in ({"top_k": 1}, {"min_p": 1}):
+        assert plain.startswith(text(client, extra_body=narrow, **hot))
+
+
+def test_ends_can_be_ignored_and_added(client, tokenizer):
+    asked = {"model": NAME, "messages": PARIS, "temperature": 0, "max_tokens": 24}
+    short = client.chat.completions.create(**asked)
+    assert short.usage.completion_tokens < 24
+    long = client.chat.completions.create(**asked, extra_body={"ignore_eos": True, "min_tokens": 24})
+    assert long.usage.completion_tokens == 24
+    assert long.choices[0].finish_reason == "length"
+    assert long.choices[0].message.content.startswith(short.choices[0].message.content)
+    [comma] = tokenizer.backend.encode(",", add_special_tokens=False).ids
+    ended = complete(client, extra_body={"stop_token_ids": [comma]})
+    assert ended.choices[0].text == " 7"
+    assert ended.choices[0].finish_reason == "stop"
+
+
+def test_usage_in_every_chunk_and_even_sizes(client):
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    chunks = [
+        *client.chat.completions.create(model=NAME, messages=PARIS, temperature=0, stream=True, stream_options=options)
+    ]
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 4
+    rows = [chunk for chunk in chunks if chunk.choices and chunk.usage]
+    assert {len(row.choices[0].delta.content or "") + len(row.obfuscation) for row in rows} == {16}
+
+
+def test_a_developer_is_a_system_and_text_comes_in_parts(client):
+    asked = {"model": NAME, "temperature": 0, "max_tokens": 8}
+    answers = [
+        client.chat.completions.create(messages=[{"role": role, "content": said}, *PARIS], **asked)
+        for role in ("system", "developer")
+        for said in ("Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}])
+    ]
+    assert len({(answer.usage.prompt_tokens, answer.choices[0].message.content) for answer in answers}) == 1
+
+
+def test_the_baseline_refuses_what_only_the_engine_can(client):
+    with pytest.raises(openai.BadRequestError, match="not supported by the baseline") as caught:
+        client.chat.completions.create(model=f"{NAME}:baseline", messages=PARIS, frequency_penalty=1)
+    assert caught.value.param == "frequency_penalty"
