@@ -71,6 +71,8 @@ class CudaHandle:
         return [token for _, token in found]
 
     def logprobs(self) -> list[Logprobs | None]:
+        if not any(part.logprobs[0] for part in self._passes):
+            return [None] * sum(len(part.sampling) for part in self._passes)
         self._wait()
         found: dict[int, Logprobs | None] = {chunk: None for part in self._passes for chunk in part.sampling}
         for part in self._passes:

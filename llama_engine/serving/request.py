@@ -1,7 +1,7 @@
 """One Triton request under the tensor names of NVIDIA's ``tensorrt_llm`` model: arrays in, checked values out.
 
-What TensorRT-LLM offers and this engine does not (beam search, log-probabilities ...) is accepted at its
-neutral value and refused by name at any other: nothing a client asks for is silently ignored.
+What TensorRT-LLM offers and this engine does not (beam search, logits ...) is accepted at its neutral value and refused
+by name at any other: nothing a client asks for is silently ignored. ``top_logprobs`` is this engine's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
 ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "early_stopping")
-ZERO = ("return_log_probs", "return_context_logits", "return_generation_logits")
+ZERO = ("return_context_logits", "return_generation_logits")
 NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 
@@ -94,6 +94,7 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         min_p=float(scalar(arrays, "min_p", 0.0)),
         banned=tuple(_words(arrays, "bad_words_list", "bans")),
         logit_bias=_bias(arrays),
+        logprobs=_logprobs(arrays),
     )
 
 
@@ -102,6 +103,16 @@ def _bias(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
     bias = arrays.get("embedding_bias", np.zeros(0, np.float32)).reshape(-1)
     ids = np.flatnonzero(bias)
     return tuple(zip(ids.tolist(), bias[ids].tolist()))
+
+
+def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
+    """How many of the most likely tokens are wanted beside each token's own log-probability; None: not even that."""
+    top = int(scalar(arrays, "top_logprobs", 0))
+    if scalar(arrays, "return_log_probs", False):
+        return top
+    if top:
+        raise InputError(f"top_logprobs={top} needs return_log_probs=true")
+    return None
 
 
 def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:

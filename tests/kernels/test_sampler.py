@@ -174,7 +174,7 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
 def split(monkeypatch):
     """Sets how many programs share a row. Triton's interpreter runs programs one after another: here each has a thread,
     and goes on alone until it comes to an atomic operation."""
-    from llama_engine.kernels import sampler
+    from llama_engine.kernels import sampler, sampler_kernel
 
     monkeypatch.setattr(sampler, "WARPS", 1)
     monkeypatch.setattr(sampler, "PARTS", 4)
@@ -183,7 +183,7 @@ def split(monkeypatch):
         return lambda programs: monkeypatch.setattr(sampler, "SPLITS", programs)
     from triton.runtime import interpreter
 
-    monkeypatch.setitem(globals(), "tl", sampler.tl)  # the interpreter looks for it beside the kernel
+    monkeypatch.setitem(globals(), "tl", sampler_kernel.tl)  # the interpreter looks for it beside the kernel
     running, atomic = threading.Lock(), interpreter.interpreter_builder.create_atomic_rmw
 
     def switch(*arguments):

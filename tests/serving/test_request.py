@@ -47,6 +47,13 @@ def test_penalties_and_bad_words():
     assert params.banned == (11, 12)
 
 
+def test_log_probabilities():
+    asked = {"return_log_probs": one(True, np.bool_)}
+    assert parse(arrays()).params.logprobs is None
+    assert parse(arrays(**asked)).params.logprobs == 0
+    assert parse(arrays(**asked, top_logprobs=one(20))).params.logprobs == 20
+
+
 def test_end_id_and_one_token_stop_words():
     words = np.array([[[11, 12, -1], [1, 2, -1]]], np.int32)
     assert parse(arrays(end_id=one(2), stop_words_list=words)).stop_token_ids == (2, 11, 12)
@@ -77,7 +84,11 @@ def test_neutral_values_of_missing_features_are_accepted():
         ({"repetition_penalty": one(-1.2, np.float32)}, "repetition_penalty"),
         ({"presence_penalty": one(2.5, np.float32)}, "presence_penalty"),
         ({"frequency_penalty": one(np.nan, np.float32)}, "frequency_penalty"),
-        ({"return_log_probs": one(True, np.bool_)}, "return_log_probs"),
+        ({"top_logprobs": one(2)}, "top_logprobs=2 needs return_log_probs=true"),
+        (
+            {"return_log_probs": one(True, np.bool_), "top_logprobs": one(21)},
+            r"logprobs must be an integer in \[0, 20\]",
+        ),
         ({"temperature": one(np.nan, np.float32)}, "temperature"),
         ({"temperature": one(-1, np.float32)}, "temperature"),
         ({"runtime_top_p": one(1.5, np.float32)}, "top_p"),

@@ -25,6 +25,7 @@ from llama_engine.engine.engine import FinishReason
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError, with_code
 from llama_engine.native import load_engine
+from llama_engine.sampling import Logprobs
 from llama_engine.serving.request import GenerationRequest, parse, scalar
 
 # Triton's own code of each kind of error; a gRPC stream loses it, so that the message starts with ours.
@@ -58,7 +59,8 @@ COUNTERS = {
 
 class Live:
     """A :class:`GenerationRequest` between ``execute`` and its final response, with what Triton answers it through and
-    what has come of it. ``ids`` only grows; ``sent`` of them are answered.
+    what has come of it. ``ids`` only grows; ``sent`` of them are answered. ``logprobs``, if the request asks for them,
+    are those of the ids after the first ``prompted``, and are there before their ids.
 
     ``lock`` guards ``sender``: Triton frees what ``is_cancelled`` reads when the final response is sent.
     """
@@ -68,7 +70,10 @@ class Live:
         self.lock = threading.Lock()
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
+        self.prompted = len(self.ids)
+        self.logprobs: list[Logprobs] = []
         self.sent = 0
+        self.total_logprob = 0.0  # of what is sent
         self.reason: FinishReason | RunError | None = None
 
 
@@ -124,7 +129,9 @@ class TritonPythonModel:
         live = Live(wanted, sender, name)
         timeout_us = request.timeout()
 
-        def on_tokens(ids: list[int], reason: FinishReason | RunError | None) -> None:
+        def on_tokens(ids: list[int], reason: FinishReason | RunError | None, logprobs: list[Logprobs] | None) -> None:
+            if logprobs:
+                live.logprobs.extend(logprobs)
             live.ids.extend(ids)
             live.reason = reason
             if reason or wanted.streaming:
@@ -154,11 +161,15 @@ class TritonPythonModel:
     def _answer(self, live: Live) -> None:
         """Send what is new, if anything: the outbox holds a request once a step, and one answer takes all there is."""
         reason = live.reason  # read before the ids: once it is set they are complete
-        ids = live.ids[live.sent :]
+        first, ids = live.sent, live.ids[live.sent :]
         live.sent += len(ids)
+        scored = None
+        if live.request.params.logprobs is not None:
+            scored = live.logprobs[max(0, first - live.prompted) : live.sent - live.prompted]
+            live.total_logprob += sum(entry.token for entry in scored)
         if reason is None:
             if ids:
-                live.sender.send(_response(ids))
+                live.sender.send(_response(ids, scored, live.total_logprob))
             return
         with live.lock:
             sender, live.sender = live.sender, None
@@ -166,7 +177,7 @@ class TritonPythonModel:
         if isinstance(reason, RunError):
             _refuse(sender, reason)
         else:
-            sender.send(_response(ids), flags=FINAL)
+            sender.send(_response(ids, scored, live.total_logprob), flags=FINAL)
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
@@ -202,13 +213,23 @@ def _array(tensor: Any) -> np.ndarray:
     return torch.from_dlpack(tensor.to_dlpack()).numpy()
 
 
-def _response(ids: list[int]) -> Any:
-    """output_ids ``[1, beams=1, seq]`` and sequence_length ``[1, 1]``."""
-    output = torch.tensor(ids, dtype=torch.int32).view(1, 1, -1)
-    length = torch.tensor([[len(ids)]], dtype=torch.int32)
-    return pb_utils.InferenceResponse(
-        [pb_utils.Tensor.from_dlpack("output_ids", output), pb_utils.Tensor.from_dlpack("sequence_length", length)]
-    )
+def _response(ids: list[int], scored: list[Logprobs] | None = None, total_logprob: float = 0.0) -> Any:
+    """output_ids ``[1, beams=1, seq]`` and sequence_length ``[1, 1]``; of ``scored`` new ids also output_log_probs
+    ``[1, 1, new]``, cum_log_probs ``[1, 1]`` since the answer began, and if asked for the most likely of each,
+    ``[1, 1, new, n]``."""
+    tensors = {
+        "output_ids": torch.tensor(ids, dtype=torch.int32).view(1, 1, -1),
+        "sequence_length": torch.tensor([[len(ids)]], dtype=torch.int32),
+    }
+    if scored is not None:
+        tensors["output_log_probs"] = torch.tensor([entry.token for entry in scored]).view(1, 1, -1)
+        tensors["cum_log_probs"] = torch.tensor([[total_logprob]])
+        if scored and (n := len(scored[0].top)):
+            top = [pair for entry in scored for pair in entry.top]
+            shape = 1, 1, len(scored), n
+            tensors["output_top_ids"] = torch.tensor([token for token, _ in top], dtype=torch.int32).view(shape)
+            tensors["output_top_log_probs"] = torch.tensor([value for _, value in top]).view(shape)
+    return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(*item) for item in tensors.items()])
 
 
 def _refuse(sender: Any, error: InputError | RunError) -> None:
