@@ -69,6 +69,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned: tuple[int, ...] = ()
     logprobs: int | None = None  # asks for the token's log-probability, and for those of so many most likely ones
+    prompt_logprobs: bool = False  # asks for them of the prompt's tokens too, from the second on
 
     def __post_init__(self) -> None:
         self._check("temperature", Real, 0, sys.float_info.max)
@@ -88,6 +89,8 @@ class SamplingParams:
             raise InputError(f"banned must hold token ids, got {self.banned!r}")
         if self.logprobs is not None:
             self._check("logprobs", Integral, 0, MAX_LOGPROBS)
+        elif self.prompt_logprobs:
+            raise InputError("prompt_logprobs needs logprobs")
         if len(self.biases) > MAX_BIAS:
             raise InputError(f"logit_bias and banned name {len(self.biases)} tokens, at most {MAX_BIAS} are supported")
 

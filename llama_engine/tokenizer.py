@@ -24,6 +24,11 @@ from tokenizers.models import WordLevel
 from llama_engine.errors import InputError
 
 PRIVATE = [range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # Unicode's private use areas
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of a byte-fallback vocabulary
+# Byte-level vocabularies write printable bytes as themselves and the others, in order, from U+0100 on.
+PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 ROLE = re.compile(r"\w+")
 
 
@@ -61,6 +66,8 @@ class ChatTokenizer:
         self.letter: int = self.backend.encode("a", add_special_tokens=False).ids[-1]  # some text, for what follows it
 
         added = self.backend.get_added_tokens_decoder()
+        self._added = set(added)
+        self._byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"])
         self.special_ids = {id for id, token in added.items() if token.special}
         nonce = secrets.token_hex(16)
         self._names = {
@@ -119,6 +126,17 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids; special tokens give nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, alone: part of a character, perhaps."""
+        text = self.backend.id_to_token(token) or ""
+        if token in self._added:
+            return text.encode()
+        if self._byte_level:
+            return bytes(BYTES[char] for char in text)
+        if BYTE.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
 
     def _find(self, text: str) -> list[tuple[int, int, str]]:
         """Start, end and name of each control token in ``text``, with the spaces that the token takes in."""

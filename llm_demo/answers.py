@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterable
@@ -17,14 +18,31 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompts, found in the engine's prefix cache
 
     def as_json(self) -> dict[str, Any]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+        usage: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        usage["total_tokens"] = self.prompt_tokens + self.completion_tokens
+        if self.cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return usage
+
+
+@dataclass
+class Score:
+    """A token's bytes, its log-probability (None for the first of a prompt) and those of the most likely."""
+
+    token: bytes
+    logprob: float | None
+    top: list[tuple[bytes, float]]
+
+    def as_chat(self) -> dict[str, Any]:
+        top = [_named(token, logprob) for token, logprob in self.top]
+        return _named(self.token, self.logprob) | {"top_logprobs": top}
+
+
+def _named(token: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
 
 
 @dataclass
@@ -35,6 +53,8 @@ class Piece:
     text: str
     reason: str | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[Score] | None = None
+    offset: int = 0  # characters of the choice before the first of the scores
 
 
 class Shape:
@@ -56,6 +76,8 @@ class Shape:
             choice.text += piece.text
             choice.calls += piece.calls
             choice.reason = piece.reason
+            if piece.scores is not None:
+                choice.scores = (choice.scores or []) + piece.scores
         rows = [self._choice(choice, self._message(choice)) for _, choice in sorted(choices.items())]
         return self._answer("chat.completion", rows, usage)
 
@@ -85,10 +107,31 @@ class Shape:
             message |= {"content": choice.text or None, "tool_calls": choice.calls}
         return {"message": message}
 
-    @staticmethod
-    def _choice(piece: Piece, content: dict[str, Any]) -> dict[str, Any]:
-        return {"index": piece.index, **content, "logprobs": None, "finish_reason": piece.reason}
+    def _choice(self, piece: Piece, content: dict[str, Any]) -> dict[str, Any]:
+        scores = None
+        if piece.scores is not None and self.chat:
+            scores = {"content": [score.as_chat() for score in piece.scores], "refusal": None}
+        elif piece.scores is not None:
+            scores = _as_completion(piece.scores, piece.offset)
+        return {"index": piece.index, **content, "logprobs": scores, "finish_reason": piece.reason}
 
     def _answer(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
         told = {"usage": usage and usage.as_json(), "object": kind if self.chat else "text_completion"}
         return self._base | {"choices": choices} | told
+
+
+def _as_completion(scores: list[Score], offset: int) -> dict[str, Any]:
+    tokens = [score.token.decode(errors="replace") for score in scores]
+    offsets = [offset, *itertools.accumulate(map(len, tokens), initial=offset)][1:]
+    tops: list[dict[str, float] | None] = []
+    for score in scores:
+        top: dict[str, float] = {}
+        for other, logprob in [*score.top, *([(score.token, score.logprob)] if score.top else [])]:
+            top.setdefault(other.decode(errors="replace"), logprob)  # the most likely of those that look alike
+        tops.append(top or None)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": tops if any(tops) else None,
+        "text_offset": offsets[: len(tokens)],
+    }

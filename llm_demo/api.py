@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
+from llama_engine.sampling import MAX_LOGPROBS
 from llm_demo.errors import ApiError
 
 MAX_CHOICES = 128  # of one prompt
@@ -124,6 +125,21 @@ class Sampling(Strict):
         """New tokens at most; None: as many as fit."""
         return self.max_tokens
 
+    @property
+    def candidates(self) -> int:
+        """Answers made to a prompt; the ``n`` most likely are given."""
+        return self.n
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before the answer."""
+        return False
+
+    @property
+    def scores(self) -> int | None:
+        """How many of the most likely tokens are wanted beside each token's log-probability; None: not even that."""
+        return None
+
     def engine_options(self, vocab_size: int, seed: int) -> dict[str, Any]:
         """Inputs of Triton's ``tensorrt_llm`` model that say how to sample; greedy without any."""
         options: dict[str, Any] = {}
@@ -133,6 +149,9 @@ class Sampling(Strict):
             options |= {"min_p": self.min_p} if self.min_p else {}
         neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
         options |= {name: getattr(self, name) for name, value in neutral.items() if getattr(self, name) != value}
+        if self.scores is not None:
+            options |= {"return_log_probs": True, "top_logprobs": self.scores}
+            options |= {"return_prompt_log_probs": True} if self.echoes else {}
         if self.logit_bias:
             bias = [0.0] * vocab_size
             for key, value in self.logit_bias.items():
@@ -216,17 +235,17 @@ class ChatRequest(Sampling):
         "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": ("none",),
         "response_format": ({"type": "text"},),
-        "top_logprobs": (),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = Field(default=[], max_length=128)
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True
@@ -238,7 +257,13 @@ class ChatRequest(Sampling):
         if self.max_tokens and self.max_completion_tokens:
             message = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
             raise ApiError(400, message, code="invalid_parameter_combination", param="max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return self
+
+    @property
+    def scores(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -254,9 +279,6 @@ class CompletionRequest(Sampling):
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
         "add_special_tokens": (True,),
-        "best_of": (1,),
-        "echo": (False,),
-        "logprobs": (),
         "response_format": ({"type": "text"},),
         "suffix": ("",),
     }
@@ -266,7 +288,32 @@ class CompletionRequest(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=2048)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     )
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0, description="0 with echo only")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _check_echo_and_best(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise ApiError(400, "max_tokens=0 makes sense with echo only", param="max_tokens")
+        if self.best_of and self.best_of < self.n:
+            raise ApiError(400, f"best_of={self.best_of} is less than n={self.n}", param="best_of")
+        if self.best_of and self.best_of > self.n and self.stream:
+            raise ApiError(400, "best_of knows the best at the end only: not with stream", param="best_of")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
+    def scores(self) -> int | None:
+        return self.logprobs if self.logprobs is not None or self.candidates == self.n else 0
 
     @property
     def prompts(self) -> list[str | list[int]]:

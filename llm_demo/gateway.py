@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,14 @@ from fastapi import FastAPI
 from llama_engine.config import check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import ErrorCode, InputError, RunError
-from llama_engine.serving.client import GrpcClient
+from llama_engine.serving.client import GrpcClient, NewTokens
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.answers import Piece, Usage
 from llm_demo.api import ChatRequest, Sampling
 from llm_demo.baseline import Baseline
+from llm_demo.choice import Choice, best, merged
 from llm_demo.errors import DOWN, ApiError
-from llm_demo.text import TextStream
 from llm_demo.tools import ToolFormat
-
-AT_ONCE = 64  # choices of one request: it shall not be refused for filling the queue by itself
 
 
 class Gateway:
@@ -56,6 +52,8 @@ class Gateway:
             for name in request.ENGINE_ONLY:
                 if getattr(request, name) not in (type(request).model_fields[name].default, -1):
                     raise ApiError(400, f"{name} is not supported by the baseline, ask {self.name}", param=name)
+            if request.scores is not None:
+                raise ApiError(400, f"logprobs are not made by the baseline, ask {self.name}", param="logprobs")
 
     def check_model(self, name: str) -> None:
         if name not in self.models:
@@ -87,9 +85,9 @@ class Gateway:
                     f"This model's context is {limit} tokens; the prompt has {len(prompt)}{more}. Shorten one of them."
                 )
             raise ApiError(400, message, code=error.code.value, param=where) from None
-        return asked or limit - len(prompt)
+        return limit - len(prompt) if asked is None else asked
 
-    async def ids(self, prompt: list[int], max_tokens: int, request: Sampling, seed: int) -> AsyncIterator[list[int]]:
+    async def ids(self, prompt: list[int], max_tokens: int, request: Sampling, seed: int) -> AsyncIterator[NewTokens]:
         """New ids from the model the request names, cut before one that ends the answer. Leaving early cancels."""
         ends = [*(() if request.ignore_eos else self.tokenizer.eos_token_ids), *request.stop_token_ids]
         if request.model == self.name:
@@ -99,9 +97,14 @@ class Gateway:
             sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": seed % (1 << 64)}
             source = self.baseline.generate(prompt, max_tokens, eos=ends, **sampling)
         async with contextlib.aclosing(source):
-            async for new in source:
-                yield list(itertools.takewhile(lambda token: token not in ends, new))
-                if any(token in ends for token in new):
+            async for ids in source:
+                new = ids if isinstance(ids, NewTokens) else NewTokens(ids)
+                end = next((i for i, token in enumerate(new) if token in ends), None)
+                if end is not None:
+                    del new[end:]
+                    new.logprobs = new.logprobs and new.logprobs[:end]
+                yield new
+                if end is not None:
                     return
 
     async def answer(self, request: Sampling) -> AsyncIterator[tuple[Piece, Usage]]:
@@ -114,9 +117,15 @@ class Gateway:
             rooms = [self.room(prompt, request) for prompt in prompts]
             usage = Usage(sum(map(len, prompts)))
             self.counts["prompt_tokens_total"] += usage.prompt_tokens
-            plan = [(prompt, room, number) for prompt, room in zip(prompts, rooms) for number in range(request.n)]
-            sources = [self._choice(request, index, *part, tools, usage) for index, part in enumerate(plan)]
-            async with contextlib.aclosing(merged(sources)) as pieces:
+            choices = [
+                Choice(self, request, tools, usage, prompt=prompt, room=room, number=number)
+                for prompt, room in zip(prompts, rooms)
+                for number in range(request.candidates)
+            ]
+            source = merged([choice.pieces(index) for index, choice in enumerate(choices)])
+            if request.candidates > request.n:
+                source = best(source, choices, request.candidates, request.n)
+            async with contextlib.aclosing(source) as pieces:
                 async for piece in pieces:
                     yield piece, usage
         except (InputError, RunError) as error:
@@ -132,38 +141,6 @@ class Gateway:
         except InputError as error:
             raise ApiError(400, str(error), param="tools") from None
 
-    async def _choice(
-        self,
-        request: Sampling,
-        index: int,
-        prompt: list[int],
-        room: int,
-        number: int,
-        tools: ToolFormat | None,
-        usage: Usage,
-    ) -> AsyncIterator[Piece]:
-        """One answer to one prompt, the ``number``-th: its pieces, of which the last one has a reason."""
-        start, first, held = time.perf_counter(), 0.0, ""
-        text = TextStream(self.tokenizer, request.stop)
-        async with contextlib.aclosing(self.ids(prompt, room, request, request.seed + number)) as source:
-            async for new in source:
-                first = first or time.perf_counter() - start
-                usage.completion_tokens += len(new)
-                self.counts["completion_tokens_total"] += len(new)
-                held += text.push(new)
-                if text.stopped:
-                    break
-                if not (tools and tools.may_call(held)):
-                    yield Piece(index, held)
-                    held = ""
-        if not text.stopped:
-            held += text.push([], last=True)
-        reason = "length" if text.tokens >= room and not text.stopped else "stop"
-        self.counts["ttft_seconds_sum"] += first
-        self.counts["ttft_seconds_count"] += 1
-        calls = tools.calls(held) if tools and tools.may_call(held) else []
-        yield Piece(index, "", "tool_calls", calls) if calls else Piece(index, held, reason)
-
     def state(self, ready: bool) -> dict[str, Any]:
         return {
             "status": "ok" if ready else "unavailable",
@@ -177,35 +154,3 @@ class Gateway:
     def metrics(self) -> str:
         rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
         return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])
-
-
-async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncIterator[Piece]:
-    """The pieces of several choices as they come, at most :data:`AT_ONCE` choices at a time. Leaving early, and a
-    choice that fails, ends them all."""
-    pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async def drain(source: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with places, contextlib.aclosing(source):
-                async for piece in source:
-                    pieces.put_nowait(piece)
-            pieces.put_nowait(None)
-        except Exception as error:
-            pieces.put_nowait(error)
-
-    tasks = [asyncio.create_task(drain(source)) for source in sources]
-    try:
-        left = len(tasks)
-        while left:
-            piece = await pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is None:
-                left -= 1
-            else:
-                yield piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class _Pass:
     logprobs: tuple[
         dict[int, SamplingParams], list[torch.Tensor]
     ]  # which chunks ask for them, sampling.logprobs pinned
+    scored: dict[int, tuple[SamplingParams, list[torch.Tensor]]] = field(default_factory=dict)  # the same of prompts
 
 
 class CudaHandle:
@@ -80,6 +82,11 @@ class CudaHandle:
             if params:
                 found |= zip(params, list_logprobs(list(params.values()), *tensors))
         return [found[chunk] for chunk in sorted(found)]
+
+    def scored(self) -> dict[int, list[Logprobs]]:
+        self._wait()
+        found = {chunk: pair for part in self._passes for chunk, pair in part.scored.items()}
+        return {chunk: list_logprobs([p] * len(parts[0]), *parts) for chunk, (p, parts) in found.items()}
 
     def logits(self) -> torch.Tensor:
         self._wait()
@@ -226,27 +233,33 @@ class CudaExecutor:
         if total > self.engine_config.max_num_tokens:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine_config.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
-        graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
+        graphs = None if step.every_row else self._prefill_graphs.get(key)
         if graphs is not None:
             inputs = self._pack(chunks, *key)
             for graph in graphs:
                 graph.replay()
         else:
             inputs = self._pack(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
+            self.model.prefill(*inputs, self._sampled, every_row=step.every_row)
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
-        elif step.logits == "all":
-            logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
-        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
+        scored = {}
+        if step.every_row:
+            rows = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+            logits = rows if step.logits == "all" else logits
+            for i, tokens in step.scored.items():
+                params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
+                parts = logprobs(rows[i][: len(tokens)], targets, params.logprobs)
+                scored[i] = params, [self._to_host(part) for part in parts]
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]), scored)
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
     def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
         """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.logits == "all":
+        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
         return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
@@ -375,8 +388,8 @@ class CudaExecutor:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], scored: tuple) -> _Pass:
-        return _Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, scored)
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], *logprobs: Any) -> _Pass:
+        return _Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, *logprobs)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)

@@ -95,6 +95,7 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         banned=tuple(_words(arrays, "bad_words_list", "bans")),
         logit_bias=_bias(arrays),
         logprobs=_logprobs(arrays),
+        prompt_logprobs=bool(scalar(arrays, "return_prompt_log_probs", False)),
     )
 
 
@@ -110,8 +111,9 @@ def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
     top = int(scalar(arrays, "top_logprobs", 0))
     if scalar(arrays, "return_log_probs", False):
         return top
-    if top:
-        raise InputError(f"top_logprobs={top} needs return_log_probs=true")
+    for name in ("top_logprobs", "return_prompt_log_probs"):
+        if value := scalar(arrays, name, 0):
+            raise InputError(f"{name}={value} needs return_log_probs=true")
     return None
 
 

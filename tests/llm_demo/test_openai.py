@@ -120,3 +120,65 @@ def test_the_baseline_refuses_what_only_the_engine_can(client):
     with pytest.raises(openai.BadRequestError, match="not supported by the baseline") as caught:
         client.chat.completions.create(model=f"{NAME}:baseline", messages=PARIS, frequency_penalty=1)
     assert caught.value.param == "frequency_penalty"
+
+
+def test_log_probabilities_of_a_chat(client):
+    asked = {"model": NAME, "messages": PARIS, "temperature": 0, "max_tokens": 6}
+    plain = client.chat.completions.create(**asked).choices[0]
+    assert plain.logprobs is None
+    for n in (0, 3):
+        choice = client.chat.completions.create(**asked, logprobs=True, top_logprobs=n).choices[0]
+        assert choice.message.content == plain.message.content
+        entries = choice.logprobs.content
+        assert b"".join(bytes(entry.bytes) for entry in entries).decode() == choice.message.content
+        assert [len(entry.top_logprobs) for entry in entries] == [n] * len(entries)
+        if n:  # greedy: the most likely is the one that was taken
+            assert all((e.token, e.logprob) == (e.top_logprobs[0].token, e.top_logprobs[0].logprob) for e in entries)
+        streamed = client.chat.completions.create(**asked, logprobs=True, top_logprobs=n, stream=True)
+        assert [e for c in streamed if c.choices[0].logprobs for e in c.choices[0].logprobs.content] == entries
+
+
+def test_a_prompt_is_echoed_with_the_log_probabilities_of_its_tokens(client, tokenizer):
+    made = complete(client, max_tokens=6, logprobs=2).choices[0]
+    whole = COUNT + made.text
+    for prompt in (whole, tokenizer.encode(whole)):
+        for n in (0, 1):
+            echoed = complete(client, prompt=prompt, max_tokens=n, echo=True, logprobs=2).choices[0]
+            assert echoed.text.startswith(whole)
+            logprobs = echoed.logprobs
+            assert "".join(logprobs.tokens) == echoed.text
+            assert [
+                echoed.text[at:][: len(t)] for at, t in zip(logprobs.text_offset, logprobs.tokens)
+            ] == logprobs.tokens
+            assert logprobs.token_logprobs[0] is None
+            assert logprobs.top_logprobs[0] is None
+            before = len(logprobs.tokens) - n
+            assert logprobs.tokens[before - 6 : before] == made.logprobs.tokens
+            given = logprobs.token_logprobs[before - 6 : before]
+            assert given == pytest.approx(made.logprobs.token_logprobs, abs=0.05)
+    assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs is None
+    assert text(client, echo=True).startswith(f"{COUNT} 7,")
+
+
+def test_the_best_of_several_comes_first(client):
+    asked = {"temperature": 1.0, "seed": 1, "max_tokens": 5, "prompt": ["Once upon a", "The sea"]}
+    every = complete(client, **asked, n=4, logprobs=0).choices
+    mean = [sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs) for choice in every]
+    answer = complete(client, **asked, n=2, best_of=4)
+    expected = [sorted(range(first, first + 4), key=lambda i: -mean[i])[:2] for first in (0, 4)]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in answer.choices] == [every[i].text for ranked in expected for i in ranked]
+    assert answer.choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match="not with stream"):
+        complete(client, n=1, best_of=2, stream=True)
+
+
+def test_a_prefix_that_was_there_is_told(client):
+    messages = [{"role": "user", "content": "Tell me about the river Rhine. " * 8}]
+    asked = {"model": NAME, "messages": messages, "max_tokens": 2}
+    cached = [client.chat.completions.create(**asked).usage for _ in range(2)]
+    assert cached[0].prompt_tokens_details.cached_tokens < 64 <= cached[1].prompt_tokens_details.cached_tokens
+    assert cached[1].prompt_tokens_details.cached_tokens < cached[1].prompt_tokens
+    options = {"include_usage": True}
+    [*_, last] = client.chat.completions.create(**asked, stream=True, stream_options=options)
+    assert last.usage.prompt_tokens_details == cached[1].prompt_tokens_details
