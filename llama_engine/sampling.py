@@ -74,6 +74,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # asks for the token's log-probability, and for those of so many most likely ones
+    prompt_logprobs: bool = False  # asks for them of the prompt's tokens too, from the second on
 
     def __post_init__(self) -> None:
         self._check("temperature", Real, 0, sys.float_info.max)
@@ -96,6 +97,8 @@ class SamplingParams:
             raise InputError(f"bad_words holds words of {count} tokens, at most {MAX_PHRASE_TOKENS} are supported")
         if self.logprobs is not None:
             self._check("logprobs", Integral, 0, MAX_LOGPROBS)
+        elif self.prompt_logprobs:
+            raise InputError("prompt_logprobs needs logprobs")
         if len(self.biases) > MAX_BIAS:
             count = len(self.biases)
             raise InputError(f"logit_bias and bad_words name {count} tokens, at most {MAX_BIAS} are supported")

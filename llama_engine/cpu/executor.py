@@ -66,12 +66,12 @@ class HostExecutor:
             slots += [chunk.slot] * chunk.length
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
-        rows = range(len(ids)) if step.logits == "all" else last_rows
+        rows = range(len(ids)) if step.every_row else last_rows
         ids, positions, slots, rows = (
             torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots, rows)
         )
         logits = self._model.forward(ids, positions, slots, self._tables, rows)
-        ends = logits[last_rows] if step.logits == "all" else logits
+        ends = logits[last_rows] if step.every_row else logits
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         scored = [row for row, chunk in enumerate(chunks) if self._params[chunk.slot].logprobs is not None]
         raw = ends[scored] if scored else None
@@ -87,7 +87,19 @@ class HostExecutor:
             parts = logprobs(raw, tokens, max(p.logprobs for p in params))
             for row, value in zip(scored, list_logprobs(params, *parts)):
                 found[row] = value
-        return ReadyHandle(sampled, None if step.logits == "none" else logits, found)
+        return ReadyHandle(sampled, None if step.logits == "none" else logits, found, self._score(step, logits))
+
+    def _score(self, step: Step, logits: torch.Tensor) -> dict[int, list[Logprobs]]:
+        """:attr:`Step.scored`, from the ``logits`` of every row."""
+        found, row = {}, 0
+        for i, chunk in enumerate(step.chunks):
+            if tokens := step.scored.get(i):
+                params = self._params[chunk.slot]
+                targets = torch.tensor(tokens, device=self._device)
+                parts = logprobs(logits[row : row + len(tokens)], targets, params.logprobs)
+                found[i] = list_logprobs([params] * len(tokens), *parts)
+            row += chunk.length
+        return found
 
     def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int | Exception]:
         """The token of each row of ``logits`` ``[chunks, vocab]``, or what went wrong in it; ``logits`` is scratch."""

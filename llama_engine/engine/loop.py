@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llama_engine.engine.engine import Engine, FinishReason, Output
+from llama_engine.engine.engine import Engine, Output
 from llama_engine.engine.scheduler import Sequence
 from llama_engine.errors import ErrorCode, InputError, RunError
-from llama_engine.sampling import Logprobs, SamplingParams
+from llama_engine.sampling import SamplingParams
 
-OnTokens = Callable[[list[int], "FinishReason | RunError | None", "list[Logprobs] | None"], None]
+OnTokens = Callable[[Output], None]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class _Request:
 class EngineLoop:
     """In-flight batching for many threads.
 
-    ``on_tokens(new_ids, reason, logprobs)`` is called on the loop's thread; ``reason`` is None, or at the end "stop",
-    "length" or the :class:`RunError`, with its code, that ended the request. ``logprobs`` are those of the ids, or None
-    unless the request's parameters ask for them. At most ``max_queue`` requests wait beyond those that run.
+    ``on_tokens(output)`` is called on the loop's thread with each :class:`Output` of the request; the last one has the
+    reason why it ended: a word, or the :class:`RunError` with its code. At most ``max_queue`` requests wait beyond
+    those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
@@ -152,7 +152,7 @@ class EngineLoop:
         if request is None:
             return
         try:
-            request.on_tokens(output.token_ids, output.reason, output.logprobs)
+            request.on_tokens(output)
         except Exception:  # one client's callback must not take the others down
             self._drop(output.request_id, _cancelled())
 

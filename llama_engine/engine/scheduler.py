@@ -14,13 +14,16 @@ planning, so what a later step finds is there when it reads.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
 from llama_engine.engine.kv_cache import BlockManager, block_key
 from llama_engine.engine.step import Chunk
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import Logprobs, SamplingParams
+
+SCORED_TOKENS = 256  # prefill of a step that scores a prompt, at most: such a step keeps the logits of every row
 
 
 class DrainFirst(Exception):
@@ -47,11 +50,17 @@ class Sequence:
     registered: int = 0  # blocks of the table that are registered, or have an equal that is
     doubtful: bool = False  # a step failed: what the table holds must not be registered
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's tokens from the second on, so far
 
     def tokens(self, start: int, end: int) -> list[int]:
         """The ids at positions ``start .. end - 1``, as far as the host knows them."""
         n = len(self.prompt)
         return self.prompt[start:end] + self.output[max(0, start - n) : max(0, end - n)]
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still wanted."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     @property
     def known(self) -> int:
@@ -132,9 +141,15 @@ class Scheduler:
         prompts = len(prefilling) + self._admissible()
         if work and prompts <= max(1, len(work) // 2):
             budget = min(budget, self._config.max_prefill_tokens * prompts)
+        if any(s.scoring for s in (*prefilling, *itertools.islice(self.waiting, 1))):
+            budget = min(budget, SCORED_TOKENS)
         for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
-        while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
+        while budget > 0 and self._slots and self.waiting:
+            if self.waiting[0].scoring and budget > SCORED_TOKENS:
+                break  # the next step is limited from its start
+            if not self._admits(self.waiting[0]):
+                break
             sequence = self.waiting.popleft()
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
@@ -165,7 +180,9 @@ class Scheduler:
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
         size, table = self.blocks.tokens_per_block, sequence.table
-        if self._config.enable_prefix_cache:  # the last token is computed always: its logits are wanted
+        if (
+            self._config.enable_prefix_cache and not sequence.scoring
+        ):  # the last token is computed always: its logits are wanted
             self.blocks.match(table, self._keys(sequence, (sequence.known - 1) // size))
         cached = len(table)
         if self.blocks.free - (self.blocks.blocks_for(sequence.known) - cached) < len(self.running):

@@ -25,7 +25,9 @@ from llama_engine.errors import ErrorCode, InputError, RunError, split_code
 from llama_engine.sampling import Logprobs
 
 # inputs that are neither BOOL nor INT32
-DTYPES = {"temperature": np.float32, "runtime_top_p": np.float32, "random_seed": np.uint64}
+FLOATS = ("temperature", "runtime_top_p", "min_p", "embedding_bias")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64}
 # unlimited messages, as the client's own default; a restarted server is found again within a second
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -57,19 +59,22 @@ class RequestFailed(RunError):
 
 class NewTokens(list[int]):
     """The ids of one response. ``logprobs`` are theirs, where ``generate`` was given ``return_log_probs=True``; with
-    ``top_logprobs=n``, of the n most likely tokens too."""
+    ``top_logprobs=n``, of the n most likely tokens too. The first response has those of the prompt from its second
+    token on, with ``return_prompt_log_probs=True``, and how many of its tokens the prefix cache had."""
 
     logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+    cached_tokens: int | None = None
 
     @classmethod
     def of(cls, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> NewTokens:
         """From the response's tensors by name, flat or not, None for one that is absent."""
         new = cls(_flat(outputs("output_ids")))
         if options.get("return_log_probs"):
-            own = _flat(outputs("output_log_probs"))
-            top = zip(_flat(outputs("output_top_ids")), _flat(outputs("output_top_log_probs")))
-            n = options.get("top_logprobs", 0)
-            new.logprobs = [Logprobs(value, list(itertools.islice(top, n))) for value in own]
+            new.logprobs = _scores("output", outputs, options)
+            new.prompt_logprobs = _scores("prompt", outputs, options) or None
+        if cached := _flat(outputs("cached_tokens")):
+            new.cached_tokens = cached[0]
         return new
 
 
@@ -189,6 +194,12 @@ async def _read_to_end(responses: Any) -> None:
 def _tensor(name: str, array: np.ndarray) -> InferInput:
     tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
     return tensor.set_data_from_numpy(array)
+
+
+def _scores(what: str, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> list[Logprobs]:
+    own = _flat(outputs(f"{what}_log_probs"))
+    top = zip(_flat(outputs(f"{what}_top_ids")), _flat(outputs(f"{what}_top_log_probs")))
+    return [Logprobs(value, list(itertools.islice(top, options.get("top_logprobs", 0)))) for value in own]
 
 
 def _flat(values: Any) -> list[Any]:

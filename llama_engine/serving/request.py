@@ -91,9 +91,19 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         repetition_penalty=float(scalar(arrays, "repetition_penalty", 1.0)),
         presence_penalty=float(scalar(arrays, "presence_penalty", 0.0)),
         frequency_penalty=float(scalar(arrays, "frequency_penalty", 0.0)),
+        min_p=float(scalar(arrays, "min_p", 0.0)),
+        logit_bias=_bias(arrays),
         bad_words=tuple(map(tuple, _words(arrays, "bad_words_list"))),
         logprobs=_logprobs(arrays),
+        prompt_logprobs=bool(scalar(arrays, "return_prompt_log_probs", False)),
     )
+
+
+def _bias(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
+    """What ``embedding_bias`` ``[1, vocab]`` adds to which ids."""
+    bias = arrays.get("embedding_bias", np.zeros(0, np.float32)).reshape(-1)
+    ids = np.flatnonzero(bias)
+    return tuple(zip(ids.tolist(), bias[ids].tolist()))
 
 
 def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
@@ -101,8 +111,9 @@ def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
     top = int(scalar(arrays, "top_logprobs", 0))
     if scalar(arrays, "return_log_probs", False):
         return top
-    if top:
-        raise InputError(f"top_logprobs={top} needs return_log_probs=true")
+    for name in ("top_logprobs", "return_prompt_log_probs"):
+        if value := scalar(arrays, name, 0):
+            raise InputError(f"{name}={value} needs return_log_probs=true")
     return None
 
 

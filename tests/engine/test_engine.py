@@ -198,6 +198,34 @@ def test_a_bad_word_of_several_tokens_is_never_said(tiny_engine, kernels):
     assert not any(tuple(said[i : i + len(word)]) == word for word in words for i in range(63))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_prompt_is_scored_as_its_tokens_are_when_they_are_made(tiny_engine, kernels, monkeypatch):
+    """In chunks, beside others, with its prefix cached, and after a preemption half-way."""
+    monkeypatch.setattr("llama_engine.engine.scheduler.SCORED_TOKENS", 16)
+    engine = load_engine(tiny_engine, device="cpu", kernels=kernels, enable_prefix_cache=True)
+    engine.add_request([5, 9, 2], 50, params=SamplingParams(temperature=0.8, seed=4, logprobs=3))
+    made = [output for _ in range(60) for output in engine.step()]
+    text = [5, 9, 2, *(output.token_ids[0] for output in made)]
+    asking = SamplingParams(logprobs=3, prompt_logprobs=True)
+    for preempted in (False, True):
+        other = engine.add_request([7, 7], 30)
+        request = engine.add_request(text, 4, params=asking)
+        outputs = engine.step() + engine.step()
+        if preempted:
+            engine.scheduler._preempt(engine.scheduler.running[-1])
+        while engine.has_unfinished:
+            outputs += engine.step()
+        assert all(output.prompt_logprobs is None for output in outputs if output.request_id == other)
+        first, *rest = (output for output in outputs if output.request_id == request)
+        assert all(output.prompt_logprobs is None for output in rest)
+        assert len(first.prompt_logprobs) == len(text) - 1
+        for scored, output in zip(first.prompt_logprobs[2:], made):
+            assert scored.token == pytest.approx(output.logprobs[0].token, abs=1e-3)
+            assert dict(scored.top) == pytest.approx(dict(output.logprobs[0].top), abs=1e-3)
+    assert engine.add_request(text, 4) is not None
+    assert engine.step()[0].cached_tokens == 48  # which a prompt that is scored may not skip
+
+
 def test_a_token_that_does_not_exist_cannot_be_biased(tiny_engine):
     engine = load_engine(tiny_engine, device="cpu")
     with pytest.raises(InputError, match="names token 512, the vocabulary has 0 to 511"):

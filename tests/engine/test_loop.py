@@ -17,11 +17,11 @@ class Client:
     def __init__(self):
         self.tokens, self.logprobs, self.reason, self.done = [], [], None, threading.Event()
 
-    def __call__(self, tokens, reason, logprobs):
-        self.tokens += tokens
-        self.logprobs += [] if logprobs is None else logprobs
-        if reason:
-            self.reason = reason
+    def __call__(self, output):
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs or []
+        if output.finished:
+            self.reason = output.reason
             self.done.set()
 
     def wait(self):
@@ -119,7 +119,7 @@ def test_timeout_ends_a_request(loop):
 
 
 def test_a_raising_callback_leaves_the_others_alone(loop):
-    def broken(tokens, reason, logprobs):
+    def broken(output):
         raise ValueError("client bug")
 
     good = Client()

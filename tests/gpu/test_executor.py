@@ -226,6 +226,24 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
             assert [value for _, value in scores[row].top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_prompt_is_scored_beside_a_decode(graphs):
+    fused, _ = _pair(graphs=graphs)
+    for slot, params in enumerate((SamplingParams(), SamplingParams(logprobs=2, prompt_logprobs=True))):
+        fused.bind(slot, params)
+        fused.set_block_table(slot, _blocks(slot))
+    fused.submit(Step((Chunk(0, 0, [5, 9, 33]),))).tokens()
+    prompt = [70, 3, 8, 8]
+    chunks = (Chunk(0, 3), Chunk(1, 0, prompt))
+    scored = fused.submit(Step(chunks, scored={1: prompt[1:]})).scored()
+    logits = fused.submit(Step((Chunk(1, 0, prompt),), "all")).logits()
+    expected = torch.log_softmax(logits, -1)
+    assert [*scored] == [1]
+    for row, (entry, token) in enumerate(zip(scored[1], prompt[1:], strict=True)):
+        assert entry.token == pytest.approx(expected[row, token].item(), abs=1e-3)
+        assert [i for i, _ in entry.top] == expected[row].topk(2).indices.tolist()
+
+
 def test_no_memory_for_a_cache_is_one_clear_line():
     from llama_engine.errors import RunError
 

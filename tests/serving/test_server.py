@@ -112,6 +112,33 @@ def test_log_probabilities_reach_the_client(server, tiny_engine, protocol, strea
         assert [dict(entry.top) for entry in given] == [pytest.approx(top, abs=1e-3) for top in expected]
 
 
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_the_first_response_tells_of_the_prompt(server, tiny_engine, protocol, streaming):
+    prompt = list(range(200, 240))
+    params = SamplingParams(logprobs=2, prompt_logprobs=True)
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    engine.add_request(prompt, 3, params=params)
+    expected = engine.step()[0].prompt_logprobs
+
+    async def ask_twice():
+        client = connect(protocol, url(server, protocol))
+        scored = {"return_log_probs": True, "top_logprobs": 2, "return_prompt_log_probs": True}
+        answers = []
+        for more in (scored, {}):
+            responses = client.generate(prompt, 3, streaming=streaming, **more)
+            answers.append([response async for response in responses])
+        await client.close()
+        return answers
+
+    (first, *others), again = asyncio.run(ask_twice())
+    assert first.cached_tokens == 0  # nothing may be skipped
+    assert again[0].cached_tokens == 32
+    assert [entry.token for entry in first.prompt_logprobs] == pytest.approx([e.token for e in expected], abs=1e-3)
+    assert [dict(e.top) for e in first.prompt_logprobs] == [pytest.approx(dict(e.top), abs=1e-3) for e in expected]
+    for response in (*others, *again[1:]):
+        assert (response.prompt_logprobs, response.cached_tokens) == (None, None)
+
+
 def test_log_probabilities_have_the_names_and_shapes_of_tensorrt_llm(server):
     client = grpc_client.InferenceServerClient(server.grpc_url)
     inputs = tensors(grpc_client, [1, 2, 3], 5)
@@ -127,7 +154,7 @@ def test_log_probabilities_have_the_names_and_shapes_of_tensorrt_llm(server):
     assert shapes == {
         **{"output_ids": (1, 1, 8), "sequence_length": (1, 1)},  # the prompt too, of which nothing is said
         **{"output_log_probs": (1, 1, 5), "cum_log_probs": (1, 1)},
-        **{"output_top_ids": (1, 1, 5, 2), "output_top_log_probs": (1, 1, 5, 2)},
+        **{"output_top_ids": (1, 1, 5, 2), "output_top_log_probs": (1, 1, 5, 2), "cached_tokens": (1, 1)},
     }
     total = found[0].as_numpy("output_log_probs").sum()
     assert found[0].as_numpy("cum_log_probs").item() == pytest.approx(total, abs=1e-5)

@@ -12,6 +12,8 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 # The backend's stub ignores PYTHONPATH; without a virtual environment the package is found only through it.
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from llama_engine.engine.engine import FinishReason
+from llama_engine.engine.engine import FinishReason, Output
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError, with_code
 from llama_engine.native import load_engine
@@ -72,6 +74,9 @@ class Live:
         self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
         self.prompted = len(self.ids)
         self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] | None = None  # until sent
+        self.cached_tokens = 0
+        self.told = False  # how many they are
         self.sent = 0
         self.total_logprob = 0.0  # of what is sent
         self.reason: FinishReason | RunError | None = None
@@ -129,12 +134,13 @@ class TritonPythonModel:
         live = Live(wanted, sender, name)
         timeout_us = request.timeout()
 
-        def on_tokens(ids: list[int], reason: FinishReason | RunError | None, logprobs: list[Logprobs] | None) -> None:
-            if logprobs:
-                live.logprobs.extend(logprobs)
-            live.ids.extend(ids)
-            live.reason = reason
-            if reason or wanted.streaming:
+        def on_tokens(output: Output) -> None:
+            live.logprobs += output.logprobs or []
+            live.prompt_logprobs = output.prompt_logprobs or live.prompt_logprobs
+            live.cached_tokens = output.cached_tokens
+            live.ids.extend(output.token_ids)
+            live.reason = output.reason
+            if output.finished or wanted.streaming:
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
@@ -163,13 +169,20 @@ class TritonPythonModel:
         reason = live.reason  # read before the ids: once it is set they are complete
         first, ids = live.sent, live.ids[live.sent :]
         live.sent += len(ids)
-        scored = None
+        tensors = {}
+        if not live.told and (ids or reason):
+            tensors["cached_tokens"] = torch.tensor([[live.cached_tokens]], dtype=torch.int32)
+            live.told = True
         if live.request.params.logprobs is not None:
             scored = live.logprobs[max(0, first - live.prompted) : live.sent - live.prompted]
             live.total_logprob += sum(entry.token for entry in scored)
+            tensors |= _scores("output", scored) | {"cum_log_probs": torch.tensor([[live.total_logprob]])}
+            if (ids or reason) and live.prompt_logprobs:
+                tensors |= _scores("prompt", live.prompt_logprobs)
+                live.prompt_logprobs = None
         if reason is None:
             if ids:
-                live.sender.send(_response(ids, scored, live.total_logprob))
+                live.sender.send(_response(ids, tensors))
             return
         with live.lock:
             sender, live.sender = live.sender, None
@@ -177,7 +190,7 @@ class TritonPythonModel:
         if isinstance(reason, RunError):
             _refuse(sender, reason)
         else:
-            sender.send(_response(ids, scored, live.total_logprob), flags=FINAL)
+            sender.send(_response(ids, tensors), flags=FINAL)
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
@@ -213,23 +226,24 @@ def _array(tensor: Any) -> np.ndarray:
     return torch.from_dlpack(tensor.to_dlpack()).numpy()
 
 
-def _response(ids: list[int], scored: list[Logprobs] | None = None, total_logprob: float = 0.0) -> Any:
-    """output_ids ``[1, beams=1, seq]`` and sequence_length ``[1, 1]``; of ``scored`` new ids also output_log_probs
-    ``[1, 1, new]``, cum_log_probs ``[1, 1]`` since the answer began, and if asked for the most likely of each,
-    ``[1, 1, new, n]``."""
+def _response(ids: list[int], more: Mapping[str, torch.Tensor] = MappingProxyType({})) -> Any:
+    """output_ids ``[1, beams=1, seq]``, sequence_length ``[1, 1]`` and ``more``."""
     tensors = {
         "output_ids": torch.tensor(ids, dtype=torch.int32).view(1, 1, -1),
         "sequence_length": torch.tensor([[len(ids)]], dtype=torch.int32),
+        **more,
     }
-    if scored is not None:
-        tensors["output_log_probs"] = torch.tensor([entry.token for entry in scored]).view(1, 1, -1)
-        tensors["cum_log_probs"] = torch.tensor([[total_logprob]])
-        if scored and (n := len(scored[0].top)):
-            top = [pair for entry in scored for pair in entry.top]
-            shape = 1, 1, len(scored), n
-            tensors["output_top_ids"] = torch.tensor([token for token, _ in top], dtype=torch.int32).view(shape)
-            tensors["output_top_log_probs"] = torch.tensor([value for _, value in top]).view(shape)
     return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(*item) for item in tensors.items()])
+
+
+def _scores(what: str, scored: list[Logprobs]) -> dict[str, torch.Tensor]:
+    """Log-probabilities of tokens ``[1, 1, tokens]``, and of the most likely if asked for, ``[1, 1, tokens, n]``."""
+    tensors = {f"{what}_log_probs": torch.tensor([entry.token for entry in scored]).view(1, 1, -1)}
+    if scored and (n := len(scored[0].top)):
+        top, shape = [pair for entry in scored for pair in entry.top], (1, 1, len(scored), n)
+        tensors[f"{what}_top_ids"] = torch.tensor([token for token, _ in top], dtype=torch.int32).view(shape)
+        tensors[f"{what}_top_log_probs"] = torch.tensor([value for _, value in top]).view(shape)
+    return tensors
 
 
 def _refuse(sender: Any, error: InputError | RunError) -> None:
