@@ -193,7 +193,7 @@ class Scheduler:
         if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
             sequence.cached_tokens = sequence.computed
             self.prefix_cache_hit_tokens += sequence.computed
-            self.prefix_cache_query_tokens += len(sequence.prompt) if self._config.enable_prefix_cache else 0
+            self.prefix_cache_query_tokens += sequence.known if self._config.enable_prefix_cache else 0
         return True
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:

@@ -22,9 +22,11 @@ NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What the tensors of one request ask for. ``prompt`` is the unpadded token ids."""
+    """What the tensors of one request ask for. ``prompt`` is the unpadded token ids; ``output`` those of them at the
+    end that another replica has already answered with."""
 
     prompt: list[int]
+    output: list[int]
     max_new_tokens: int
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
@@ -46,13 +48,19 @@ def parse(arrays: Mapping[str, np.ndarray], *, exclude_input_default: bool = Fal
     """Check the tensors of one request. ``input_ids`` is ``[1, S]`` (or ``[S]``), right-padded to ``input_lengths``.
 
     Sampling is greedy unless temperature, runtime_top_k or runtime_top_p asks for a draw. An absent or negative
-    ``end_id`` never stops. Raises :class:`InputError`.
+    ``end_id`` never stops. ``output_prefix_length`` resumes an answer: so many of the last ``input_ids`` are its
+    beginning, and ``request_output_len`` counts what is still to come. Raises :class:`InputError`.
     """
     for name, accepted in NEUTRAL.items():
         if (value := scalar(arrays, name, accepted[0])) not in accepted:
             raise InputError(f"{name}={value} is not supported by the native engine (only {accepted[-1]})")
+    ids = _prompt(arrays)
+    answered = int(scalar(arrays, "output_prefix_length", 0))
+    if not 0 <= answered < len(ids):
+        raise InputError(f"output_prefix_length is {answered}, but there are {len(ids)} ids, the prompt's first")
     return GenerationRequest(
-        prompt=_prompt(arrays),
+        prompt=ids[: len(ids) - answered],
+        output=ids[len(ids) - answered :],
         max_new_tokens=int(scalar(arrays, "request_output_len", 0)),
         params=_sampling(arrays),
         stop_token_ids=_stop_ids(arrays),

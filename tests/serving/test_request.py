@@ -28,6 +28,12 @@ def test_prompt_without_a_length_is_the_whole_row():
     assert parse(arrays()).prompt == [5, 6, 7, 0]
 
 
+def test_an_answer_that_goes_on_is_told_from_its_prompt():
+    request = parse(arrays(input_lengths=one(3), output_prefix_length=one(2)))
+    assert (request.prompt, request.output, request.max_new_tokens) == ([5], [6, 7], 4)
+    assert parse(arrays()).output == []
+
+
 def test_sampling_inputs_ask_for_a_draw():
     request = parse(arrays(runtime_top_k=one(5), runtime_top_p=one(0.5, np.float32), random_seed=one(9, np.uint64)))
     assert not request.params.greedy
@@ -79,6 +85,8 @@ def test_neutral_values_of_missing_features_are_accepted():
         ({"input_lengths": one(5)}, "input_lengths is 5"),
         ({"input_lengths": one(0)}, "input_lengths is 0"),
         ({"input_lengths": np.array([[1, 2]], np.int32)}, "one value"),
+        ({"output_prefix_length": one(4)}, "output_prefix_length is 4, but there are 4 ids"),
+        ({"output_prefix_length": one(-1)}, "output_prefix_length is -1"),
         ({"request_output_len": np.zeros((1, 0), np.int32)}, "one value"),
         ({"beam_width": one(4)}, "beam_width=4"),
         ({"repetition_penalty": one(-1.2, np.float32)}, "repetition_penalty"),
