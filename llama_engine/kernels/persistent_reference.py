@@ -2,9 +2,9 @@
 
 Read :func:`decode` beside ``consume`` in ``persistent.cu``: one function here is one stage there, and names the file
 and the functions that do it. The arithmetic is the kernel's (digits, e4m3, exact integer sums, 24-bit words between
-blocks, a softmax in parts), so only the order of floating-point sums differs. Left out is what makes it fast and changes no
-value: the ring of weights that a producer thread fills ahead of time, the flags that say a word has arrived, the order
-of activations in memory (``Split``), and the split of a row's sum over eight warps.
+blocks, a softmax in parts), so only the order of floating-point sums differs. Left out is what makes it fast and
+changes no value: the ring of weights that a producer thread fills ahead of time, the flags that say a word has arrived,
+the order of activations in memory (``Split``), and the split of a row's sum over eight warps.
 
 Activations are what the layers' weights are multiplied with (:data:`Inputs`): 16-bit fixed point in two digits for INT8
 and INT4, e4m3 for FP8, as in batches of any size.
