@@ -87,13 +87,14 @@ __device__ __forceinline__ float take_int8(Shared& s, int row, int r, float row_
 
 #if defined(FP8) || defined(INT4)
 // ---------------------------------------------------------------- sums in float32
-// What a stage of NROWS rows gives each lane, and where the warp's sums go. PAIRED as above.
-template <int NROWS, bool PAIRED> struct Sums {
-    static constexpr int PER = PAIRED ? NROWS / 2 : NROWS, VALUES = NROWS * ROWS, N = power_of_two(2 * VALUES - 1);
+// What COUNT of the NROWS rows of a stage give each lane, and where the warp's sums go. PAIRED as above.
+template <int NROWS, int COUNT, bool PAIRED> struct Sums {
+    static constexpr int PER = PAIRED ? NROWS / 2 : NROWS, VALUES = COUNT * ROWS, N = power_of_two(2 * VALUES - 1);
     float of[N] = {};
-    __device__ __forceinline__ void flush(Shared& s, int first, int count) const {
+    // rows `at` and on of the stage that begins with the matrix's row (pair) `first`
+    __device__ __forceinline__ void flush(Shared& s, int first, int at, int count) const {
         const float sum = sum_many(of);
-        const int lane = threadIdx.x % 32, value = lane / (32 / N), row = value / ROWS;
+        const int lane = threadIdx.x % 32, value = lane / (32 / N), row = at + value / ROWS;
         const bool up = PAIRED && row >= PER;
         const int item = first + (up ? row - PER : row);
         if (lane % (32 / N) == 0 && value < VALUES && item < count)
@@ -127,7 +128,7 @@ __device__ void gemv(Ring& ring, Shared& s, const Halves<K>& d, int count) {
     constexpr int CHAINS = NROWS > 2 || S::W < 2 ? 1 : 2;  // sums under way at once, where few rows give few
     const int lane = threadIdx.x % 32;
     const bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
-    Sums<NROWS, PAIRED> sums;
+    Sums<NROWS, NROWS, PAIRED> sums;
     for (int first = 0; first < count; first += sums.PER) {
         ring.wait_full();
         Words<S::VEC> v[NROWS][S::NV];
@@ -135,7 +136,7 @@ __device__ void gemv(Ring& ring, Shared& s, const Halves<K>& d, int count) {
         for (int i = 0; i < NROWS; ++i)
 #pragma unroll
             for (int n = 0; n < S::NV; ++n) v[i][n] = load_shared<S::VEC>(ring.stage() + i * K + S::vector(n));
-        if (first) sums.flush(s, first - sums.PER, count);
+        if (first) sums.flush(s, first - sums.PER, 0, count);
 #pragma unroll
         for (int i = 0; i < NROWS; i += 2) {
             float c[ROWS][CHAINS][4] = {};
@@ -161,7 +162,7 @@ __device__ void gemv(Ring& ring, Shared& s, const Halves<K>& d, int count) {
         }
         ring.release();
     }
-    if (count > 0) sums.flush(s, (count - 1) / sums.PER * sums.PER, count);
+    if (count > 0) sums.flush(s, (count - 1) / sums.PER * sums.PER, 0, count);
 }
 #elif defined(INT4)
 // part[row][r] = the sums of `count` rows, 16 times too large: a nibble in a byte's upper half is a signed digit. The
@@ -170,47 +171,55 @@ template <int K, int NROWS, bool PAIRED>
 __device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count) {
     using S = Split<K>;
     constexpr u32 UPPER = 0xf0f0f0f0u;
-    constexpr int BYTES = K / PER_BYTE;
-    Sums<NROWS, PAIRED> sums;
+    // More sums at once would not fit the registers: a spill goes to L2, through the queue of the weights.
+    constexpr int BYTES = K / PER_BYTE, SOME = NROWS % (8 / ROWS) ? NROWS : 8 / ROWS;
+    Sums<NROWS, SOME, PAIRED> sums;
+    int last = 0, last_at = -1;
     for (int first = 0; first < count; first += sums.PER) {
         ring.wait_full();
-        Words<S::VEC> v[NROWS][S::NV];
-        float scale[NROWS][S::NV];
+#pragma unroll 1
+        for (int at = 0; at < NROWS; at += SOME) {
+            Words<S::VEC> v[SOME][S::NV];
+            float scale[SOME][S::NV];
+            const u32 rows = ring.stage() + at * BYTES, scales = ring.stage() + STAGE_ROWS + at * (BYTES / SCALES_OF);
 #pragma unroll
-        for (int i = 0; i < NROWS; ++i)
-#pragma unroll
-            for (int n = 0; n < S::NV; ++n) {
-                v[i][n] = load_shared<S::VEC>(ring.stage() + i * BYTES + S::vector(n));
-                const u32 at = ring.stage() + STAGE_ROWS + i * (BYTES / SCALES_OF) + S::vector(n) / GROUP_BYTES * 2;
-                asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.f32.f16 %0, h; }" : "=f"(scale[i][n]) : "r"(at));
-            }
-        if (first) sums.flush(s, first - sums.PER, count);
-#pragma unroll
-        for (int i = 0; i < NROWS; ++i)
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                float total = 0;
+            for (int i = 0; i < SOME; ++i)
 #pragma unroll
                 for (int n = 0; n < S::NV; ++n) {
-                    int sum = 0;
-#pragma unroll
-                    for (int digit = 0; digit < 2; ++digit) {
-                        const int(&a)[S::W] = digit ? d.lo[r] : d.hi[r];
-                        sum *= 256;
-#pragma unroll
-                        for (int w = 0; w < S::VEC; ++w) {
-                            const u32 word = v[i][n].w[w];
-                            sum = __dp4a((int)(word << 4 & UPPER), a[2 * n * S::VEC + w], sum);
-                            sum = __dp4a((int)(word & UPPER), a[(2 * n + 1) * S::VEC + w], sum);
-                        }
-                    }
-                    total += (float)sum * scale[i][n];
+                    v[i][n] = load_shared<S::VEC>(rows + i * BYTES + S::vector(n));
+                    asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.f32.f16 %0, h; }"
+                                 : "=f"(scale[i][n])
+                                 : "r"(scales + i * (BYTES / SCALES_OF) + S::vector(n) / GROUP_BYTES * 2));
                 }
-                sums.of[i * ROWS + r] = total;
-            }
+            if (last_at >= 0) sums.flush(s, last, last_at, count);
+            last = first, last_at = at;
+#pragma unroll
+            for (int i = 0; i < SOME; ++i)
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    float total = 0;
+#pragma unroll
+                    for (int n = 0; n < S::NV; ++n) {
+                        int sum = 0;
+#pragma unroll
+                        for (int digit = 0; digit < 2; ++digit) {
+                            const int(&a)[S::W] = digit ? d.lo[r] : d.hi[r];
+                            sum *= 256;
+#pragma unroll
+                            for (int w = 0; w < S::VEC; ++w) {
+                                const u32 word = v[i][n].w[w];
+                                sum = __dp4a((int)(word << 4 & UPPER), a[2 * n * S::VEC + w], sum);
+                                sum = __dp4a((int)(word & UPPER), a[(2 * n + 1) * S::VEC + w], sum);
+                            }
+                        }
+                        total += (float)sum * scale[i][n];
+                    }
+                    sums.of[i * ROWS + r] = total;
+                }
+        }
         ring.release();
     }
-    if (count > 0) sums.flush(s, (count - 1) / sums.PER * sums.PER, count);
+    if (last_at >= 0) sums.flush(s, last, last_at, count);
 }
 #else
 template <int K, int NROWS, bool PAIRED>
