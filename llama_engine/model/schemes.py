@@ -66,14 +66,16 @@ class Scheme:
 
 REFERENCE: frozenset[ExecutorName] = frozenset(("torch",))
 EVERYWHERE: frozenset[ExecutorName] = frozenset(("torch", "cpu", "gpu"))
-GPU = REFERENCE | {"gpu"}
+CPU, GPU = REFERENCE | {"cpu"}, REFERENCE | {"gpu"}
 FP8_ROWWISE = "FP8_PER_CHANNEL_PER_TOKEN"  # of a checkpoint that TensorRT-LLM loads
 FP8_ALL = f"{FP8_ROWWISE}_ALL"  # ours: the same format in every linear layer, under a name that TensorRT-LLM refuses
+INT4_CHANNEL = "W4A16"  # TensorRT-LLM's: one scale a row, which the engine holds as equal scales of its groups
+INT4_GROUPS = f"{INT4_CHANNEL}_GROUPWISE"  # ours
 INT8 = Scheme("int8", torch.int8, "row", "16-bit fixed point, one scale per token", EVERYWHERE, EVERYWHERE, "W8A16")
 FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU, REFERENCE, FP8_ROWWISE)
 FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
 BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
-INT4 = Scheme("int4", torch.uint8, "group", "float16", REFERENCE, frozenset(), "W4A16_GROUPWISE", packed=2)
+INT4 = Scheme("int4", torch.uint8, "group", "float16, on a CPU fixed point", CPU, frozenset(), INT4_GROUPS, packed=2)
 SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16, BF16)}
 GROUP_SIZES = (128, 64)
 DIGITS_MAX = 32512  # 127 * 256: the largest 16-bit fixed-point activation whose two digits both fit a signed byte
@@ -105,15 +107,25 @@ def scheme_of(weight: torch.Tensor, scale: torch.Tensor | None) -> Scheme:
     raise InputError(f"no quantization scheme has {what}: this engine knows {', '.join(SCHEMES)}")
 
 
-def default_group(widths: Collection[int]) -> int:
-    """The largest of :data:`GROUP_SIZES` that divides every K in ``widths``. Raises :class:`InputError` for none."""
-    for size in GROUP_SIZES:
+def default_group(widths: Collection[int], wanted: int | None = None) -> int:
+    """The largest of :data:`GROUP_SIZES` that divides every K in ``widths``, or ``wanted`` if it does.
+
+    Raises :class:`InputError` where there is none.
+    """
+    sizes = GROUP_SIZES if wanted is None else [size for size in GROUP_SIZES if size == wanted]
+    for size in sizes:
         if all(width % size == 0 for width in widths):
             return size
     raise InputError(
         f"INT4 groups are {' or '.join(map(str, GROUP_SIZES))} inputs long, which does not divide the "
         f"model's matrices of {sorted(set(widths))} inputs: use INT8"
     )
+
+
+def held_shape(scheme: Scheme, shape: tuple[int, ...], group: int = 128) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the tensors, weight and scale, that hold a matrix ``shape`` (N, K), INT4 in groups of ``group``."""
+    n, k = shape
+    return (n, k // scheme.packed), (n, k // group) if scheme.scale == "group" else (n,)
 
 
 def group_size(weight: torch.Tensor, scale: torch.Tensor) -> int:
@@ -150,8 +162,8 @@ def scheme_for(quant_algo: str | None, dtype: torch.dtype) -> Scheme:
 
     Raises :class:`InputError`.
     """
-    if quant_algo == FP8_ALL:
-        return FP8
+    if quant_algo in (FP8_ALL, INT4_CHANNEL):
+        return FP8 if quant_algo == FP8_ALL else INT4
     for scheme in SCHEMES.values():
         if scheme.quant_algo == quant_algo and (quant_algo or scheme.weight_dtype == dtype):
             return scheme

@@ -17,7 +17,7 @@ import torch
 from llama_engine.config import ModelConfig
 from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.model.schemes import E4M3_MAX, INT4, INT8, Scheme, default_group, scheme_of
+from llama_engine.model.schemes import E4M3_MAX, INT4, INT8, Scheme, default_group, group_size, held_shape, scheme_of
 from llama_engine.tensor_files import open_tensors
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -46,6 +46,11 @@ class Linear:
         """(N, K), whatever the scheme stores."""
         rows, stored = self.weight.shape
         return rows, stored * self.scheme.packed
+
+    @property
+    def group(self) -> int:
+        """Inputs of a row that share a scale, 0 where all of them do."""
+        return group_size(self.weight, self.scale) if self.scheme.scale == "group" else 0
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +117,7 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
             if name not in present:
                 raise InputError(f"{path}: tensor {name!r} is missing")
             tensors[name] = file.get_tensor(name)
-            held = (shape[0], shape[1] // INT4.packed) if tensors[name].dtype == INT4.weight_dtype else shape
+            held = held_shape(INT4, shape)[0] if tensors[name].dtype == INT4.weight_dtype else shape
             if tuple(tensors[name].shape) != held:
                 raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {held}")
             if f"{name}.scale" in present:
@@ -136,9 +141,8 @@ def random_weights(
         elif name.rpartition(".")[2] in LINEARS:
             if scheme is INT4:
                 tensors[name] = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, **bits)
-                groups = shape[1] // default_group(shape[1:])
-                scale = (torch.rand((shape[0], groups), **bits) * 0.2 + 0.1) / shape[1] ** 0.5
-                tensors[f"{name}.scale"] = scale.half()
+                scale = torch.rand(held_shape(INT4, shape, default_group(shape[1:]))[1], **bits) * 0.2 + 0.1
+                tensors[f"{name}.scale"] = (scale / shape[1] ** 0.5).half()
                 continue
             if scheme is INT8:
                 tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
