@@ -55,6 +55,7 @@ def main() -> int:
     asked = demand.demand_of(args)
     if engine.info:
         check_length(engine.info.engine, *asked.traffic.longest, "--output-tokens")
+        engine.info.check_input(asked.traffic.longest[0], "--input-tokens")
     elif runs_native(args.metrics_url):
         raise InputError(f"{args.url} runs the native engine: give --engine-dir, the one that it serves")
     name = f"triton-{engine.backend}{'' if args.streaming else '-whole'}.json"

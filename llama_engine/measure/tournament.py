@@ -58,6 +58,9 @@ class Contestant:
 
     async def wake(self, asks: Sequence[Ask]) -> None:
         """Answer these uncounted, right before a turn."""
+        self.prefixes = Prefixes()
+        for ask in asks:
+            self.prefixes.add(ask.ids)
 
     async def play(self, cell: Cell, text: Text, seed: int) -> Load:
         """One turn."""
@@ -85,6 +88,7 @@ class ServedContestant(Contestant):
             await self.target.close()
 
     async def wake(self, asks: Sequence[Ask]) -> None:
+        await super().wake(asks)
         for ask in asks:
             try:
                 async for _ in self.target.stream(ask):
@@ -93,7 +97,9 @@ class ServedContestant(Contestant):
                 raise RunError(f"{self.name}: {error}") from None
 
     async def play(self, cell: Cell, text: Text, seed: int) -> Load:
-        generator = Generator(self.target, cell.traffic, text, seed=seed, timeout_s=self._timeout_s)
+        generator = Generator(
+            self.target, cell.traffic, text, seed=seed, timeout_s=self._timeout_s, prefixes=self.prefixes
+        )
         return await generator.closed(cell.users, requests=cell.users * self._per_user)
 
     def describe(self) -> dict[str, Any]:
@@ -119,6 +125,7 @@ class StackContestant(Contestant):
             self._process = None
 
     async def wake(self, asks: Sequence[Ask]) -> None:
+        await super().wake(asks)
         await self._generate([ask.ids for ask in asks], [ask.new_tokens for ask in asks], None)
 
     async def play(self, cell: Cell, text: Text, seed: int) -> Load:
@@ -127,16 +134,16 @@ class StackContestant(Contestant):
         drawn = dataclasses.asdict(dataclasses.replace(sampling, seed=sampling.seed + seed)) if sampling else None
         before = self._hits
         answer = await self._generate([ask.ids for ask in asks], [ask.new_tokens for ask in asks], drawn)
-        load, prefixes = Load(sent=len(asks)), Prefixes()
+        load = Load(sent=len(asks))
         for ask, t0, times in zip(asks, answer["t0"], answer["times"]):
-            prefixes.add(ask.ids)
+            load.prefixes["shared_tokens"] += self.prefixes.add(ask.ids)
+            load.prefixes["prompt_tokens"] += len(ask.ids)
             if len(times) == ask.new_tokens:
                 load.runs.append(ServedRun(t0, times, input_tokens=len(ask.ids)))
             else:
                 load.failures[f"{len(times)} tokens received, {ask.new_tokens} requested"] += 1
         if answer["hits"] is not None:
             load.prefixes["hit_tokens"] = answer["hits"] - before
-        load.prefixes.update(prompt_tokens=prefixes.prompt_tokens, shared_tokens=prefixes.shared_tokens)
         return load
 
     async def _generate(self, prompts: list[list[int]], counts: list[int], sampling: Any) -> dict[str, Any]:

@@ -38,10 +38,12 @@ def show(results: Collection[Result]) -> None:
         for message in result["validity"]["reasons"]:
             out.print(f"INVALID {name}: {message}", markup=False)
         for message in result["validity"].get("cautions", []):
-            out.print(f"noisy {name}: {message}", markup=False)
+            out.print(f"caution {name}: {message}", markup=False)
         for level in result.get("levels", []):
-            for message in level.get("validity", {}).get("reasons", []):  # levels of older files have none
-                out.print(f"INVALID {name} at {level.get('concurrency', level.get('rate'))}: {message}", markup=False)
+            for word, key in (("INVALID", "reasons"), ("caution", "cautions")):
+                for message in level.get("validity", {}).get(key, []):  # levels of older files have none
+                    at = level.get("concurrency", level.get("rate"))
+                    out.print(f"{word} {name} at {at}: {message}", markup=False)
             for message, count in level.get("failures", {}).items():
                 out.print(f"{count} x {message}", markup=False)
         if prefill := summed.get("prefill_ttft_ms"):

@@ -20,6 +20,8 @@ from llama_engine.measure.lengths import Length
 from llama_engine.measure.load import Generator
 from llama_engine.measure.text import RandomIds, Text
 from llama_engine.measure.traffic import Traffic
+from llama_engine.native import load_engine
+from llama_engine.sampling import SamplingParams
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer
@@ -80,6 +82,82 @@ def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
     assert first == again != other
     greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
     assert ask(server, [[1, 2, 3]], 20, end_id=greedy[5])[0] == greedy[: greedy.index(greedy[5]) + 1]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_log_probabilities_reach_the_client(server, tiny_engine, protocol, streaming):
+    prompt, options = [1, 2, 3], {"temperature": 1.0, "random_seed": 5}
+
+    async def ask_both():
+        client = connect(protocol, url(server, protocol))
+        asked = {}, {"return_log_probs": True}, {"return_log_probs": True, "top_logprobs": 3}
+        answers = []
+        for more in asked:
+            responses = client.generate(prompt, 9, streaming=streaming, **options, **more)
+            answers.append([response async for response in responses])
+        await client.close()
+        return answers
+
+    plain, chosen, top = asyncio.run(ask_both())
+    assert all(response.logprobs is None for response in plain)
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    engine.add_request(prompt, 9, params=SamplingParams(1.0, seed=5, logprobs=3))
+    outputs = [output for _ in range(9) for output in engine.step()]
+    for answer, n in ((chosen, 0), (top, 3)):
+        assert [token for response in answer for token in response] == [o.token_ids[0] for o in outputs]
+        given = [entry for response in answer for entry in response.logprobs]
+        assert [entry.token for entry in given] == pytest.approx([o.logprobs[0].token for o in outputs], abs=1e-3)
+        assert [len(entry.top) for entry in given] == [n] * 9
+        expected = [dict(o.logprobs[0].top[:n]) for o in outputs]
+        assert [dict(entry.top) for entry in given] == [pytest.approx(top, abs=1e-3) for top in expected]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_the_first_response_tells_of_the_prompt(server, tiny_engine, protocol, streaming):
+    prompt = list(range(200, 240))
+    params = SamplingParams(logprobs=2, prompt_logprobs=True)
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    engine.add_request(prompt, 3, params=params)
+    expected = engine.step()[0].prompt_logprobs
+
+    async def ask_twice():
+        client = connect(protocol, url(server, protocol))
+        scored = {"return_log_probs": True, "top_logprobs": 2, "return_prompt_log_probs": True}
+        answers = []
+        for more in (scored, {}):
+            responses = client.generate(prompt, 3, streaming=streaming, **more)
+            answers.append([response async for response in responses])
+        await client.close()
+        return answers
+
+    (first, *others), again = asyncio.run(ask_twice())
+    assert first.cached_tokens == 0  # nothing may be skipped
+    assert again[0].cached_tokens == 32
+    assert [entry.token for entry in first.prompt_logprobs] == pytest.approx([e.token for e in expected], abs=1e-3)
+    assert [dict(e.top) for e in first.prompt_logprobs] == [pytest.approx(dict(e.top), abs=1e-3) for e in expected]
+    for response in (*others, *again[1:]):
+        assert (response.prompt_logprobs, response.cached_tokens) == (None, None)
+
+
+def test_log_probabilities_have_the_names_and_shapes_of_tensorrt_llm(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    inputs = tensors(grpc_client, [1, 2, 3], 5)
+    for name, value, kind in (("return_log_probs", True, "BOOL"), ("top_logprobs", 2, "INT32")):
+        inputs.append(grpc_client.InferInput(name, [1, 1], kind))
+        inputs[-1].set_data_from_numpy(np.array([[value]], np.bool_ if kind == "BOOL" else np.int32))
+    found, done = [], threading.Event()
+    client.start_stream(lambda result, error: (found.append(error or result), done.set()))
+    client.async_stream_infer("tensorrt_llm", inputs)
+    assert done.wait(20)
+    client.stop_stream()
+    shapes = {output.name: tuple(output.shape) for output in found[0].get_response().outputs}
+    assert shapes == {
+        **{"output_ids": (1, 1, 8), "sequence_length": (1, 1)},  # the prompt too, of which nothing is said
+        **{"output_log_probs": (1, 1, 5), "cum_log_probs": (1, 1)},
+        **{"output_top_ids": (1, 1, 5, 2), "output_top_log_probs": (1, 1, 5, 2), "cached_tokens": (1, 1)},
+    }
+    total = found[0].as_numpy("output_log_probs").sum()
+    assert found[0].as_numpy("cum_log_probs").item() == pytest.approx(total, abs=1e-5)
 
 
 BAD = [
