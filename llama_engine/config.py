@@ -245,7 +245,7 @@ class EngineConfig(_Config):
     num_kv_blocks: int = 0
     kv_cache_free_gpu_memory_fraction: float = 0.9
     lm_head: str = "checkpoint"
-    max_prefill_tokens: int = 192
+    max_prefill_tokens: int = 96
     enable_prefix_cache: bool = False
 
     def __post_init__(self) -> None:

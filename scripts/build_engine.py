@@ -46,7 +46,7 @@ def main() -> None:
     own = parser.add_argument_group("native only")
     precisions = {"choices": ["checkpoint", "int8"], "default": "checkpoint"}
     own.add_argument("--lm_head", **precisions, help="precision of lm_head (default: checkpoint)")
-    beside = "prompt tokens of a step beside running answers (default: 192; more: prompts sooner, answers less even)"
+    beside = "prompt tokens beside running answers, for each prompt that waits (default: 96; more: less even answers)"
     own.add_argument("--max_prefill_tokens", type=int, help=beside)
     trt = parser.add_argument_group("tensorrt_llm only")
     for name, choices in TRT_FLAGS.items():

@@ -15,6 +15,7 @@ from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.flags import Parser
+from llama_engine.measure.compare import paired
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
@@ -30,15 +31,13 @@ from llama_engine.measure.generation import (
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
 from llama_engine.measure.stacks import EngineStack, TensorRTStack, TransformersStack
-from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
+from llama_engine.measure.stats import RESAMPLES, SEED, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.measure.workload import Workload, add_arguments, add_engine_arguments, workload_of
 from llama_engine.native import load_engine
 from llama_engine.report.show import show
 from llama_engine.sampling import SamplingParams
 from llama_engine.trtllm import TensorRTBackend
-
-RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
 
 
 def parser_for(doc: str | None, output: str | None) -> argparse.ArgumentParser:
@@ -226,16 +225,8 @@ def measure_batches(
 
 
 def comparison(baseline: Result, engine: Result) -> Result:
-    """Paired bootstrap ratios of an interleaved pair; none when either run is INVALID."""
-    reasons = [f"{r['benchmark']}: {reason}" for r in (baseline, engine) for reason in r["validity"]["reasons"]]
-    speedup = {}
-    if not reasons:
-        before, after = baseline["samples"], engine["samples"]
-        for name, key in RATIOS.items():
-            if key in before and key in after:
-                speedup[name] = bootstrap_ratio(before[key], after[key])
-        rates = [[n / s for n, s in zip(x["output_tokens"], x["latency_s"])] for x in (after, before)]
-        speedup["output_tokens_per_s"] = bootstrap_ratio(*rates)
+    """What :func:`paired` says of an interleaved pair, as a result."""
+    speedup, verdict = paired(baseline, engine)
     result = new_result(
         "comparison",
         engine["backend"],
@@ -247,6 +238,4 @@ def comparison(baseline: Result, engine: Result) -> Result:
         method="interleaved A B A B; median ratio of pairs; percentile bootstrap, "
         f"{RESAMPLES:,} resamples, seed {SEED}",
     )
-    cautions = [f"{r['benchmark']}: {x}" for r in (baseline, engine) for x in r["validity"].get("cautions", [])]
-    result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons, "cautions": cautions}
-    return result
+    return result | {"validity": verdict}
