@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
-from llama_engine.kernels.common import launch_options
+from llama_engine.kernels.common import launch_options, multiprocessors
 from llama_engine.model.rope import rope_tables
 
 MERGE_WARPS = 16
@@ -24,14 +24,14 @@ MERGE_WARPS = 16
 @dataclass(frozen=True)
 class DecodeShape:
     """How a decode's context is cut. ``chunk``, ``keys`` and ``warps`` decide the order of sums, so they hold for every
-    batch; ``stages`` and ``programs`` (to a row's chunks, in all) may be anything."""
+    batch; ``stages`` and ``programs`` (a multiprocessor, in all) may be anything."""
 
     chunk: int = 256  # positions; more of them where a sequence could have more than max_chunks
     max_chunks: int = 128
     keys: int = 32
     warps: int = 2
     stages: int = 3
-    programs: int = 1056  # small ones, many to a multiprocessor; beyond that each walks several chunks
+    programs: int = 8  # beyond that each walks several chunks
 
     def chunk_size(self, max_seq_len: int) -> int:
         return max(self.chunk, triton.next_power_of_2(-(-max_seq_len // self.max_chunks)))
@@ -56,16 +56,16 @@ class PagedAttention:
     """The attention of one model and engine, up to a row a slot; ``block_tables`` int32 ``[slots, max_blocks]``."""
 
     config: ModelConfig
-    engine: EngineConfig
+    engine_config: EngineConfig
     block_tables: torch.Tensor
     decode_shape: DecodeShape = DECODE
     prefill_shape: PrefillShape = PREFILL
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
-        self.chunk = self.decode_shape.chunk_size(self.engine.max_seq_len)
-        self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
-        self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine.max_seq_len))
+        self.chunk = self.decode_shape.chunk_size(self.engine_config.max_seq_len)
+        self.max_chunks = -(-self.engine_config.max_seq_len // self.chunk)
+        self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine_config.max_seq_len))
         shape = (len(self.block_tables), self.max_chunks, c.num_heads)
         self.part = torch.empty((*shape, c.head_size), dtype=torch.float32, device=device)
         self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
@@ -73,6 +73,7 @@ class PagedAttention:
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
         self.query_tokens = max(1, self.prefill_shape.rows // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
+        self.programs = self.decode_shape.programs * multiprocessors(device)
         # the accelerator came with Hopper; in Triton's interpreter descriptors work too
         self.accelerates = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -92,7 +93,7 @@ class PagedAttention:
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
         c, shape = self.config, self.decode_shape
-        programs = min(self.max_chunks, -(-shape.programs // (num_rows * c.num_kv_heads)))
+        programs = min(self.max_chunks, -(-self.programs // (num_rows * c.num_kv_heads)))
         attention_decode.decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -111,7 +112,7 @@ class PagedAttention:
             GP=max(16, triton.next_power_of_2(self.group)),
             HEAD=c.head_size,
             HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
-            TPB=self.engine.tokens_per_block,
+            TPB=self.engine_config.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
             BT=shape.keys,
@@ -174,7 +175,7 @@ class PagedAttention:
             HALF=half,
             HALF_P=triton.next_power_of_2(half),
             HEADS_P=triton.next_power_of_2(c.num_heads + c.num_kv_heads),
-            TPB=self.engine.tokens_per_block,
+            TPB=self.engine_config.tokens_per_block,
             num_warps=4,
             **self.options,
         )
@@ -182,7 +183,7 @@ class PagedAttention:
         tma = (
             shape.tma
             and self.accelerates
-            and self.engine.tokens_per_block % shape.keys == 0
+            and self.engine_config.tokens_per_block % shape.keys == 0
             and head == max(16, triton.next_power_of_2(head))
         )
         cache, v_offset = kv, kv.stride(0)
@@ -203,7 +204,7 @@ class PagedAttention:
             GP=group,
             HEAD=c.head_size,
             HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
-            TPB=self.engine.tokens_per_block,
+            TPB=self.engine_config.tokens_per_block,
             BQ=self.query_tokens,
             BT=shape.keys,
             TMA=tma,

@@ -26,6 +26,7 @@ import torch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.kernels import nvrtc
+from llama_engine.kernels.common import multiprocessors
 from llama_engine.model.rope import rope_tables
 from llama_engine.model.schemes import FP16, INT8
 from llama_engine.model.weights import LINEARS, EngineWeights
@@ -102,7 +103,7 @@ class PersistentDecode:
         ):
             raise InputError(f"kv must be {config.num_layers} contiguous float16 tensors {shape}")
         self.device = weights.embedding.device
-        self.grid = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.grid = multiprocessors(self.device)
         self.row_counts = tuple(r for r in (1, 2) if r <= max_rows and r * config.num_kv_heads <= self.grid)
         self._config = config
         layers = weights.layers

@@ -23,7 +23,7 @@ def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, ma
 
 def _reference(config, attention, kv, qkv, slot, start):
     """Attention in float32 over what the cache holds, after writing the new tokens into a copy of it."""
-    n, tpb = qkv.shape[0], attention.engine.tokens_per_block
+    n, tpb = qkv.shape[0], attention.engine_config.tokens_per_block
     q, k, v = (
         p.unflatten(-1, (-1, config.head_size)) for p in qkv.split((config.q_size, config.kv_size, config.kv_size), -1)
     )
