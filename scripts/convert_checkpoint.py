@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--weight_only_precision", choices=["int8"], help="int8 is the only one")
     parser.add_argument("--use_fp8_rowwise", action="store_true", help="FP8 weights and activations (sm89 or later)")
     parser.add_argument("--fp8_recipe", choices=[*FP8_RECIPES], help="which matrices (default: nvidia; see above)")
-    parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: auto, the GPU or sm80")
+    parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: the GPU, or without one sm80")
     parser.add_argument("--trtllm_version", help="whose byte layout or FP8 keys (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
     parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
@@ -53,15 +53,18 @@ def main() -> None:
     if not packed and (args.target_arch or (args.trtllm_version and not args.use_fp8_rowwise)):
         what = "FP8 has" if args.use_fp8_rowwise else "16-bit weights have"
         raise InputError(f"--target_arch and --trtllm_version choose the byte order of INT8: {what} none")
-    arch = args.target_arch or "auto"
-    if arch == "auto":
-        arch = (visible_arch() if packed else None) or "sm80"
-        if arch not in TARGET_ARCHES:
-            raise InputError(f"the visible GPU is {arch}: give --target_arch {' or '.join(TARGET_ARCHES)}")
+    arch = args.target_arch
+    if packed and arch in (None, "auto"):
+        seen, choices = visible_arch(), " or ".join(TARGET_ARCHES)
+        if seen not in TARGET_ARCHES and (seen or arch):
+            raise InputError(f"the visible GPU is {seen or 'none at all'}: give --target_arch {choices}")
+        if not seen:
+            print(f"no GPU is visible: packed for sm80 (native engines take any; for TensorRT-LLM give {choices})")
+        arch = seen
     options = ConvertOptions(
         dtype=args.dtype,
         int8=int8,
-        target_arch=arch,
+        target_arch=arch or "sm80",
         trtllm_version=args.trtllm_version or "0.15.0",
         quantize_at_build=args.quantize_at_build,
         tp_size=args.tp_size,

@@ -2,6 +2,7 @@
 
 from llama_engine.measure.result import new_result, write_result
 from llama_engine.measure.stats import bootstrap_ratio, summary
+from llama_engine.measure.validity import judge
 
 ENVIRONMENT = {
     "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20},
@@ -42,6 +43,7 @@ def write_folder(root):
     }
     triton = measurement("triton", "native", [0.6] * 5)
     triton["levels"] = [{"concurrency": n, "summary": triton["summary"]} for n in (1, 2)]
+    triton["validity"] = judge(triton)
     gate = {"status": "PASSED", "reasons": []}
     figures = {"tokens": 20_000, "perplexity_baseline": 10.0, "perplexity_engine": 10.01, "perplexity_ratio": 1.001,
                "kl_mean": 0.001, "kl_max": 0.1, "top1_agreement": 0.99}  # fmt: skip

@@ -103,8 +103,8 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ),
     (
         "llama_engine/measure/load.py",
-        "await self._send(load, start + due, input_tokens, output_tokens)",
-        "await self._send(load, time.perf_counter(), input_tokens, output_tokens)",
+        "await self._converse(load, session, start + due, lambda: True)",
+        "await self._converse(load, session, None, lambda: True)",
         "tests/measure/test_load.py",
     ),
     (

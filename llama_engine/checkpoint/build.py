@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,14 +96,15 @@ def own_names(path: Path) -> tuple[str, ...]:
         ours = {"format_version", "backend", "weights"} <= read_json(path / ENGINE_JSON).keys()
     except InputError:
         ours = False
-    added = ("config.json", "kernels", "tuning.json")  # trtllm-build's; what this machine compiled and tuned
+    added = ("config.json", "model.cache", "kernels", "tuning.json")  # trtllm-build's; compiled and tuned here
     return (ENGINE_JSON, WEIGHTS_FILE, "rank*.engine", *added, *TOKENIZER_FILES) if ours else ()
 
 
 def complete(
-    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = ()
+    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = (), **more: Any
 ) -> None:
-    """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
+    """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``, with
+    ``more`` keys."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
     write_json(
@@ -116,5 +118,6 @@ def complete(
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
             "activation_losses": list(losses),
+            **more,
         },
     )

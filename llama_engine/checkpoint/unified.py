@@ -7,6 +7,7 @@ safetensors metadata, which its loader ignores. Layout names and shapes: docs/TE
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +229,12 @@ class Checkpoint:
             settings = {"dtype": self.dtype_name, "quant_algo": quant_algo, "version": self.version}
             wanted = config_json(self.config, tp=self.tp_size, **settings)
         self.fp8 = fp8_matrices(self.config, quant_algo)  # names of the matrices held in e4m3
+        self.specs: list[Specs] = []  # dtype and shape of every tensor, a rank
         if changed := [key for key, value in wanted.items() if data.get(key) != value]:
             raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
         for rank, path in enumerate(self.files):
             specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout, self.fp8)
+            self.specs.append(specs)
             with open_tensors(path) as file:
                 if missing := specs.keys() - file.keys():
                     raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
@@ -245,6 +248,18 @@ class Checkpoint:
     def identity(self) -> dict[str, str]:
         """Name, source and SHA-256 of the model this was converted from, as far as recorded."""
         return {"name": self.config.name, "source": self.config.source, "sha256": self.record.get("source_sha256", "")}
+
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes of weights that TensorRT-LLM reads in a decode step on the first rank: every tensor but the embedding,
+        of which it reads a row a token. Matrices that ``trtllm-build`` is to quantize count as INT8."""
+        linear = {target.name for target in targets(self.config, 0, self.tp_size) if target.linear}
+        at_build, total = self.quant_algo == "W8A16" and not self.layout, 0
+        for name, (dtype, shape) in self.specs[0].items():
+            if name != EMBEDDING:
+                int8 = at_build and name in linear
+                total += math.prod(shape) * (1 if int8 else dtype.itemsize) + shape[0] * dtype.itemsize * int8
+        return total
 
     def sha256(self) -> str:
         """One hash over config.json and the rank files."""

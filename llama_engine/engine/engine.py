@@ -65,13 +65,24 @@ class Engine:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        output: abc.Sequence[int] = (),
     ) -> Sequence:
-        """A checked request for :meth:`add`. The one method that any thread may call."""
-        self.validate(prompt, max_new_tokens)
+        """A checked request for :meth:`add`. The one method that any thread may call.
+
+        ``output`` is what another engine has already made of the answer: this one goes on behind it, as after a
+        preemption, with ``max_new_tokens`` more. Draws and penalties are those of an answer that was never broken off.
+        """
+        self.validate([*prompt, *output] if output else prompt, max_new_tokens)
         if params is not None:
             params.check_vocabulary(self.model_config.vocab_size)
         return Sequence(
-            next(self._ids), list(prompt), max_new_tokens, params or SamplingParams(), frozenset(stop_token_ids)
+            next(self._ids),
+            list(prompt),
+            len(output) + max_new_tokens,
+            params or SamplingParams(),
+            frozenset(stop_token_ids),
+            output=list(output),
+            sampled=len(output),
         )
 
     def add(self, sequence: Sequence) -> None:

@@ -7,6 +7,7 @@ import gc
 import queue
 import threading
 import time
+from collections import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -60,17 +61,20 @@ class EngineLoop:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        output: abc.Sequence[int] = (),
         on_tokens: OnTokens,
         timeout_s: float | None = None,
     ) -> int:
-        """Queue a request; returns its id.
+        """Queue a request; returns its id. ``output``: see :meth:`Engine.make_request`.
 
         Raises :class:`InputError` for one that can never run, :class:`RunError` when the queue is full or the engine is
         shutting down.
         """
         if timeout_s is not None and not timeout_s >= 0:
             raise InputError(f"timeout_s must be a number >= 0, got {timeout_s!r}")
-        sequence = self._engine.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
+        sequence = self._engine.make_request(
+            prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids, output=output
+        )
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
             if self._closed:

@@ -3,7 +3,7 @@
 Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
 ``max_num_tokens``. A prompt must not hold up those who are being answered: while one sequence waits for its first token
 (is prefilled, or could be admitted), or at most half as many as decode, prefill takes at most ``max_prefill_tokens`` of
-a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
+a step for each that waits. When more wait, as after a burst, whole steps are theirs: that serves most of them sooner.
 When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
 it has said.
 
@@ -138,8 +138,9 @@ class Scheduler:
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
         prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
-        if work and len(prefilling) + self._admissible() <= max(1, len(work) // 2):
-            budget = min(budget, self._config.max_prefill_tokens)
+        prompts = len(prefilling) + self._admissible()
+        if work and prompts <= max(1, len(work) // 2):
+            budget = min(budget, self._config.max_prefill_tokens * prompts)
         if any(s.scoring for s in (*prefilling, *itertools.islice(self.waiting, 1))):
             budget = min(budget, SCORED_TOKENS)
         for sequence in prefilling:
@@ -192,7 +193,7 @@ class Scheduler:
         if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
             sequence.cached_tokens = sequence.computed
             self.prefix_cache_hit_tokens += sequence.computed
-            self.prefix_cache_query_tokens += len(sequence.prompt) if self._config.enable_prefix_cache else 0
+            self.prefix_cache_query_tokens += sequence.known if self._config.enable_prefix_cache else 0
         return True
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:

@@ -33,7 +33,7 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
 # A step of few prefill tokens beside decodes is one pass, which reads the weights once: rows of decodes, then up to 64
-# or max_prefill_tokens rows of at most so many chunks.
+# or one or two times max_prefill_tokens rows of at most so many chunks.
 MIXED_DECODES = (8, 16, 32, 64, 128, 256, 512)
 MIXED_PREFILL, MIXED_CHUNKS = 64, 8
 # Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
@@ -100,7 +100,7 @@ class CudaExecutor:
         self._mixed_buckets = [
             (decodes, tokens)
             for decodes in [*(b for b in MIXED_DECODES if b < most[0]), most[0]]
-            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1]})
+            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1], 2 * most[1]})
             if decodes + tokens <= model.x.shape[0]
         ]
         self._inputs = RaggedInputs(engine, model.attention, model.dummy_slot, PREFILL_BUCKETS[-1], PREFILL_CHUNKS[-1])

@@ -6,7 +6,7 @@ temperature takes one pass. Where top-k or top-p ends is searched for among 32-b
 passes that each measure what lies above six keys narrow it to CANDIDATES tokens, which one more pass gathers and one
 program finishes by bisection in registers. Off-switch: greedy decoding, which never launches it.
 
-Here are the buffers and the launch. ``sampler_kernel`` is the kernel, from ``sampler_logits`` (penalties, biases),
+Here are the buffers and the launch. ``sampler_kernel`` is the kernel, of ``sampler_logits`` (penalties, biases, bans),
 ``sampler_search`` (where top-k and top-p end), ``sampler_draw`` (the token), ``sampler_weights`` (the arithmetic) and
 ``sampler_row`` (a row and its programs).
 """
@@ -21,7 +21,15 @@ import triton
 
 from llama_engine.kernels.common import launch_options
 from llama_engine.kernels.sampler_kernel import sampler_kernel
-from llama_engine.sampling import MAX_BIAS, RECORD, SamplingParams, count_tokens
+from llama_engine.sampling import (
+    MAX_BIAS,
+    MAX_PHRASE_TOKENS,
+    RECENT,
+    RECORD,
+    SamplingParams,
+    count_tokens,
+    recent_tokens,
+)
 
 CANDIDATES = 8192  # what a program's registers hold
 WARPS = 16
@@ -50,7 +58,9 @@ class Sampler:
 
     ``records`` int32 ``[slots + 1, 16]`` as :data:`llama_engine.sampling.RECORD`, ``counts`` int16
     ``[slots + 1, vocab]`` as :func:`llama_engine.sampling.count_tokens`, ``bias_ids`` int32 and ``biases`` float32
-    ``[slots + 1, MAX_BIAS]``.
+    ``[slots + 1, MAX_BIAS]``; for bad words of several tokens ``phrase_ids`` int32 ``[slots + 1, MAX_PHRASE_TOKENS]``,
+    ``phrase_ends`` int32 with half the columns, and ``recent`` int32 ``[slots + 1, RECENT]`` as
+    :func:`llama_engine.sampling.recent_tokens`.
     """
 
     def __init__(self, slots: int, max_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -62,6 +72,9 @@ class Sampler:
         self.counts = zeros(slots + 1, vocab_size, dtype=torch.int16)
         self.bias_ids = zeros(slots + 1, MAX_BIAS)
         self.biases = zeros(slots + 1, MAX_BIAS, dtype=torch.float32)
+        self.phrase_ids = zeros(slots + 1, MAX_PHRASE_TOKENS)
+        self.phrase_ends = zeros(slots + 1, MAX_PHRASE_TOKENS // 2)
+        self.recent = zeros(slots + 1, RECENT)
         self._boards = zeros(max_rows, BOARD, dtype=torch.int64)
         self._ticket = zeros(1)
         self._candidates = zeros(max_rows, CANDIDATES, dtype=torch.float32)
@@ -69,13 +82,17 @@ class Sampler:
     def updates(
         self, slot: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
     ) -> list[tuple[torch.Tensor, np.ndarray]]:
-        """What binding ``slot`` writes, and where to the front of. The history matters to penalties alone."""
+        """What binding ``slot`` writes, and where to the front of. The history matters to penalties and bad words of
+        several tokens alone."""
         writes = [(self.records[slot], params.record.view(np.int32))]
         if params.mode and params.penalized:
             writes.append((self.counts[slot], count_tokens(prompt, output, self.vocab_size)))
         if params.mode and params.biases:
             writes.append((self.bias_ids[slot], np.array(list(params.biases), np.int32)))
             writes.append((self.biases[slot], np.array(list(params.biases.values()), np.float32)))
+        if params.phrases:
+            targets = self.phrase_ids[slot], self.phrase_ends[slot], self.recent[slot]
+            writes += zip(targets, (*params.phrase_table, recent_tokens(prompt, output)))
         return writes
 
     def launch(
@@ -89,10 +106,10 @@ class Sampler:
     ) -> None:
         """Replace the tokens of the rows whose slots ask for it.
 
-        ``logits`` float32 ``[rows, vocab]``, overwritten where penalized or biased; ``sampled`` int32 ``[rows]`` holds
-        each row's greedy token (:func:`llama_engine.kernels.greedy.greedy`, which ran before) and receives the drawn
-        one, or -1 for a row without a finite largest logit; so does ``last_token[slots[r]]`` int32, 0 for such a row.
-        ``position[slots[r]]`` int32 is where the new token will stand: as ``greedy`` leaves it.
+        ``logits`` float32 ``[rows, vocab]``, overwritten where penalized, biased or banned; ``sampled`` int32
+        ``[rows]`` holds each row's greedy token (:func:`llama_engine.kernels.greedy.greedy`, which ran before) and
+        receives the drawn one, or -1 for a row without a finite largest logit; so does ``last_token[slots[r]]`` int32,
+        0 for such a row. ``position[slots[r]]`` int32 is where the new token will stand: as ``greedy`` leaves it.
         """
         chunks = triton.cdiv(self.vocab_size, PARTS * 32 * WARPS)
         split = programs_per_row(num_rows, chunks, logits.device)
@@ -106,6 +123,9 @@ class Sampler:
             self.counts,
             self.bias_ids,
             self.biases,
+            self.phrase_ids,
+            self.phrase_ends,
+            self.recent,
             self._candidates,
             self._boards,
             self._ticket,
@@ -113,6 +133,8 @@ class Sampler:
             self.vocab_size,
             WORDS=WORDS,
             MAX_BIAS=MAX_BIAS,
+            MAX_PHRASE_TOKENS=MAX_PHRASE_TOKENS,
+            RECENT=RECENT,
             BOARD=BOARD,
             SPLIT=split,
             CHUNKS=triton.next_power_of_2(triton.cdiv(chunks, split)),

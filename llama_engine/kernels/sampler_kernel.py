@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
-"""The kernel of :mod:`llama_engine.kernels.sampler`: penalties, biases, then the token, as the slot's record asks."""
+"""The kernel of :mod:`llama_engine.kernels.sampler`: the logits changed, then the token, as the slot's record asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.sampler_draw import argmax, locate
-from llama_engine.kernels.sampler_logits import add_biases, penalize
+from llama_engine.kernels.sampler_logits import add_biases, ban_phrases, penalize
 from llama_engine.kernels.sampler_search import search
 from llama_engine.kernels.sampler_weights import least_key, random_bits, value_of
 
@@ -29,6 +29,9 @@ def sampler_kernel(
     counts_ptr,
     bias_ids_ptr,
     biases_ptr,
+    phrase_ids_ptr,
+    phrase_ends_ptr,
+    recent_ptr,
     scratch_ptr,
     board_ptr,
     ticket_ptr,
@@ -36,6 +39,8 @@ def sampler_kernel(
     vocab,
     WORDS: tl.constexpr,
     MAX_BIAS: tl.constexpr,
+    MAX_PHRASE_TOKENS: tl.constexpr,
+    RECENT: tl.constexpr,
     BOARD: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -67,6 +72,8 @@ def sampler_kernel(
         top_p = tl.load(record + 2)
         num_bias = tl.load(record + 3)
         penalized = tl.load(record + 4)
+        num_phrases = tl.load(record + 7)
+        position = tl.load(position_ptr + slot)
         if penalized != 0:
             count_row = counts_ptr + slot * count_stride
             repetition, inverse = _real(record + 11), _real(record + 12)
@@ -77,7 +84,22 @@ def sampler_kernel(
             ids_ptr, values_ptr = bias_ids_ptr + slot * MAX_BIAS, biases_ptr + slot * MAX_BIAS
             add_biases(row_ptr, ids_ptr, values_ptr, num_bias, first, stop, MAX_BIAS, PARTS * LANES)
             tl.debug_barrier()
-        if (penalized != 0) | (num_bias > 0):
+        if num_phrases > 0:
+            ban_phrases(
+                row_ptr,
+                phrase_ids_ptr + slot * MAX_PHRASE_TOKENS,
+                phrase_ends_ptr + slot * (MAX_PHRASE_TOKENS // 2),
+                recent_ptr + slot * RECENT,
+                num_phrases,
+                position,
+                first,
+                stop,
+                RECENT,
+                16,
+                PARTS * LANES,
+            )
+            tl.debug_barrier()
+        if (penalized != 0) | (num_bias > 0) | (num_phrases > 0):
             token, turn = argmax(row_ptr, board, turn, rank, first, stop, vocab, SPLIT, PARTS, LANES)
         mine = rank == 0  # whether this program says what the token is
         if (mode == 2) & (token >= 0):
@@ -126,7 +148,7 @@ def sampler_kernel(
                     value = value_of(least_key(largest, scale, floor))
                     last = tl.where(value > end, vocab, last)
                     end = tl.maximum(end, value)
-                bits = random_bits(tl.load(record + 5), tl.load(record + 6), tl.load(position_ptr + slot))
+                bits = random_bits(tl.load(record + 5), tl.load(record + 6), position)
                 token, turn = locate(
                     row_ptr,
                     board,
@@ -157,3 +179,5 @@ def sampler_kernel(
                 at = counts_ptr + slot * count_stride + token
                 count = tl.load(at)
                 tl.store(at, tl.where(count < 32766, count + 2, count).to(tl.int16))
+            if (num_phrases > 0) & (token >= 0):
+                tl.store(recent_ptr + slot * RECENT + (position & (RECENT - 1)), token)

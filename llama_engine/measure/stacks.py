@@ -1,4 +1,4 @@
-"""What can be timed: the transformers baseline, the native engine, and TensorRT-LLM behind ``ModelRunner``."""
+"""What can be timed: the transformers baseline, the native engine, and TensorRT-LLM's executor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llama_engine.engine.engine import Engine
 from llama_engine.errors import RunError
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.generation import GenerationRun, Mark, now
-from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
+from llama_engine.trtllm import TensorRTBackend
 
 PHASES = {"self_attn": "attention", "mlp": "mlp", "input_layernorm": "norm", "post_attention_layernorm": "norm"}
 
@@ -151,39 +151,36 @@ class EngineStack:
             del self.engine.step
 
 
-class RunnerStack:
-    """Any ``ModelRunner`` through its streaming face: how a TensorRT-LLM engine is measured."""
+class TensorRTStack:
+    """A TensorRT engine in this process, through TensorRT-LLM's executor."""
 
-    def __init__(self, runner: ModelRunner, cost: Cost, about: dict[str, Any]) -> None:
-        self.runner, self.cost, self.about = runner, cost, about
-        self.name: str = about["backend"]
+    name = "tensorrt_llm"
+
+    def __init__(self, backend: TensorRTBackend, cost: Cost, about: dict[str, Any]) -> None:
+        self.stream, self.cost, self.about = backend.stream, cost, about
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())
-        prompt = [torch.tensor(prompt_ids, dtype=torch.int32)]
-        options = {"streaming": True, "return_dict": True, "output_sequence_lengths": True}
-        for result in self.runner.generate(prompt, max_new_tokens=new_tokens, end_id=-1, pad_id=0, **options):
-            seen = len(prompt_ids) + len(run.token_ids)
-            ids = result["output_ids"][0, 0, seen : int(result["sequence_lengths"][0, 0])].tolist()
+        for ids in self.stream(prompt_ids, new_tokens):
             run.add(ids, now())
         return run
 
     @contextmanager
     def marked(self, mark: Mark) -> Iterator[None]:
         """What can be seen of another's steps: the wait for the first tokens is a prefill, each later one a decode."""
-        generate = self.runner.generate
+        stream = self.stream
 
-        def marked_generate(*prompts: Any, max_new_tokens: int, **options: Any) -> Iterator[Any]:
-            results = iter(generate(*prompts, max_new_tokens=max_new_tokens, **options))
-            for step in range(max_new_tokens):  # not until the end: learning that nothing follows is no decode step
+        def marked_stream(prompt_ids: list[int], new_tokens: int) -> Iterator[list[int]]:
+            results = stream(prompt_ids, new_tokens)
+            for step in range(new_tokens):  # not until the end: learning that nothing follows is no decode step
                 with mark("decode" if step else "prefill"):
-                    result = next(results, None)
-                if result is None:
+                    ids = next(results, None)
+                if ids is None:
                     return
-                yield result
+                yield ids
 
-        self.runner.generate = marked_generate  # type: ignore[method-assign]
+        self.stream = marked_stream  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del self.runner.generate
+            self.stream = stream  # type: ignore[method-assign]

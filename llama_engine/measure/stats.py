@@ -33,6 +33,12 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
+def drift(samples: Sequence[float]) -> float:
+    """How far the mean moved in time: (largest - smallest) mean of four successive quarters / mean of all."""
+    quarters = [part.mean() for part in np.array_split(np.asarray(samples, dtype=np.float64), 4) if part.size]
+    return float((max(quarters) - min(quarters)) / np.mean(samples))
+
+
 def verdict(low: float, high: float) -> Verdict:
     """What a speed-up interval says: "faster" only when all of it lies above 1."""
     return "faster" if low > 1 else "slower" if high < 1 else "inconclusive"

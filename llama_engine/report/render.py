@@ -134,10 +134,9 @@ class Page:
         return [(x, f"any.environment.software.{x}") for x, y in found.items() if y and x not in ("os", "cuda")]
 
     def warnings(self) -> list[str]:
-        """What is INVALID or noisy, and why."""
+        """What is INVALID, or to be read with care, and why."""
         invalid = [f"**INVALID** {x}: {'; '.join(why)}. It enters no ratio." for x, why in self.story.invalid.items()]
-        noisy = {name: result["validity"].get("cautions") for name, result in self.story.files.items()}
-        return invalid + [f"**Noisy** {name}: {'; '.join(why)}." for name, why in noisy.items() if why]
+        return invalid + [f"**Caution** {x}: {'; '.join(why)}." for x, why in self.story.cautions.items()]
 
     def gate_reasons(self) -> str:
         """Why the accuracy gate failed or counts for less, in brackets."""

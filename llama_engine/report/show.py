@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_engine.measure.result import Result
+from llama_engine.measure.result import MEASUREMENTS, Result
 
 COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "limit", "failed")
 
 
 def show(results: Collection[Result]) -> None:
     """One row a load of each measurement; then what is INVALID or failed, long prompts, the gate and paired ratios."""
-    measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
+    measured = [x for x in results if x["benchmark"] in MEASUREMENTS]
     names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
     title = "; ".join(dict.fromkeys(names))
     table = Table("", title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
@@ -37,10 +37,12 @@ def show(results: Collection[Result]) -> None:
         for message in result["validity"]["reasons"]:
             out.print(f"INVALID {name}: {message}", markup=False)
         for message in result["validity"].get("cautions", []):
-            out.print(f"noisy {name}: {message}", markup=False)
+            out.print(f"caution {name}: {message}", markup=False)
         for level in result.get("levels", []):
-            for message in level.get("validity", {}).get("reasons", []):  # levels of older files have none
-                out.print(f"INVALID {name} at {level.get('concurrency', level.get('rate'))}: {message}", markup=False)
+            for word, key in (("INVALID", "reasons"), ("caution", "cautions")):
+                for message in level.get("validity", {}).get(key, []):  # levels of older files have none
+                    at = level.get("concurrency", level.get("rate"))
+                    out.print(f"{word} {name} at {at}: {message}", markup=False)
             for message, count in level.get("failures", {}).items():
                 out.print(f"{count} x {message}", markup=False)
         if prefill := summed.get("prefill_ttft_ms"):

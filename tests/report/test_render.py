@@ -78,6 +78,8 @@ def test_invalid_runs_give_no_ratio(folder, edit_json):
     invalid = {"status": "INVALID", "reasons": ["1 requests failed"]}
     for name in ("comparison", "triton-native"):
         edit_json(folder / f"{name}.json", {"validity": invalid})
+    levels = json.loads((folder / "triton-native.json").read_text())["levels"]
+    edit_json(folder / "triton-native.json", {"levels": [level | {"validity": invalid} for level in levels]})
     text = page(folder)
     assert "2.00x" not in text
     assert "of linear" not in text
@@ -140,7 +142,7 @@ def test_noise_is_named_beside_the_ratio(folder, edit_json):
     caution = {"status": "VALID", "reasons": [], "cautions": ["latency spread (p75 - p25) / p50 is 30%"]}
     edit_json(folder / "baseline.json", {"validity": caution})
     text = page(folder)
-    assert "**Noisy** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
+    assert "**Caution** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
     assert "**2.00x** [2.00, 2.00] faster" in text
 
 

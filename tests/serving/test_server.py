@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import random
 import socket
@@ -15,12 +16,16 @@ import pytest
 import tritonclient.grpc as grpc_client
 
 from llama_engine.errors import ErrorCode
-from llama_engine.measure.load import Generator, Length
+from llama_engine.measure.lengths import Length
+from llama_engine.measure.load import Generator
+from llama_engine.measure.text import RandomIds, Text
+from llama_engine.measure.traffic import Traffic
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer
+from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
 
@@ -329,10 +334,11 @@ def test_impatient_clients_do_not_disturb_patient_ones(server, tiny_engine):
     prompts = some_prompts(12, seed=5)
 
     async def both():
-        client = connect("grpc", server.grpc_url)
-        hasty = Generator(client, lambda n: [7] * n, Length(8, 8), Length(200, 200), timeout_s=0.02)
+        target = TritonTarget("grpc", server.grpc_url)
+        traffic = Traffic(input_tokens=Length(8, 8), output_tokens=Length(200, 200))
+        hasty = Generator(target, traffic, Text(RandomIds(512)), timeout_s=0.02)
         load, answers = await asyncio.gather(hasty.closed(6, requests=40), asyncio.to_thread(ask, server, prompts, 40))
-        await client.close()
+        await target.close()
         return load, answers
 
     load, answers = asyncio.run(both())
@@ -376,7 +382,7 @@ def test_listens_on_loopback_only(server):
     assert addresses == {"0100007F"}
 
 
-def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings, monkeypatch):
+def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
     output = tmp_path / "triton-native.json"
     flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
     where = ["--url", server.grpc_url, "--metrics-url", f"{server.host}:{server.metrics_port}"]
@@ -393,14 +399,62 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert all(level["checks"]["prefix_cache_hit_tokens"] == 0 for level in result["levels"])
     assert run_script(*command).returncode == 2
     assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
-    lowest = lambda self, low, high=None: 7 if high is None else low  # noqa: E731  every token is 7
-    monkeypatch.setattr(random.Random, "randrange", lowest)
+    assert not result["workload"]["traffic"]["prefix_cache_can_help"]
+    alike = tmp_path / "alike.json"
+    alike.write_text('{"input_tokens": 8, "output_tokens": 8, "prefix_groups": 1, "prefix_tokens": 64}')
     for asked in ([], ["--prefix-cache"]):
-        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, *asked)
+        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, "--workload", alike, *asked)
         result = json.loads(output.read_text())
+        assert result["workload"]["traffic"]["prefix_cache_can_help"]
+        assert result["workload"]["traffic"]["shared_prompt_share"] == 4 * 64 / (5 * 72)
         assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] > 0
         assert result["workload"]["prefix_cache"] == bool(asked)
         assert any("prefix cache" in reason for reason in result["validity"]["reasons"]) == (not asked)
+
+
+NVIDIA_METRICS = """# TYPE nv_inference_request_success counter
+nv_inference_request_success{model="tensorrt_llm",version="1"} 12
+# TYPE nv_trt_llm_kv_cache_block_metrics gauge
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per",model="tensorrt_llm",version="1"} 64
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
+"""
+
+
+@pytest.fixture
+def nvidia_page():
+    """HOST:PORT of a metrics page as NVIDIA's backend has it, without any of the native engine's rows."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(NVIDIA_METRICS.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{page.server_port}"
+        page.shutdown()
+
+
+def test_a_server_of_nvidias_backend_is_measured_without_its_engine(
+    server, tiny_model, nvidia_page, run_script, tmp_path, small_ceilings
+):
+    """The requests go to the native engine; what is known of it is what is known of NVIDIA's."""
+    output, metrics = tmp_path / "triton.json", f"{server.host}:{server.metrics_port}"
+    command = ["benchmarks/benchmark_triton.py", "--model-dir", tiny_model, "--url", server.grpc_url]
+    command += ["--concurrency", 2, "--requests", 6, "--output-tokens", 8, "--output", output, "--metrics-url"]
+    done = run_script(*command, nvidia_page)
+    assert done.returncode in (0, 1), done.stderr
+    result = json.loads(output.read_text())
+    assert result["backend"] == result["engine"]["backend"] == "tensorrt_llm"
+    assert result["model"]["name"] == "synthetic-tiny"
+    assert result["levels"][0]["samples"]["output_tokens"] == [8] * 6
+    assert "mbu" not in result["levels"][0]["summary"]
+    refused = run_script(*command, metrics, "--force")
+    assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

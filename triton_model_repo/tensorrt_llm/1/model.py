@@ -71,7 +71,7 @@ class Live:
         self.request, self.sender, self.name = request, sender, name
         self.lock = threading.Lock()
         self.id = -1
-        self.ids: list[int] = [] if request.streaming or request.exclude_input else list(request.prompt)
+        self.ids: list[int] = [] if request.streaming or request.exclude_input else request.prompt + request.output
         self.prompted = len(self.ids)
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] | None = None  # until sent
@@ -148,6 +148,7 @@ class TritonPythonModel:
             wanted.max_new_tokens,
             params=wanted.params,
             stop_token_ids=wanted.stop_token_ids,
+            output=wanted.output,
             on_tokens=on_tokens,
             timeout_s=timeout_us / 1e6 if timeout_us else self.timeout_s,
         )
