@@ -34,7 +34,7 @@ ENDS = {
     "top-p at the end of one of equals": (EQUAL, {"top_p": 0.5}),
     "top-p just after it": (EQUAL, {"top_p": 0.5 + MORE}),
     "top-p of what top-k keeps": (LEVELS, {"top_k": 4, "top_p": 2 / 3}),
-    "min-p of a logit": (STEPS, {"min_p": 0.25}),
+    "min-p of a logit": (STEPS | {298: -3}, {"min_p": 0.25}),
     "min-p of the largest": (LEVELS, {"min_p": 1.0}),
     "min-p beside top-p": (STEPS, {"top_p": 0.75 + MORE, "min_p": 0.25}),
     "the smallest weight": (EDGE, {}),
