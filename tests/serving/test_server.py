@@ -85,6 +85,12 @@ def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
     assert first == again != other
     greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
     assert ask(server, [[1, 2, 3]], 20, end_id=greedy[5])[0] == greedy[: greedy.index(greedy[5]) + 1]
+    unsaid = next(token for token in range(512) if token not in greedy)
+    for protocol in ("grpc", "http"):
+        words = [[unsaid, *greedy[4:6]], [1, 3, -1]]  # one of a token, one of two
+        ids = ask(server, [[1, 2, 3]], 20, protocol, bad_words_list=words)[0]
+        assert ids[:5] == greedy[:5]
+        assert ids[5] != greedy[5]
 
 
 @pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
