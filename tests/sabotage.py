@@ -44,9 +44,14 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
         "llama_engine/trtllm.py",
         "here != (built.arch, built.version)",
         "here[1] != built.version",
-        "tests/test_trtllm.py",
+        "tests/measure/test_trtllm.py",
     ),
-    ("llama_engine/trtllm.py", "sequences or limits.max_batch_size", "limits.max_batch_size", "tests/test_trtllm.py"),
+    (
+        "llama_engine/trtllm.py",
+        "sequences or limits.max_batch_size",
+        "limits.max_batch_size",
+        "tests/measure/test_trtllm.py",
+    ),
     ("scripts/doctor.py", 'yield "missing", what, str(error)', "pass", "tests/scripts/test_doctor.py"),
     ("llama_engine/engine/loop.py", "if request.deadline < now:", "if False:", "tests/engine/test_loop.py"),
     (
