@@ -15,7 +15,7 @@ from llama_engine.sampling import SamplingParams
 
 pytest.importorskip("triton")
 
-TINY = ModelConfig(96, 64, 128, 3, 4, 2, 32, 128)
+TINY = ModelConfig(96, 64, 192, 3, 4, 2, 32, 128)
 ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
 KINDS = {"fp8": FP8, "int4": INT4, "fp16": FP16, "bf16": BF16, "nvidia": None, "mixed": None}
 
