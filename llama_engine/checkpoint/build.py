@@ -124,6 +124,7 @@ def complete(
             "engine": replace(engine_config, kv_cache=source.kv_cache).to_dict(),
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
+            "quant_algo": source.quant_algo,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
             "activation_losses": list(losses),
             **more,

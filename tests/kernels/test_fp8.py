@@ -1,4 +1,4 @@
-"""The FP8 and 16-bit forms of the kernels that tests/kernels hold to INT8."""
+"""The FP8, INT4 and 16-bit forms of the kernels that tests/kernels hold to INT8."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llama_engine.errors import InputError
 from llama_engine.model.llama import rms_norm
-from llama_engine.model.schemes import FP8, FP16, quantize_e4m3
+from llama_engine.model.schemes import FP8, FP16, INT4, quantize_e4m3
 from llama_engine.model.weights import Linear
 
 E4M3 = torch.float8_e4m3fn
@@ -25,6 +25,14 @@ def _problem(device, scheme, m, n, k):
         linear, a = Linear(torch.randn(n, k, device=device).half()), torch.zeros((128, k), device=device).half()
         a[:m] = x
         return linear, a, None, x.double() @ linear.weight.double().T
+    if scheme is INT4:
+        weight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+        linear, a = (
+            Linear(weight, torch.randn(n, k // 64, device=device).half()),
+            torch.zeros((128, k), device=device).half(),
+        )
+        a[:m] = x
+        return linear, a, None, x.double() @ linear.dequantize(torch.float16).double().T
     weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(E4M3)
     linear = Linear(weight, torch.rand(n, device=device) * 0.01 + 0.001)
     a, scale = _empty(128, k, device)
@@ -91,7 +99,7 @@ def test_norm_adds_what_its_rows_still_lack(device):
 
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("scheme", [FP8, FP16], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [FP8, FP16, INT4], ids=lambda scheme: scheme.name)
 def test_gemm_with_every_epilogue(device, scheme, split, swap):
     from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
     from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
