@@ -14,7 +14,7 @@ from llama_engine.kernels.gemm_kernel import LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as streaming_supported
 from llama_engine.kernels.tiles import Tiles
-from llama_engine.model.schemes import BF16, FP8, FP16
+from llama_engine.model.schemes import BF16, FP8, FP16, INT4
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
@@ -49,23 +49,24 @@ class Linears:
         c = self.config
         widths = dict.fromkeys(("qkv", "gate_up", "lm_head"), c.hidden_size)
         widths |= {"o": c.q_size, "down": c.intermediate_size}
-        half = capacity * max(widths.values())
-        raw = torch.zeros(2 * half, dtype=torch.int8, device=self.device)
+        most = capacity * max(widths.values())
+        raw = torch.zeros(2 * most, dtype=torch.int8, device=self.device)
         buffers = {}
         for name, k in widths.items():
             whole = raw[: 2 * capacity * k]
             # Of FP8, down has a place of its own: it is written while gate_up's activations are still read.
-            one = raw[half:][: capacity * k] if name == "down" else raw[: capacity * k]
+            one = raw[most:][: capacity * k] if name == "down" else raw[: capacity * k]
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
-            buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            half = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            buffers["fp16", name] = buffers["int4", name] = half
         buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 
     def input_of(self, name: str, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The buffers that hold the activations of ``linear``, called ``name``, in the form that
         :func:`llama_engine.kernels.quant.norm` gives them: with their row scales, or fp16 and None."""
-        return self._inputs[linear.scheme.name, name], None if linear.scheme is FP16 else self.a_scale
+        return self._inputs[linear.scheme.name, name], None if linear.scheme in (FP16, INT4) else self.a_scale
 
     def run(
         self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None

@@ -12,7 +12,7 @@ import torch
 from llama_engine.errors import InputError
 from llama_engine.kernels import library
 from llama_engine.kernels.gemm import Tile, fit
-from llama_engine.model.schemes import INT8, Scheme
+from llama_engine.model.schemes import INT4, INT8, Scheme
 from llama_engine.model.weights import Linear
 
 FORMAT_VERSION = 2
@@ -40,6 +40,8 @@ def default_tile(name: str, num_rows: int, scheme: Scheme = INT8, use_library: b
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
     if bucket >= 128 and scheme is INT8:
         return Tile(128, 128, 128, SPLITS.get(bucket, {}).get(name, 1), swap=False, warps=8, stages=3)
+    if bucket >= 128 and scheme is INT4:  # the weights, widened in registers, are then the side that may stay there
+        return Tile(128, 128, 128, swap=True, warps=8, stages=3)
     if bucket >= 128:
         return Tile(128, 128, 128 // scheme.weight_dtype.itemsize, swap=False, warps=8, library=use_library)
     if scheme is not INT8:
