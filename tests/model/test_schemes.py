@@ -128,14 +128,14 @@ def test_kernels_take_the_schemes_that_name_them():
 
 def test_fp8_is_refused_by_name_on_gpus_that_lack_it(monkeypatch):
     pytest.importorskip("triton")
-    from llama_engine.gpu import linears
+    from llama_engine.gpu.linears import checked_weights
 
     config = ModelConfig(64, 32, 64, 1, 2, 1, 32, 128)
     weights = random_weights(config, "cpu", scheme=FP8)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(weights, "embedding", type("OnGpu", (), {"device": torch.device("cuda")}))
     with pytest.raises(InputError, match="layer 0 qkv is fp8, and this GPU is sm86: FP8 needs sm89"):
-        linears.checked_weights(config, weights)
+        checked_weights(config, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
