@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,6 +41,10 @@ class Linears:
         kept = [linear for name in ("o", "gate_up", "down") for linear in self.named(name) if library.runs(linear)]
         widest = max((linear.weight.shape[0] for linear in kept), default=0)
         self.product = torch.zeros(min(capacity, LIBRARY_ROWS) * widest, dtype=torch.float16, device=self.device)
+        packed = [math.prod(linear.shape) for name in LINEARS for linear in self.named(name) if linear.scheme is INT4]
+        on_gpu = self.device.type == "cuda" and capacity >= 512  # else no tile leaves such a matrix to cuBLAS
+        room = max(packed, default=0) if on_gpu else 0
+        self.scratch = torch.empty(room, dtype=torch.float16, device=self.device)
         best = torch.zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32, device=self.device)
         self.partials = best, torch.zeros_like(best, dtype=torch.int32)  # of lm_head's tiles
         self.workspace = gemm.Workspace(self.device)
@@ -99,7 +104,7 @@ class Linears:
             piece = slice(first, min(first + step, rows))
             count = piece.stop - first
             y = out[piece] if name == "qkv" else self.product[: count * n].view(count, n)
-            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y)
+            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y, self.scratch)
             if name == "gate_up":
                 scale = None if out_scale is None else out_scale[piece]
                 quant.quantize_rows(y, out[piece], scale, count, gated=True)

@@ -63,7 +63,7 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     # bytes of one k
     column = tile.n + 2 * tile.m if linear.scheme is INT8 else linear.weight.element_size() * (tile.n + tile.m)
     if linear.scheme is INT4:  # a step is a group, however little shared memory there is
-        step, column = group_size(linear.weight, linear.scale), 2 * (tile.n + tile.m)
+        step, column = group_size(linear.weight, linear.scale), tile.n // 2 + 2 * tile.m
     # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
     buffers = 0 if (tile.n if tile.swap else tile.m) >= 64 and tile.m >= 16 else 1
     room = shared_memory(linear.weight.device)
