@@ -12,6 +12,14 @@ from llama_engine.measure.result import MEASUREMENTS, Result
 
 RATE = "output_tokens_per_s"
 COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "limit", "failed")
+CONDITIONS = {
+    "again": "asked again alone",
+    "batch": "{concurrency} at once",
+    "joining": "{concurrency} at once, one joining every four steps",
+    "preempted": "after preemption",
+    "prefix": "prefix hit, the same prompt",
+    "next_turn": "prefix hit, on its own answer",
+}
 
 
 def show(results: Collection[Result]) -> None:
@@ -32,7 +40,11 @@ def show(results: Collection[Result]) -> None:
             what += ", sampled" * ("sampling" in load.get("workload", {}))
             table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
     out = Console()
-    out.print(table)
+    if measured:
+        out.print(table)
+    for result in results:
+        if result["benchmark"] == "determinism":
+            _show_determinism(out, result)
     for result in results:
         name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
         for message in result["validity"]["reasons"]:
@@ -58,6 +70,23 @@ def show(results: Collection[Result]) -> None:
             out.print(
                 f"{name:<20} {ratio['ratio']:.2f}x  95 % [{low:.2f}, {high:.2f}]  {ratio['verdict']}", markup=False
             )
+
+
+def _show_determinism(out: Console, result: Result) -> None:
+    """How many answers changed under each condition, and what invariance costs."""
+    table = Table("answers that change", "kernels", "changed", "of", "tok/s", box=None, pad_edge=False)
+    for variant in result["variants"]:
+        for x in variant["conditions"]:
+            cells = (str(x["changed"]), str(x["compared"]), f"{x['output_tokens_per_s']:,.1f}")
+            table.add_row(CONDITIONS[x["kind"]].format(**x), variant["asked"], *cells)
+    out.print(table)
+    price = result["price"]
+    out.print(f"price of batch invariance for kernels {price['of']}: {price['status']}", markup=False)
+    for load in price["loads"]:
+        if "ratio" in load:
+            low, high = load["ci95"]
+            what = f"{price['of']} over {load['invariant']}, {load['concurrency']} at once"
+            out.print(f"{what}: {load['ratio']:.3f}x  95 % [{low:.3f}, {high:.3f}]", markup=False)
 
 
 def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
