@@ -50,6 +50,7 @@ class Contestant:
     kind: str
     memory: str
     null_rate: float | None = None
+    failed = ""  # why it left the tournament
     most = 1 << 30  # requests at once
 
     async def start(self) -> None: ...
@@ -67,7 +68,8 @@ class Contestant:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "memory": self.memory}
+        said = {"name": self.name, "kind": self.kind, "memory": self.memory}
+        return said | ({"failed": self.failed} if self.failed else {})
 
 
 class ServedContestant(Contestant):
@@ -214,10 +216,13 @@ class Tournament:
                     show(f"loading {who.name}")
                     await who.start()
                     loaded = who
-                if cell.users > who.most:
+                if cell.users > who.most or who.failed:
                     continue
                 show(f"{cell.name}: {who.name}, {f'round {number + 1}' if number >= 0 else 'warm-up'}")
-                await self._turn(number, who, index, texts[who.name], telemetry)
+                try:
+                    await self._turn(number, who, index, texts[who.name], telemetry)
+                except RunError as error:  # the others play on
+                    who.failed = f"{cell.name}: {error}"
         finally:
             for who in self.contestants:
                 await who.stop()

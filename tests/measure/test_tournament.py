@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from llama_engine.errors import RunError
 from llama_engine.measure.lengths import Length
 from llama_engine.measure.load import Load, ServedRun
 from llama_engine.measure.result import load_result, validate
@@ -21,8 +22,8 @@ class Player(Contestant):
 
     kind, memory = "native", "shared"
 
-    def __init__(self, name, gap, log, most=99, fails=0):
-        self.name, self.gap, self.log, self.most, self.fails = name, gap, log, most, fails
+    def __init__(self, name, gap, log, most=99, fails=0, breaks=""):
+        self.name, self.gap, self.log, self.most, self.fails, self.breaks = name, gap, log, most, fails, breaks
         self.got = {}
 
     async def start(self):
@@ -34,6 +35,8 @@ class Player(Contestant):
     async def play(self, cell, text, seed):
         asks = batch(cell, text, seed)
         self.log.append((self.name, cell.traffic.name))
+        if cell.traffic.name == self.breaks:
+            raise RunError("out of memory")
         self.got.setdefault(seed, []).append([ask.ids for ask in asks])
         gap = self.gap * (1 + seed % 7 / 100)  # a drift that hits whoever plays that round
         load = Load(sent=len(asks))
@@ -107,6 +110,19 @@ def test_an_invalid_load_and_a_crowded_one_enter_no_ratio():
     assert few["ratios"] == []
     assert "3 timed rounds" in few["levels"][0]["validity"]["reasons"][0]
     assert few["validity"]["status"] == "INVALID"
+
+
+def test_who_breaks_down_leaves_and_the_others_play_on():
+    log = []
+    players = [Player("a", 0.1, log), Player("b", 0.1, log, breaks="long"), Player("c", 0.1, log)]
+    result = contest(players, [Cell(SHORT, 1), Cell(LONG, 1)])
+    assert [x.get("failed") for x in result["contestants"]] == [None, "long, 1 at once: out of memory", None]
+    assert log.count(("b", "long")) == 1
+    assert {(x["contestant"], x["workload"]) for x in result["ratios"]} == {
+        ("b", "short"),
+        ("c", "short"),
+        ("c", "long"),
+    }
 
 
 def test_shared_prefixes_are_primed_and_say_so():
