@@ -72,16 +72,6 @@ def test_a_conversation_finds_its_history_in_the_prefix_cache(gateway, measured,
     assert level["checks"]["shared_prompt_tokens"] >= 64 + 128
 
 
-def test_the_search_for_goodput_ends_between_two_loads(gateway, measured):
-    flags = ("--find-goodput", "concurrency", "--slo", "latency_ms:60000", "--most", 2, "--attainment", 0.5)
-    result = measured(gateway, *flags, "--input-tokens", 8, "--output-tokens", 3, "--most-requests", 8)
-    search = result["search"]
-    assert (search["highest_met"], search["lowest_missed"]) == (2, None)
-    assert [step["level"] for step in search["steps"]] == [0, 1]
-    assert [level["concurrency"] for level in result["levels"]] == [1, 2]
-    assert search["goodput"]["share"] == 1
-
-
 def test_a_tournament_of_two_doors_to_one_engine(gateway, triton, run_script, smollm2_model, tmp_path):
     workload, output = tmp_path / "w.json", tmp_path / "t.json"
     workload.write_text('{"input_tokens": 12, "output_tokens": 4}')
