@@ -115,6 +115,9 @@ def show_tournament(result: Result) -> None:
             cells += [f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]", ratio["verdict"]]
         table.add_row(at[0], str(at[1]), level["contestant"], *cells)
     out.print(table)
+    for who in result["contestants"]:
+        if "failed" in who:
+            out.print(f"{who['name']} left: {who['failed']}", markup=False)
     for level in result["levels"]:
         where = f"{level['contestant']}, {level['workload']['traffic']['name']} at {level['concurrency']}"
         for message in level["validity"]["reasons"]:

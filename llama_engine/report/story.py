@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_engine.errors import InputError
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder, load_result, result_files
 from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 
 
@@ -59,11 +59,13 @@ class RooflinePoint(NamedTuple):
 
 @dataclass
 class Story:
-    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content."""
+    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content, ``tournaments``
+    those of its folder of that name, of which no picture is drawn."""
 
     name: str
     files: dict[str, Result]
     sha256: str
+    tournaments: dict[str, Result] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path | str) -> Story:
@@ -73,7 +75,8 @@ class Story:
         if not any(result["benchmark"] in MEASUREMENTS for result in files.values()):
             raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
-        return cls(folder.name, files, digest)
+        held = {path.name: load_result(path) for path in result_files(folder / "tournaments")}
+        return cls(folder.name, files, digest, held)
 
     @cached_property
     def backend(self) -> str:
