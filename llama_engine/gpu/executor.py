@@ -33,7 +33,7 @@ DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
 # A step of few prefill tokens beside decodes is one pass, which reads the weights once: rows of decodes, then up to 64
-# or max_prefill_tokens rows of at most so many chunks.
+# or one or two times max_prefill_tokens rows of at most so many chunks.
 MIXED_DECODES = (8, 16, 32, 64, 128, 256, 512)
 MIXED_PREFILL, MIXED_CHUNKS = 64, 8
 # Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
@@ -100,7 +100,7 @@ class CudaExecutor:
         self._mixed_buckets = [
             (decodes, tokens)
             for decodes in [*(b for b in MIXED_DECODES if b < most[0]), most[0]]
-            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1]})
+            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1], 2 * most[1]})
             if decodes + tokens <= model.x.shape[0]
         ]
         self._inputs = RaggedInputs(engine, model.attention, model.dummy_slot, PREFILL_BUCKETS[-1], PREFILL_CHUNKS[-1])
@@ -178,27 +178,33 @@ class CudaExecutor:
         if total > self.engine_config.max_num_tokens:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine_config.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
-        graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
+        graphs = None if step.every_row else self._prefill_graphs.get(key)
         if graphs is not None:
             inputs = self._ragged(chunks, *key)
             for graph in graphs:
                 graph.replay()
         else:
             inputs = self._ragged(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
+            self.model.prefill(*inputs, self._sampled, every_row=step.every_row)
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
-        elif step.logits == "all":
-            logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
-        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
+        scored = {}
+        if step.every_row:
+            rows = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+            logits = rows if step.logits == "all" else logits
+            for i, tokens in step.scored.items():
+                params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
+                parts = logprobs(rows[i][: len(tokens)], targets, params.logprobs)
+                scored[i] = params, [self._to_host(part) for part in parts]
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]), scored)
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
     def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
         """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.logits == "all":
+        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
         return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
@@ -274,8 +280,8 @@ class CudaExecutor:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], scored: tuple) -> Pass:
-        return Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, scored)
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], *logprobs: Any) -> Pass:
+        return Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, *logprobs)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)

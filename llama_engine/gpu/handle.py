@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,7 @@ class Pass:
     logprobs: tuple[
         dict[int, SamplingParams], list[torch.Tensor]
     ]  # which chunks ask for them, sampling.logprobs pinned
+    scored: dict[int, tuple[SamplingParams, list[torch.Tensor]]] = field(default_factory=dict)  # the same of prompts
 
 
 class CudaHandle:
@@ -38,6 +39,8 @@ class CudaHandle:
         return [token for _, token in found]
 
     def logprobs(self) -> list[Logprobs | None]:
+        if not any(part.logprobs[0] for part in self._passes):
+            return [None] * sum(len(part.sampling) for part in self._passes)
         self._wait()
         found: dict[int, Logprobs | None] = {chunk: None for part in self._passes for chunk in part.sampling}
         for part in self._passes:
@@ -45,6 +48,11 @@ class CudaHandle:
             if params:
                 found |= zip(params, list_logprobs(list(params.values()), *tensors))
         return [found[chunk] for chunk in sorted(found)]
+
+    def scored(self) -> dict[int, list[Logprobs]]:
+        self._wait()
+        found = {chunk: pair for part in self._passes for chunk, pair in part.scored.items()}
+        return {chunk: list_logprobs([p] * len(parts[0]), *parts) for chunk, (p, parts) in found.items()}
 
     def logits(self) -> torch.Tensor:
         self._wait()

@@ -99,6 +99,10 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
     if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
         yield f"{failed} requests failed"
+    if (rounds := checks.get("timed_rounds", MIN_TIMED_RUNS)) < MIN_TIMED_RUNS:
+        yield f"{rounds} timed rounds, at least {MIN_TIMED_RUNS} are needed"
+    if (early := checks.get("ended_early", 0)) and not workload.get("stop_at_eos"):
+        yield f"{early} answers ended before the length asked for, which the server may not be made to ignore"
     hits = 0 if workload.get("prefix_cache") else checks.get("prefix_cache_hit_tokens", 0)
     if hits > MAX_PREFIX_CACHE_HIT_TOKENS:
         yield f"{hits} prompt tokens came from a prefix cache, which was not asked for"
@@ -109,7 +113,8 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
     if (lag := checks.get("client_lag_p99_ms")) is not None and lag > MAX_CLIENT_LAG_MS:
         yield f"the client lagged {lag:.1f} ms at p99, above {MAX_CLIENT_LAG_MS:g} ms"
     if checks.get("requests_per_s") and checks.get("mean_latency_s") and workload.get("concurrency"):
-        gap = little_gap(workload["concurrency"], checks["requests_per_s"], checks["mean_latency_s"])
+        turn = checks["mean_latency_s"] + checks.get("mean_think_s", 0.0)  # a user who thinks is not in flight
+        gap = little_gap(workload["concurrency"], checks["requests_per_s"], turn)
         if gap > MAX_LITTLE_GAP:
             yield f"Little's law is off by {gap:.0%}, above {MAX_LITTLE_GAP:.0%}: the load was not the one named"
     if null := checks.get("null_responses_per_s"):
