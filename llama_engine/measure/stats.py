@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 PERCENTILES = (50, 90, 95, 99)
+Z95 = 1.959963984540054
 RESAMPLES, SEED = 10_000, 0  # of the bootstrap: the same samples give the same interval
 Verdict = Literal["faster", "slower", "inconclusive"]
 
@@ -41,11 +42,11 @@ def drift(samples: Sequence[float]) -> float:
 
 
 def wilson(count: int, total: int) -> list[float]:
-    """95 % interval of the share ``count`` / ``total`` (Wilson 1927), which holds near 0 and 1 too."""
-    z, share = 1.959964, count / total
-    middle, scale = share + z * z / (2 * total), 1 + z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
+    """95 % interval of the share ``count`` / ``total`` (Wilson 1927), which holds near 0 and 1 too. Takes what was
+    counted to be independent."""
+    share, z2 = count / total, Z95**2 / total
+    center, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
+    return [max(0.0, center - half), min(1.0, center + half)]
 
 
 def verdict(low: float, high: float) -> Verdict:
