@@ -41,6 +41,14 @@ def drift(samples: Sequence[float]) -> float:
     return float((max(quarters) - min(quarters)) / np.mean(samples))
 
 
+def interval(samples: Sequence[float], of: Literal["median", "mean"] = "median") -> tuple[float, float]:
+    """95 % interval of the median, or mean, by percentile bootstrap, seeded. Raises on no samples."""
+    values = np.asarray(samples, dtype=np.float64)
+    drawn = values[np.random.default_rng(SEED).integers(0, values.size, (RESAMPLES, values.size))]
+    low, high = np.percentile(np.median(drawn, axis=1) if of == "median" else drawn.mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
 def wilson(count: int, total: int) -> list[float]:
     """95 % interval of the share ``count`` / ``total`` (Wilson 1927), which holds near 0 and 1 too. Takes what was
     counted to be independent."""

@@ -56,16 +56,17 @@ class Story:
     name: str
     files: dict[str, Result]
     sha256: str
+    price_per_hour: float | None = None  # of one GPU, or of the machine without one, in dollars
 
     @classmethod
-    def load(cls, folder: Path | str) -> Story:
+    def load(cls, folder: Path | str, price_per_hour: float | None = None) -> Story:
         """Read a results folder. Raises :class:`InputError` when it is empty or a file is broken."""
         folder = Path(folder)
         files = {f"{stem}.json": result for stem, result in load_folder(folder).items()}
         if not any(result["benchmark"] in MEASUREMENTS for result in files.values()):
             raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
-        return cls(folder.name, files, digest)
+        return cls(folder.name, files, digest, price_per_hour)
 
     @cached_property
     def backend(self) -> str:
