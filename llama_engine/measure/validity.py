@@ -128,3 +128,21 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
 def little_gap(concurrency: float, requests_per_s: float, mean_latency_s: float) -> float:
     """|X R - L| / L (Little 1961): throughput times mean latency against the requests kept in flight."""
     return abs(requests_per_s * mean_latency_s - concurrency) / concurrency
+
+
+def unapplied(part: dict[str, Any]) -> Iterator[str]:
+    """The rules for which a result or level holds nothing to judge by."""
+    checks, telemetry = part.get("checks") or {}, part.get("telemetry") or {}
+    little = "rate" in part or ("concurrency" in part and "requests_per_s" in checks)  # open loops have no such law
+    fields = {
+        "client ceiling": checks.get("null_responses_per_s"),
+        "client lag": checks.get("client_lag_p99_ms"),
+        "Little's law": little or None,
+        "prefix-cache hits": checks.get("prefix_cache_hit_tokens"),
+        "output length": part.get("workload", {}).get("output_tokens"),
+        "answers that change": checks.get("distinct_outputs"),
+        "throttling": telemetry.get("throttle_share"),
+        "clock drift": telemetry.get("gpu_sm_clock_mhz"),
+        "other processes on the GPU": telemetry.get("other_processes"),
+    }
+    yield from (name for name, value in fields.items() if value is None)

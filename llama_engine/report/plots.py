@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
 from llama_engine.report.ladder import rungs
+from llama_engine.report.pareto import draw as draw_pareto
 from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
@@ -323,10 +324,16 @@ def ladder(story: Story) -> plt.Figure | None:
     return _finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
 
 
+def pareto(story: Story) -> plt.Figure | None:
+    """Tokens/s of a GPU, energy and price against what a user sees."""
+    drawn = draw_pareto(story)
+    return drawn and _finish(drawn[0], story, drawn[1])
+
+
 PICTURES = {
     f"{draw.__name__}.png": draw
     for draw in (
         *(executive_summary, performance_comparison, triton_scaling, ttft_percentiles),
-        *(waterfall, roofline, ladder),
+        *(waterfall, roofline, ladder, pareto),
     )
 }

@@ -72,6 +72,25 @@ def show(results: Collection[Result]) -> None:
             )
 
 
+def show_foreign(result: Result) -> None:
+    """Another tool's loads: each metric under docs/METRICS.md, what the tool itself said, and the verdict."""
+    out, tool = Console(width=110), result["workload"]["tool"]
+    table = Table(f"{tool}: load", "metric", "p50", "p99", "the tool's own p50", box=None, pad_edge=False)
+    for level in result["levels"]:
+        load = f"{level['concurrency']} at once" if "concurrency" in level else f"{level.get('rate', '?')}/s"
+        for key, values in level["summary"].items():
+            name, own = next(iter(level["said"].items()), ("", 0.0)) if key == "tpot_ms" else ("", 0.0)
+            cells = (f"{values[q]:,.2f}" if q in values else "" for q in ("p50", "p99"))
+            table.add_row(load, key, *cells, f"{name} {own:,.2f}" if name else "")
+    out.print(table)
+    for level in result["levels"]:
+        verdict = level["validity"]
+        why = "; ".join(verdict["reasons"]) or "by the rules that could be applied"
+        out.print(f"{verdict['status']}: {why}", markup=False)
+        for message in verdict["cautions"]:
+            out.print(f"caution: {message}", markup=False)
+
+
 def _show_determinism(out: Console, result: Result) -> None:
     """How many answers changed under each condition, and what invariance costs."""
     table = Table("answers that change", "kernels", "changed", "of", "tok/s", box=None, pad_edge=False)

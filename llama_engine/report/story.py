@@ -66,9 +66,10 @@ class Story:
     files: dict[str, Result]
     sha256: str
     tournaments: dict[str, Result] = field(default_factory=dict)
+    price_per_hour: float | None = None  # of one GPU, or of the machine without one, in dollars
 
     @classmethod
-    def load(cls, folder: Path | str) -> Story:
+    def load(cls, folder: Path | str, price_per_hour: float | None = None) -> Story:
         """Read a results folder. Raises :class:`InputError` when it is empty or a file is broken."""
         folder = Path(folder)
         files = {f"{stem}.json": result for stem, result in load_folder(folder).items()}
@@ -76,7 +77,7 @@ class Story:
             raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
         held = {path.name: load_result(path) for path in result_files(folder / "tournaments")}
-        return cls(folder.name, files, digest, held)
+        return cls(folder.name, files, digest, held, price_per_hour)
 
     @cached_property
     def backend(self) -> str:
