@@ -24,7 +24,7 @@ from llama_engine.config import EngineConfig, check_request
 from llama_engine.engine_dir import TensorRTInfo, load_engine_json
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import atomic_dir
-from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
+from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE, INT4_GROUPS
 
 INSTALL = "source scripts/setup.sh --trtllm says what is missing; or build an engine with --backend native"
 
@@ -61,6 +61,11 @@ def check_recipe(source: Checkpoint) -> None:
         raise InputError(
             f"{source.dir} holds every linear layer in FP8 ({FP8_ALL}), which is a form of the native engine: convert "
             "with --fp8_recipe nvidia for TensorRT-LLM, or build with --backend native"
+        )
+    if source.quant_algo == INT4_GROUPS:
+        raise InputError(
+            f"{source.dir} holds INT4 in groups ({INT4_GROUPS}), which is a form of the native engine: convert with "
+            "--weight_only_precision int4 alone for TensorRT-LLM, or build with --backend native"
         )
 
 

@@ -49,7 +49,16 @@ def write_folder(root):
                "kl_mean": 0.001, "kl_max": 0.1, "top1_agreement": 0.99}  # fmt: skip
     accuracy = measurement("accuracy", "native", [1.0] * 5, engine=engine, gate=gate)
     accuracy["summary"] = figures
+    condition = {"kind": "batch", "concurrency": 8, "compared": 64, "changed": 1, "share": 1 / 64,
+                 "ci95": [0.003, 0.083], "output_tokens_per_s": 99.0}  # fmt: skip
+    load = {"concurrency": 1, "invariant": "streaming"} | bootstrap_ratio([1.1] * 5, [1.0] * 5)
+    company = measurement(
+        "determinism", "native", [1.0] * 5,
+        variants=[{"asked": "auto", "kernels": "k", "conditions": [condition]}],
+        price={"status": "measured", "of": "auto", "loads": [load]},
+    ) | {"samples": {}, "summary": {}, "workload": {"prompts": 64, "output_tokens": 8}}  # fmt: skip
     for name, content in (("baseline", base), ("optimized-native", fast), ("comparison", both),
-                          ("triton-native", triton), ("accuracy-native", accuracy)):  # fmt: skip
+                          ("triton-native", triton), ("accuracy-native", accuracy),
+                          ("determinism-native", company)):  # fmt: skip
         write_result(root / f"{name}.json", content)
     return root

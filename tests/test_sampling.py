@@ -1,4 +1,6 @@
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -26,8 +28,8 @@ def draw(logits, params, positions, history=None):
     return sample(logits.expand(len(positions), -1), [params] * len(positions), positions, counts)
 
 
-def defined(logits, params, position, history):
-    """The token by the definition, one id after the other, with the weights of the row given."""
+def kept_by_definition(logits, params, history):
+    """The ids that may be drawn, in their order, each with its weight: one id after the other, in float64."""
     prompt, output = history
     x = logits.double().tolist()
     for i in set(prompt) | set(output):
@@ -41,22 +43,25 @@ def defined(logits, params, position, history):
             x[i] = -math.inf
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))
     if params.greedy:
-        return order[0]
-    mass = [math.exp((value - x[order[0]]) / params.temperature) for value in x]
+        return {order[0]: 1}
+    # 2**t and not e**(x / temperature): exact where t is an integer
+    t = [(value - x[order[0]]) * (math.log2(math.e) / params.temperature) for value in x]
+    mass = [math.floor(2.0 ** (28 + value)) for value in t]
     kept = order[: params.top_k or None]
-    total, reached, nucleus = sum(mass[i] for i in kept), 0.0, []
+    total, reached, nucleus = sum(mass[i] for i in kept), 0, []
     for i in kept:
         if reached >= params.top_p * total:
             break
         nucleus.append(i)
         reached += mass[i]
-    nucleus = sorted(i for i in nucleus if mass[i] >= params.min_p)
-    goal, running = uniform(params.seed, position) * sum(mass[i] for i in nucleus), 0.0
-    for i in nucleus:
-        running += mass[i]
-        if running > goal:
-            return i
-    return nucleus[-1]
+    return {i: mass[i] for i in sorted(nucleus) if mass[i] and (not params.min_p or t[i] >= math.log2(params.min_p))}
+
+
+def defined(logits, params, position, history):
+    kept = kept_by_definition(logits, params, history)
+    goal = Fraction(uniform(params.seed, position)) * sum(kept.values())
+    sums = zip(kept, itertools.accumulate(kept.values()))
+    return next(i for i, running in sums if running > goal)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class _LinearView(ctypes.Structure):
-    _fields_ = _fields(_POINTER, "weight scale")
+    _fields_ = (*_fields(_POINTER, "weight scale"), ("group", ctypes.c_int64))
 
 
 class _LayerView(ctypes.Structure):
@@ -215,7 +215,7 @@ class CpuModel:
 
     def _linear(self, linear: Linear) -> _LinearView:
         scale = None if linear.scale is None else self._hold(linear.scale)
-        return _LinearView(self._hold(linear.weight), scale)
+        return _LinearView(self._hold(linear.weight), scale, linear.group)
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
         """As :meth:`llama_engine.model.llama.TorchModel.forward`; all tensors contiguous int32 on the CPU."""

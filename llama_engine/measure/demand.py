@@ -125,6 +125,11 @@ def demand_of(args: argparse.Namespace, *, stop_at_eos: bool = False) -> Demand:
     )
 
 
+def sampled(params: SamplingParams) -> dict[str, Any]:
+    """What a level's workload says of its sampling."""
+    return {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
 def workload_of(asked: Demand, text: Text, shared: float) -> dict[str, Any]:
     """``workload`` of a result; ``shared`` is the share of prompt tokens that had been sent before.
 

@@ -48,15 +48,37 @@ class Load:
     runs: list[ServedRun] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     lag_s: list[float] = field(default_factory=list)
-    prefixes: Counter[str] = field(default_factory=Counter)  # prompt_tokens, shared_tokens
+    prefixes: Counter[str] = field(default_factory=Counter)  # prompt_tokens, shared_tokens, hit_tokens
     responses: int = 0
     tokens: int = 0
     sent: int = 0
     span_s: float = 0.0  # from the first arrival of a plan to the last
+    rounds: list[Load] = field(default_factory=list)  # that this one was pooled from
+
+    @classmethod
+    def pooled(cls, rounds: Sequence[Load]) -> Load:
+        """Several rounds as one load: samples together, tokens/s one a round."""
+        whole = cls(rounds=[part for part in rounds if part.runs])
+        for part in rounds:
+            whole.runs += part.runs
+            whole.failures += part.failures
+            whole.lag_s += part.lag_s
+            whole.prefixes += part.prefixes
+            whole.responses += part.responses
+            whole.tokens += part.tokens
+            whole.sent += part.sent
+        return whole
+
+    @property
+    def rates(self) -> list[float]:
+        """Output tokens received a second, one a round."""
+        return [sum(len(run.token_times) for run in part.runs) / part.wall_s for part in self.rounds or [self]]
 
     @property
     def wall_s(self) -> float:
-        """First t0 to last tN of the successful requests."""
+        """First t0 to last tN of the successful requests, of all rounds together."""
+        if self.rounds:
+            return sum(part.wall_s for part in self.rounds)
         return max(run.token_times[-1] for run in self.runs) - min(run.t0 for run in self.runs)
 
 
@@ -246,7 +268,7 @@ def level(load: Load, *, streaming: bool, limits: Limits | None = None, text: Te
         return part
     runs, wall = load.runs, load.wall_s
     samples = samples_of(runs, streaming=streaming) | {"input_tokens": [run.input_tokens for run in runs]}
-    summed = summarize(samples, [sum(samples["output_tokens"]) / wall])
+    summed = summarize(samples, load.rates)
     samples.pop("itl_ms", None)  # too many to keep
     summed["requests_per_s"] = len(runs) / wall
     summed["total_tokens_per_s"] = (sum(samples["input_tokens"]) + sum(samples["output_tokens"])) / wall
@@ -259,6 +281,8 @@ def level(load: Load, *, streaming: bool, limits: Limits | None = None, text: Te
         "ended_early": sum(run.ended_early for run in runs),
     }
     checks |= dict(_counted(runs, text))
+    if "hit_tokens" in load.prefixes:
+        checks["prefix_cache_hit_tokens"] = load.prefixes["hit_tokens"]
     if limits:
         summed["goodput"] = limits.judge(runs, failed, wall)
     return part | {"samples": samples, "summary": summed, "wall_s": wall}

@@ -17,6 +17,7 @@ from llama_engine.errors import InputError
 from llama_engine.flags import Parser
 from llama_engine.measure.compare import paired
 from llama_engine.measure.cost import Cost
+from llama_engine.measure.demand import sampled
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,
@@ -167,12 +168,6 @@ def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
     }
 
 
-def about(sampling: SamplingParams | None) -> dict[str, Any]:
-    """What a level's workload says of its sampling; nothing when greedy."""
-    fields = ("temperature", "top_k", "top_p", "seed")
-    return {"sampling": {name: getattr(sampling, name) for name in fields}} if sampling else {}
-
-
 def measure_batches(
     stack: EngineStack, workload: Workload, device: str, environment: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -207,7 +202,8 @@ def measure_batches(
             part = {
                 "concurrency": level,
                 "mode": "in_process",
-                "workload": {"input_tokens": workload.input_tokens, "output_tokens": new_tokens} | about(sampling),
+                "workload": {"input_tokens": workload.input_tokens, "output_tokens": new_tokens}
+                | ({"sampling": sampled(sampling)} if sampling else {}),
                 "samples": samples | {"wall_s": walls},
                 "summary": summarize(samples, rates),
                 "checks": {

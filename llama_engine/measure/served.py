@@ -14,14 +14,13 @@ from rich.console import Console
 from llama_engine.config import ModelConfig
 from llama_engine.errors import RunError
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.demand import Demand, workload_of
+from llama_engine.measure.demand import Demand, sampled, workload_of
 from llama_engine.measure.generation import add_device, progress_bar
 from llama_engine.measure.load import Generator, Load, level
 from llama_engine.measure.result import Result, new_result
 from llama_engine.measure.slo import Search, sweep
 from llama_engine.measure.telemetry import Nvml, Telemetry
 from llama_engine.measure.text import Prefixes, Text
-from llama_engine.sampling import SamplingParams
 from llama_engine.serving.null_server import null_server
 from llama_engine.serving.openai_target import OpenAITarget
 from llama_engine.serving.server import read_metrics
@@ -78,6 +77,7 @@ class Bench:
         self._generator.on_progress = progress
         send = {"concurrency": self._generator.closed, "rate": self._generator.open, "replay": self._generator.replay}
         section = f"{self._count}: {name}"
+        self.text.fresh()
         with self.telemetry.section(section):
             load = await send[kind](value, requests=requests, duration_s=asked.duration)
         part: dict[str, Any] = {"mode": {"concurrency": "closed", "rate": "open", "replay": "trace"}[kind]}
@@ -102,11 +102,6 @@ class Bench:
             before, (self.values, _) = self.values, await asyncio.to_thread(read_metrics, self.metrics_url)
             counted = {key: int(self.values[key] - before[key]) for key in PREFIX_CACHE if key in self.values}
             part["checks"] |= counted
-
-
-def sampled(params: SamplingParams) -> dict[str, Any]:
-    """What a level's workload says of its sampling."""
-    return {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
 async def null_rate_of(null: Target | None, asked: Demand, text: Text) -> tuple[float | None, dict[str, Any] | None]:

@@ -115,15 +115,16 @@ class EngineStack:
         return self.generate_batch([prompt_ids], new_tokens)[0]
 
     def generate_batch(
-        self, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams | None = None
+        self, prompts: Sequence[list[int]], new_tokens: int | Sequence[int], sampling: SamplingParams | None = None
     ) -> list[GenerationRun]:
-        """All prompts at once; every run has the same t0, the moment the first was added. Prompt i draws with the seed
-        of ``sampling`` + i."""
+        """All prompts at once, each answered with ``new_tokens``, or its own number of them. Every run has the same t0,
+        the moment the first was added. Prompt i draws with the seed of ``sampling`` + i."""
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         params = [sampling and dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         start = now()
         runs = {
-            self.engine.add_request(prompt, new_tokens, params=p): GenerationRun(start)
-            for prompt, p in zip(prompts, params)
+            self.engine.add_request(prompt, count, params=p): GenerationRun(start)
+            for prompt, count, p in zip(prompts, counts, params)
         }
         while self.engine.has_unfinished:
             outputs = self.engine.step()

@@ -99,6 +99,10 @@ class Text:
             raise InputError(f"{file} holds no tokens")
         self._count = self._epoch = 0
 
+    def at(self, place: int) -> None:
+        """Cut from here on what this stock cuts at ``place``, whatever it gave before."""
+        self._count, self._epoch = place << 32, place
+
     def fresh(self) -> None:
         """From now on :meth:`named` gives other prompts: no load finds a prefix that an earlier one left in a cache."""
         self._epoch += 1

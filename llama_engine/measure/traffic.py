@@ -120,7 +120,6 @@ class Traffic:
     def sessions(self, text: Text, seed: int) -> Iterator[Session]:
         """Endless where lengths are drawn, once through where they come from a file."""
         rng = random.Random(seed)
-        text.fresh()
         if self.trace:
             yield from self._replayed(text)
         elif self.sharegpt:

@@ -99,6 +99,8 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
     if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
         yield f"{failed} requests failed"
+    if (rounds := checks.get("timed_rounds", MIN_TIMED_RUNS)) < MIN_TIMED_RUNS:
+        yield f"{rounds} timed rounds, at least {MIN_TIMED_RUNS} are needed"
     if (early := checks.get("ended_early", 0)) and not workload.get("stop_at_eos"):
         yield f"{early} answers ended before the length asked for, which the server may not be made to ignore"
     hits = 0 if workload.get("prefix_cache") else checks.get("prefix_cache_hit_tokens", 0)

@@ -84,6 +84,7 @@ class Story:
         return names | {
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
+            "determinism": f"determinism-{self.backend}.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
         }

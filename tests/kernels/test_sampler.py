@@ -1,90 +1,18 @@
 """The kernels' draws against :func:`llama_engine.model.sampler.sample`: the same token, always."""
 
-import inspect
 import math
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_engine.cpu import fused
-from llama_engine.model.sampler import sample
 from llama_engine.native import load_engine
-from llama_engine.sampling import NOT_FINITE, RECENT, SamplingParams, count_tokens, recent_tokens
+from llama_engine.sampling import NOT_FINITE, SamplingParams
+from tests.kernels.samplers import assert_equal, on_cpu, on_gpu, reference
 
 INF = math.inf
 VOCAB = 700
-
-
-@pytest.fixture(scope="module")
-def cpu_sampler(tmp_path_factory):
-    library = fused.compile_library(tmp_path_factory.mktemp("kernels"))
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return fused.CpuSampler(library)
-
-
-def on_cpu(sampler, logits, params, positions, histories):
-    """The tokens, and what became of the counts."""
-    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
-    recent = [recent_tokens(*history) for history in histories]
-    views = [fused.SampleView.of(p, count if p.penalized else None, r) for p, count, r in zip(params, counts, recent)]
-    return sampler.sample(logits.clone(), views, positions), counts, recent
-
-
-def on_gpu(logits, params, positions, histories, device):
-    from llama_engine.kernels.sampler import Sampler
-
-    rows, vocab = logits.shape
-    logits = logits.to(device)
-    sampler = Sampler(rows + 2, rows + 1, vocab, device)
-    slots = [rows - row for row in range(rows)] + [rows + 2]  # any order, and a row of padding
-    for slot, p, history in zip(slots, params, histories):
-        for target, values in sampler.updates(slot, p, *history):
-            target[: values.size].copy_(torch.from_numpy(values.ravel()))
-    sampled = torch.cat([logits.argmax(-1), torch.tensor([5], device=device)]).int()
-    last_token = torch.full((rows + 3,), 77, dtype=torch.int32, device=device)
-    position = torch.zeros(rows + 3, dtype=torch.int32, device=device)
-    position[slots[:-1]] = torch.tensor(positions, dtype=torch.int32, device=device)
-    logits = torch.cat([logits, torch.zeros_like(logits[:1])])
-    sampler.launch(
-        logits, sampled, torch.tensor(slots, dtype=torch.int32, device=device), last_token, position, rows + 1
-    )
-    tokens = sampled.tolist()
-    assert tokens.pop() == 5
-    assert last_token[rows + 2] == 77
-    for slot, token, p in zip(slots, tokens, params):
-        assert last_token[slot] == (max(token, 0) if p.mode else 77)
-    return tokens, sampler.counts[slots[:-1]].cpu(), sampler.recent[slots[:-1]].cpu().numpy()
-
-
-def reference(logits, params, positions, histories):
-    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
-    for row, p in enumerate(params):
-        if not p.penalized:
-            counts[row] = 0
-    recent = np.stack([recent_tokens(*history) for history in histories])
-    tokens = sample(logits, params, positions, counts, recent).tolist()
-    for row, token in enumerate(tokens):
-        if params[row].penalized and token >= 0:
-            counts[row, token] += 2
-        if params[row].phrases and token >= 0:
-            recent[row, positions[row] % RECENT] = token
-    return tokens, counts, recent
-
-
-def assert_equal(params, found, expected):
-    """Tokens of the rows that ask for any, and what their slots will remember."""
-    for p, *parts in zip(params, *found, *expected):
-        token, counts, recent, expected_token, expected_counts, expected_recent = parts
-        assert not p.mode or token == expected_token
-        assert not p.penalized or torch.equal(counts, expected_counts)
-        assert not p.phrases or np.array_equal(recent, expected_recent)
 
 
 def row_of(kind):
@@ -172,50 +100,6 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
         half = slice((KINDS.index(kind) + narrow) % 2, None, 2)
         arguments = tuple(part[half] for part in arguments)
     assert_equal(arguments[1], on_gpu(*arguments, device), reference(*arguments))
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Sets how many programs share a row. Triton's interpreter runs programs one after another: here each has a thread,
-    and goes on alone until it comes to an atomic operation."""
-    from llama_engine.kernels import sampler, sampler_kernel
-
-    monkeypatch.setattr(sampler, "WARPS", 1)
-    monkeypatch.setattr(sampler, "PARTS", 4)
-    monkeypatch.setattr(sampler, "CANDIDATES", 32)
-    if torch.cuda.is_available():
-        return lambda programs: monkeypatch.setattr(sampler, "SPLITS", programs)
-    from triton.runtime import interpreter
-
-    monkeypatch.setitem(globals(), "tl", sampler_kernel.tl)  # the interpreter looks for it beside the kernel
-    running, atomic = threading.Lock(), interpreter.interpreter_builder.create_atomic_rmw
-
-    def switch(*arguments):
-        running.release()
-        time.sleep(1e-6)
-        running.acquire()
-        return atomic(*arguments)
-
-    def concurrent(self, fn, *rest):
-        waiting = []
-
-        def program(**arguments):
-            waiting.append(pool.submit(alone, arguments))
-            if len(waiting) == math.prod(self.grid):
-                [done.result(timeout=300) for done in waiting]
-
-        def alone(arguments):
-            with running:
-                fn(**arguments)
-
-        pool = ThreadPoolExecutor(math.prod(rest[1]))
-        program.__signature__, program.__annotations__ = inspect.signature(fn), fn.__annotations__
-        start(self, program, *rest)
-
-    start = interpreter.GridExecutor.__init__
-    monkeypatch.setattr(interpreter.GridExecutor, "__init__", concurrent)
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", switch)
-    return lambda programs: monkeypatch.setattr(sampler, "programs_per_row", lambda *_: programs)
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,11 @@ def test_peers_stand_on_the_page_of_the_machine_they_were_measured_on(folder, ed
     text, _ = render.render(Story.load(folder), headline=True, peers=peers)
     assert ", **INVALID**\\* | 16.0 |" in text
     assert "\n\\* INVALID in this engine's run: too hot.\n" in text
+
+
+def test_what_company_changes_stands_beside_tokens_per_second(folder):
+    text = page(folder)
+    assert "\n| 8 at once | auto | 1.6% [0.3%, 8.3%] | 64 | 99 |\n" in text
+    assert "\n| kernels auto over streaming, 1 at once | 1.100x [1.100, 1.100] faster |\n" in text
+    (folder / "determinism-native.json").unlink()
+    assert "company" not in page(folder)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
+from llama_engine import trtllm
+from llama_engine.config import EngineConfig
 from llama_engine.errors import ErrorCode
 from llama_engine.measure.lengths import Length
 from llama_engine.measure.load import Generator
@@ -28,6 +30,7 @@ from llama_engine.serving.server import TritonServer
 from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
+from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
@@ -439,22 +442,31 @@ def nvidia_page():
         page.shutdown()
 
 
-def test_a_server_of_nvidias_backend_is_measured_without_its_engine(
-    server, tiny_model, nvidia_page, run_script, tmp_path, small_ceilings
+def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
+    server, tiny_model, trt_engine, nvidia_page, run_script, tmp_path, small_ceilings
 ):
     """The requests go to the native engine; what is known of it is what is known of NVIDIA's."""
-    output, metrics = tmp_path / "triton.json", f"{server.host}:{server.metrics_port}"
-    command = ["benchmarks/benchmark_triton.py", "--model-dir", tiny_model, "--url", server.grpc_url]
-    command += ["--concurrency", 2, "--requests", 6, "--output-tokens", 8, "--output", output, "--metrics-url"]
-    done = run_script(*command, nvidia_page)
-    assert done.returncode in (0, 1), done.stderr
-    result = json.loads(output.read_text())
-    assert result["backend"] == result["engine"]["backend"] == "tensorrt_llm"
-    assert result["model"]["name"] == "synthetic-tiny"
-    assert result["levels"][0]["samples"]["output_tokens"] == [8] * 6
-    assert "mbu" not in result["levels"][0]["summary"]
-    refused = run_script(*command, metrics, "--force")
-    assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
+    metrics, script = f"{server.host}:{server.metrics_port}", "benchmarks/benchmark_triton.py"
+    load = ["--url", server.grpc_url, "--concurrency", 2, "--requests", 6, "--output-tokens", 8, "--metrics-url"]
+    results = []
+    for name, known in (("with", ["--engine-dir", trt_engine]), ("without", ["--model-dir", tiny_model])):
+        output = ["--output", tmp_path / f"{name}.json"]
+        done = run_script(script, *known, *output, *load, nvidia_page)
+        assert done.returncode in (0, 1), done.stderr
+        results.append(json.loads(output[1].read_text()))
+        assert results[-1]["backend"] == results[-1]["engine"]["backend"] == "tensorrt_llm"
+        assert results[-1]["model"]["name"] == "synthetic-tiny"
+        assert results[-1]["levels"][0]["samples"]["output_tokens"] == [8] * 6
+        refused = run_script(script, *known, *output, "--force", *load, metrics)
+        assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
+    assert results[0]["levels"][0]["summary"]["mbu"] > 0
+    assert "mbu" not in results[1]["levels"][0]["summary"]
+
+
+@pytest.fixture
+def trt_engine(installed, tiny_checkpoint, tmp_path):  # noqa: F811
+    trtllm.build(tiny_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=4, max_seq_len=64), FLAGS)
+    return tmp_path / "e"
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
