@@ -31,6 +31,7 @@ ROOMS = {
     "native": BASE | {"backend", "device", "model", "engine", "kernels", "cpu", "gpu"},
     "backend": {"sampling"},
     "tokenizer": {"errors"},
+    "grammar": {"errors"},
     "trtllm": BASE | {"backend", "checkpoint", "model"},
     "runner": BASE | {"backend", "native", "trtllm"},
     "serving": BASE | {"device"},

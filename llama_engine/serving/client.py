@@ -27,7 +27,7 @@ from llama_engine.sampling import Logprobs
 # inputs that are neither BOOL nor INT32
 FLOATS = ("temperature", "runtime_top_p", "min_p", "embedding_bias")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64}
+DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64, "grammar": np.uint8}
 # unlimited messages, as the client's own default; a restarted server is found again within a second
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -104,6 +104,7 @@ class GrpcClient:
         values |= {"exclude_input_in_output": True} | options
         inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
         for name, value in values.items():
+            value = list(value.encode()) if isinstance(value, str) else value
             dtype = np.bool_ if isinstance(value, bool) else DTYPES.get(name, np.int32)
             inputs.append(_tensor(name, np.array([value] if isinstance(value, list) else [[value]], dtype)))
 
@@ -165,6 +166,7 @@ class HttpClient:
         body |= {
             name: np.ravel(value).tolist() if isinstance(value, list) else value for name, value in options.items()
         }
+        body |= {name: list(value.encode()) for name, value in options.items() if isinstance(value, str)}
         path = f"/v2/models/{model}/{'generate_stream' if streaming else 'generate'}"
         try:
             async with self._session.post(path, json=body) as response:
