@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from llama_engine.config import check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import ErrorCode, InputError, RunError
-from llama_engine.serving.client import GrpcClient
+from llama_engine.serving.router import Discover, Router
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.api import DOWN, ApiError, ChatRequest, CompletionRequest, Sampling, Shape, usage_of
 from llm_demo.baseline import Baseline
@@ -35,12 +35,22 @@ Piece = tuple[str, "str | None", dict[str, int]]  # text, finish reason at the e
 
 
 class Gateway:
-    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
+    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`.
 
-    def __init__(self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str) -> None:
+    ``triton_urls`` are its replicas; ``discover`` tells, again and again, which there are now.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *triton_urls: str,
+        model_dir: Path | None,
+        device: str,
+        discover: Discover | None = None,
+    ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.tokenizer = ChatTokenizer(engine_dir)
-        self.triton_url = triton_url
+        self.triton_urls, self.discover = triton_urls, discover
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
@@ -49,7 +59,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.client = GrpcClient(self.triton_url)
+        self.client = Router.of(self.info, self.triton_urls, self.discover)
         yield
         await self.client.close()
         if self.baseline:
@@ -145,6 +155,7 @@ class Gateway:
 
     def metrics(self) -> str:
         rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        rows += [f"llm_demo_{name} {value:g}" for name, value in self.client.metrics().items()]
         return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])
 
 
