@@ -50,9 +50,9 @@ def decode_candidates() -> list[Any]:
     from llama_engine.kernels.attention import DECODE
 
     changes: list[dict[str, int]] = [{}, {"stages": 2}, {"stages": 4}, {"warps": 4}, {"keys": 64, "warps": 4}]
-    changes += [{"keys": 64}, {"programs": 660}, {"programs": 2112}, {"programs": 4224}]
-    changes += [{"max_chunks": 512, "programs": programs} for programs in (1056, 2112)]
-    changes += [{"max_chunks": 512, "chunk": 128, "programs": programs} for programs in (1056, 2112)]
+    changes += [{"keys": 64}, {"programs": 5}, {"programs": 16}, {"programs": 32}]
+    changes += [{"max_chunks": 512, "programs": programs} for programs in (8, 16)]
+    changes += [{"max_chunks": 512, "chunk": 128, "programs": programs} for programs in (8, 16)]
     return [replace(DECODE, **change) for change in changes]
 
 

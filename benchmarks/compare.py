@@ -29,8 +29,9 @@ def main() -> None:
     folder = result.check_folder(args.output)
     paths = [result.check_output(folder / name, args.force, args.model_dir, args.engine_dir) for name in names]
     workload = workload_of(args, info)
+    baseline = TransformersStack(args.model_dir, device)  # first: an engine's KV cache takes a share of what is free
     engine = protocol.open_engine(args.engine_dir, info, device=device, threads=args.threads)
-    measured = protocol.measure([TransformersStack(args.model_dir, device), engine], workload, device)
+    measured = protocol.measure([baseline, engine], workload, device)
     before, after = measured["transformers"], measured[engine.name]
     results = (before, after, protocol.comparison(before, after))
     for path, content in zip(paths, results):

@@ -44,10 +44,10 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     each = 1 if scheme is FP8 else 2  # bytes of an activation
 
     def norm(i: int) -> None:
-        quant.norm(model.x, layers[i].input_norm, eps, *model.input_of("qkv", layers[i].qkv), rows)
+        quant.norm(model.x, layers[i].input_norm, eps, *model.linears.input_of("qkv", layers[i].qkv), rows)
 
     def attend(i: int) -> None:
-        out = model.input_of("o", layers[i].o)
+        out = model.linears.input_of("o", layers[i].o)
         model.attention.decode(model.qkv, model.kv[i], slots, model.position, *out, rows)
 
     runs = {
@@ -57,13 +57,13 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     if scheme is not FP16:
 
         def quantize(i: int) -> None:
-            quant.quantize_rows(model.hidden, *model.input_of("down", layers[i].down), rows)
+            quant.quantize_rows(model.linears.hidden, *model.linears.input_of("down", layers[i].down), rows)
 
         runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):
         count = min(rows, LM_HEAD_ROWS) if name == "lm_head" else rows
-        weights = model.linears(name)[0].nbytes
-        n, k = model.linears(name)[0].weight.shape
+        weights = model.linears.named(name)[0].nbytes
+        n, k = model.linears.named(name)[0].weight.shape
         width = {"gate_up": 1, "lm_head": 4}.get(name, 2)
         run = lambda i, name=name, count=count: model.run_linear(name, i, count)  # noqa: E731
         runs[name] = (run, weights + count * (each * k + width * n))

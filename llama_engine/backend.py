@@ -33,7 +33,9 @@ class Batch:
 
 
 class Backend(Protocol):
-    """A loaded engine of one kind."""
+    """A loaded engine of one kind, and the ids that end its model's answers."""
+
+    eos_token_ids: tuple[int, ...]
 
     def answer(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """``output_ids`` int32 ``[batch, 1, width]`` and lengths int32 ``[batch, 1]`` after each step.

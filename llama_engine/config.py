@@ -245,7 +245,7 @@ class EngineConfig(_Config):
     num_kv_blocks: int = 0
     kv_cache_free_gpu_memory_fraction: float = 0.9
     lm_head: str = "checkpoint"
-    max_prefill_tokens: int = 192
+    max_prefill_tokens: int = 96
     enable_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
@@ -271,6 +271,10 @@ class EngineConfig(_Config):
     def useful_kv_blocks(self) -> int:
         """What all sequences at full length take, and the scratch block."""
         return self.max_batch_size * self.max_blocks_per_sequence + 1
+
+    def kv_tokens(self, sequences: int) -> int:
+        """Positions in the blocks that so many sequences at full length take."""
+        return sequences * self.max_blocks_per_sequence * self.tokens_per_block
 
 
 def check_request(model: ModelConfig, engine: EngineConfig, prompt: Sequence[int], max_new_tokens: int) -> None:

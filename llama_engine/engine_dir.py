@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError
+from llama_engine.errors import ErrorCode, InputError
 from llama_engine.files import read_json
 
 ENGINE_JSON = "engine.json"
@@ -17,9 +17,21 @@ WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}  # the backen
 
 
 @dataclass(frozen=True)
+class TensorRTInfo:
+    """What ``trtllm-build`` does not record: the GPU and the release that an engine is for, which alone can load it,
+    its tensor-parallel ranks, and the bytes of weights that one rank reads in a decode step."""
+
+    arch: str
+    version: str
+    ranks: int
+    step_nbytes: int
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What ``engine.json`` says. ``identity`` is the model's name, source and sha256; ``activation_losses`` what
-    :func:`llama_engine.checkpoint.calibration.activation_losses` found, empty where no integer kernel runs."""
+    :func:`llama_engine.checkpoint.calibration.activation_losses` found, empty where no integer kernel runs;
+    ``tensorrt_llm`` is None for a native engine."""
 
     backend: str
     model: ModelConfig
@@ -28,6 +40,22 @@ class EngineInfo:
     weights_sha256: str
     identity: dict[str, str]
     activation_losses: list[float]
+    tensorrt_llm: TensorRTInfo | None = None
+
+    @property
+    def max_input_len(self) -> int:
+        """The longest prompt: TensorRT-LLM reads each in one step, whatever ``max_seq_len`` says."""
+        limits = self.engine
+        return min(limits.max_seq_len, limits.max_num_tokens) if self.tensorrt_llm else limits.max_seq_len
+
+    def check_input(self, prompt_tokens: int, flag: str = "the prompt") -> None:
+        """Raise :class:`InputError`, with the numbers and the ``flag`` that asked, for a prompt that is too long."""
+        if prompt_tokens > self.max_input_len:
+            raise InputError(
+                f"{flag}: {prompt_tokens} tokens are more than the {self.max_input_len} that this TensorRT-LLM engine "
+                "reads at once: build it with a larger --max_num_tokens",
+                ErrorCode.CONTEXT_LENGTH,
+            )
 
     @property
     def needs_float_activations(self) -> bool:
@@ -57,7 +85,7 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
         )
     keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
-    keys |= {"activation_losses"}
+    keys |= {"activation_losses"} | ({"tensorrt_llm"} if found == "tensorrt_llm" else set())
     if set(data) != keys:
         raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
     weights = Path(engine_dir) / WEIGHTS[found]
@@ -71,4 +99,5 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
         weights_sha256=data["weights"]["sha256"],
         identity=data["model_identity"],
         activation_losses=data["activation_losses"],
+        tensorrt_llm=TensorRTInfo(**data["tensorrt_llm"]) if found == "tensorrt_llm" else None,
     )

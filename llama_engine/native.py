@@ -100,6 +100,7 @@ class NativeBackend:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.eos_token_ids = engine.model_config.eos_token_ids
 
     def answer(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if any(len(word) != 1 for words in batch.stop_words for word in words):

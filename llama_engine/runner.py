@@ -52,8 +52,9 @@ class ModelRunner:
         ``return_dict`` and ``output_sequence_lengths`` a dict with ``output_ids`` and ``sequence_lengths`` int32
         ``(batch, 1)``. With ``streaming`` an iterator over the same, growing by what each step brought. To ignore EOS
         pass an ``end_id`` that cannot occur, such as -1. ``stop_words_list`` has for each prompt the words, each a list
-        of ids, that end its answer too; the native engine takes words of one id. Raises :class:`InputError`, and
-        :class:`RunError` where the logits of a prompt are not finite.
+        of ids, that end its answer too (default: if ``end_id`` ends this model's answers, the other ids that do); the
+        native engine takes words of one id. Raises :class:`InputError`, and
+        :class:`RunError` where the logits of a prompt are not finite, or TensorRT-LLM fails.
         """
         for name, value in (("end_id", end_id), ("pad_id", pad_id)):
             if type(value) is not int:
@@ -62,7 +63,9 @@ class ModelRunner:
         if not prompts:
             raise InputError("batch_input_ids is empty")
         params = SamplingParams(temperature, top_k, top_p, random_seed)
-        words = [[] for _ in prompts] if stop_words_list is None else stop_words_list
+        ends = self.backend.eos_token_ids if end_id in self.backend.eos_token_ids else ()
+        others = [[token] for token in ends if token != end_id]
+        words = [others for _ in prompts] if stop_words_list is None else stop_words_list
         if len(words) != len(prompts):
             raise InputError(f"stop_words_list has words for {len(words)} prompts, but there are {len(prompts)}")
         batch = Batch(prompts, max_new_tokens, params, end_id, pad_id, words, streaming)

@@ -4,7 +4,8 @@ Of a row of logits, in this order:
 
 1. Penalties. A token of prompt or output: ``x > 0 ? x / repetition : x * repetition`` (the quotient as a product with
    the float32 reciprocal). A token of the output, which holds it ``n`` times: ``x - frequency * n - presence``.
-2. ``logit_bias`` is added; ``banned`` tokens become -inf.
+2. ``logit_bias`` is added. The last token of a bad word becomes -inf wherever the sequence, prompt included, ends in
+   the tokens before it; so a bad word of one token always does.
 3. Temperature. With ``m`` the largest logit, ``t = (x - m) * (log2(e) / temperature)`` in float32, and the weight of a
    token is the integer part of ``2**t * 2**28``, by the polynomial :data:`EXP2`. Integers, because their sums do not
    depend on the order, so that every device keeps and draws the same token.
@@ -20,6 +21,7 @@ equal ones. A row without a finite largest logit gives :data:`NOT_FINITE`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,8 @@ from llama_engine.errors import InputError
 
 NOT_FINITE = -1  # what a row without a finite largest logit gives: NaN, infinity, or every token banned
 MAX_BIAS = 512  # tokens a request may bias or ban
+MAX_PHRASE_TOKENS = 512  # of its bad words of several tokens
+RECENT = 32  # tokens of such a word, and so of the sequence that matter; a power of two
 MAX_LOGPROBS = 20
 # 2**f on [-0.5, 0.5] is 1 + EXP2[0] f + EXP2[1] f**2 ...: relative error 1e-7, each step rounded to float32.
 EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.0013264723820611835)
@@ -45,7 +49,7 @@ COLDEST = 2.0**-126  # the smallest temperature that float32 can divide by; belo
 # What a kernel reads of a slot's parameters: 16 words of 32 bits.
 RECORD = np.dtype(
     [("mode", "i4"), ("top_k", "i4"), ("top_p", "i4"), ("num_bias", "i4"), ("penalized", "i4"), ("seed", "i4", 2)]
-    + [("", "i4")]
+    + [("num_phrases", "i4")]
     + [(name, "f4") for name in ("scale", "unscale", "floor", "repetition", "inverse", "frequency", "presence")]
     + [("", "f4")]
 )
@@ -55,7 +59,8 @@ RECORD = np.dtype(
 class SamplingParams:
     """How to pick the next token; see the module. ``top_k`` 0 keeps all, as ``top_p`` 1 and ``min_p`` 0 do.
 
-    ``logit_bias`` holds (id, bias) pairs. Raises :class:`InputError` for a value of another type or out of its range.
+    ``logit_bias`` holds (id, bias) pairs, ``bad_words`` words of one or several ids. Raises :class:`InputError` for a
+    value of another type or out of its range.
     """
 
     temperature: float = 0.0
@@ -67,8 +72,9 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    banned: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # asks for the token's log-probability, and for those of so many most likely ones
+    prompt_logprobs: bool = False  # asks for them of the prompt's tokens too, from the second on
 
     def __post_init__(self) -> None:
         self._check("temperature", Real, 0, sys.float_info.max)
@@ -84,12 +90,18 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if not (_is(token, Integral) and _is(bias, Real) and -100 <= bias <= 100):
                 raise InputError(f"logit_bias must give token ids numbers in [-100, 100], got {token!r}: {bias!r}")
-        if not all(_is(token, Integral) for token in self.banned):
-            raise InputError(f"banned must hold token ids, got {self.banned!r}")
+        for word in self.bad_words:
+            if not (1 <= len(word) <= RECENT and all(_is(token, Integral) for token in word)):
+                raise InputError(f"bad_words must hold words of 1 to {RECENT} token ids, got {word!r}")
+        if (count := sum(map(len, self.phrases))) > MAX_PHRASE_TOKENS:
+            raise InputError(f"bad_words holds words of {count} tokens, at most {MAX_PHRASE_TOKENS} are supported")
         if self.logprobs is not None:
             self._check("logprobs", Integral, 0, MAX_LOGPROBS)
+        elif self.prompt_logprobs:
+            raise InputError("prompt_logprobs needs logprobs")
         if len(self.biases) > MAX_BIAS:
-            raise InputError(f"logit_bias and banned name {len(self.biases)} tokens, at most {MAX_BIAS} are supported")
+            count = len(self.biases)
+            raise InputError(f"logit_bias and bad_words name {count} tokens, at most {MAX_BIAS} are supported")
 
     def _check(self, name: str, kind: type, low: float, high: float) -> None:
         value = getattr(self, name)
@@ -98,15 +110,27 @@ class SamplingParams:
             raise InputError(f"{name} must be {what} in [{low:g}, {high:g}], got {value!r}")
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise :class:`InputError` for a biased or banned id that is no token."""
-        for token in self.biases:
+        """Raise :class:`InputError` for an id in ``logit_bias`` or ``bad_words`` that is no token."""
+        for token in (*self.biases, *itertools.chain(*self.phrases)):
             if not 0 <= token < vocab_size:
-                raise InputError(f"logit_bias or banned names token {token}, the vocabulary has 0 to {vocab_size - 1}")
+                last = vocab_size - 1
+                raise InputError(f"logit_bias or bad_words names token {token}, the vocabulary has 0 to {last}")
 
     @cached_property
     def biases(self) -> dict[int, float]:
-        """What is added to which token's logit."""
-        return dict(self.logit_bias) | dict.fromkeys(self.banned, -math.inf)
+        """What is added to which token's logit, wherever it stands."""
+        return dict(self.logit_bias) | {word[0]: -math.inf for word in self.bad_words if len(word) == 1}
+
+    @cached_property
+    def phrases(self) -> list[tuple[int, ...]]:
+        """The bad words of several tokens."""
+        return [word for word in self.bad_words if len(word) > 1]
+
+    @cached_property
+    def phrase_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """``phrases`` as a kernel reads them: their tokens one after the other, and where each ends, int32."""
+        ends = np.cumsum([len(phrase) for phrase in self.phrases], dtype=np.int32)
+        return np.array([token for phrase in self.phrases for token in phrase], np.int32), ends
 
     @property
     def penalized(self) -> bool:
@@ -121,14 +145,14 @@ class SamplingParams:
     def mode(self) -> int:
         if not self.greedy:
             return DRAW
-        return ARGMAX if self.penalized or self.biases else UNUSED
+        return ARGMAX if self.penalized or self.biases or self.phrases else UNUSED
 
     @cached_property
     def record(self) -> np.ndarray:
         """These parameters as a kernel reads them, :data:`RECORD` ``[1]``."""
         row = np.zeros(1, RECORD)
         row["mode"], row["top_k"], row["top_p"] = self.mode, self.top_k, max(1, int(self.top_p * ONE))
-        row["num_bias"], row["penalized"] = len(self.biases), self.penalized
+        row["num_bias"], row["penalized"], row["num_phrases"] = len(self.biases), self.penalized, len(self.phrases)
         row["seed"] = np.array([self.seed], "<u8").view("<i4")
         if not self.greedy:
             scale = math.log2(math.e) / self.temperature
@@ -171,3 +195,13 @@ def count_tokens(prompt: Sequence[int], output: Sequence[int], vocab_size: int) 
     counts = 2 * np.minimum(np.bincount(np.asarray(output, np.int64), minlength=vocab_size), 16383)
     counts[np.asarray(prompt, np.int64)] |= 1
     return counts.astype(np.int16)
+
+
+def recent_tokens(prompt: Sequence[int], output: Sequence[int]) -> np.ndarray:
+    """A sequence's history for the bad words of several tokens, int32 ``[RECENT]``: the token at position ``p`` is in
+    element ``p % RECENT``; -1 before there is one."""
+    known = [*prompt[-RECENT:], *output[-RECENT:]][-RECENT:]
+    end = len(prompt) + len(output)
+    recent = np.full(RECENT, -1, np.int32)
+    recent[np.arange(end - len(known), end) % RECENT] = known
+    return recent

@@ -22,12 +22,12 @@ T = TypeVar("T")
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors in a file: name to dtype and shape
 CHUNK_ELEMENTS = 1 << 19  # elements one worker holds at a time: 2 MB in float32, which stays in the cache
 SAFE_DTYPES = {torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-SAFE_DTYPES |= {torch.float8_e4m3fn: "F8_E4M3"}
+SAFE_DTYPES |= {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
 def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[tuple[int, int]]:
-    """Split ``rows`` into ranges of about ``elements`` (default: :data:`CHUNK_ELEMENTS`), each from an even row on."""
-    step = max((elements or CHUNK_ELEMENTS) // columns // 2, 1) * 2
+    """Split ``rows`` into ranges of about ``elements`` (:data:`CHUNK_ELEMENTS`), each from a multiple of 4 on."""
+    step = max((elements or CHUNK_ELEMENTS) // columns // 4, 1) * 4
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

@@ -10,10 +10,11 @@ guess. All else - spaces beside a control token, prefix spaces, normalization - 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from tokenizers.models import WordLevel
 from llama_engine.errors import InputError
 
 PRIVATE = [range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # Unicode's private use areas
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of a byte-fallback vocabulary
+# Byte-level vocabularies write printable bytes as themselves and the others, in order, from U+0100 on.
+PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 ROLE = re.compile(r"\w+")
 
 
@@ -50,6 +56,8 @@ class ChatTokenizer:
         self.backend: Tokenizer = self._renderer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        parameters = inspect.signature(self._renderer.apply_chat_template).parameters
+        self._reserved = {*parameters, "messages"} - {"add_generation_prompt"}
         self.template: str = self._renderer.get_chat_template() if self._renderer.chat_template else ""
         self.pad_token_id: int | None = self._renderer.pad_token_id
         own = self._renderer.eos_token_id
@@ -58,6 +66,8 @@ class ChatTokenizer:
         self.letter: int = self.backend.encode("a", add_special_tokens=False).ids[-1]  # some text, for what follows it
 
         added = self.backend.get_added_tokens_decoder()
+        self._added = set(added)
+        self._byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str())["decoder"])
         self.special_ids = {id for id, token in added.items() if token.special}
         nonce = secrets.token_hex(16)
         self._names = {
@@ -81,24 +91,28 @@ class ChatTokenizer:
         """
         return self.backend.encode(text).ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> list[int]:
         """Ids of a conversation up to where the answer begins; control tokens are the template's alone.
 
-        Raises :class:`InputError` when the model has no template or its template refuses these messages.
+        ``tools`` and ``options`` are what the template may ask for. Raises :class:`InputError` when the model has no
+        template or its template refuses these messages.
         """
         if not self.template:
             raise InputError("this model has no chat template: use /v1/completions")
         roles = [message["role"] for message in messages]
         if bad := [role for role in roles if not ROLE.fullmatch(role) or self._find(role)]:
             raise InputError(f"a role is one word of letters, digits and underscores, got {bad[0]!r}")
-        texts = (text for message in messages for text in message.values())
-        stand_ins = _StandIns([self.template, *self._names, *texts])
-        hidden = [
-            {key: text if key == "role" else self._hide(text, stand_ins) for key, text in message.items()}
-            for message in messages
-        ]
+        if reserved := options.keys() & self._reserved:
+            raise InputError(f"chat_template_kwargs may not set {sorted(reserved)[0]}")
+        stand_ins = _StandIns([self.template, *self._names, *_strings([messages, tools, options])])
+        contents = [{key: value for key, value in message.items() if key != "role"} for message in messages]
+        hidden, tools, options = self._hide_all([contents, tools, options], stand_ins)
+        hidden = [{"role": role, **content} for role, content in zip(roles, hidden)]
+        options = {"add_generation_prompt": True} | options
         try:
-            text = self._renderer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False)
+            text = self._renderer.apply_chat_template(hidden, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template refuses by raising what it likes
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
         back = str.maketrans({stand_in: char for char, stand_in in stand_ins.items()})
@@ -113,11 +127,32 @@ class ChatTokenizer:
         """The text of an answer's ids; special tokens give nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, alone: part of a character, perhaps."""
+        text = self.backend.id_to_token(token) or ""
+        if token in self._added:
+            return text.encode()
+        if self._byte_level:
+            return bytes(BYTES[char] for char in text)
+        if BYTE.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
+
     def _find(self, text: str) -> list[tuple[int, int, str]]:
         """Start, end and name of each control token in ``text``, with the spaces that the token takes in."""
         found = self._finder.encode(text, add_special_tokens=False)
         tokens = [(*span, self._finder.id_to_token(id)) for id, span in zip(found.ids, found.offsets)]
         return [token for token in tokens if token[2] in self._names]
+
+    def _hide_all(self, value: Any, stand_ins: _StandIns) -> Any:
+        """``value``, as JSON has it, with every string in it hidden."""
+        if isinstance(value, str):
+            return self._hide(value, stand_ins)
+        if isinstance(value, list):
+            return [self._hide_all(item, stand_ins) for item in value]
+        if isinstance(value, dict):
+            return {self._hide(key, stand_ins): self._hide_all(item, stand_ins) for key, item in value.items()}
+        return value
 
     def _hide(self, text: str, stand_ins: _StandIns) -> str:
         """``text`` with a stand-in for a character of each control token, and at either end for one that could make a
@@ -150,6 +185,16 @@ class _StandIns(dict[str, str]):
         if stand_in is None:
             raise InputError("the messages use every private-use character of Unicode: none is left")
         return self.setdefault(char, stand_in)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in ``value``, as JSON has it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(item)
 
 
 def stop_inputs(ids: Sequence[int]) -> dict[str, Any]:

@@ -1,66 +1,21 @@
-"""OpenAI's request and answer shapes: what is accepted, what is refused by name, how an error looks."""
+"""OpenAI's requests, with what clients of vLLM widely send: what is accepted, and what is refused by name."""
 
 from __future__ import annotations
 
+import json
 import secrets
-import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
-from llama_engine.errors import ErrorCode, InputError, RunError
+from llama_engine.sampling import MAX_LOGPROBS
+from llm_demo.errors import ApiError
 
-DOWN = "The inference server does not answer. It may be starting, or it was stopped: see the terminal it runs in."
-STATUS = {
-    ErrorCode.INVALID: 400,
-    ErrorCode.CONTEXT_LENGTH: 400,
-    ErrorCode.QUEUE_FULL: 429,
-    ErrorCode.CANCELLED: 499,
-    ErrorCode.SHUTTING_DOWN: 503,
-    ErrorCode.UNAVAILABLE: 503,
-    ErrorCode.TIMEOUT: 504,
-}
+MAX_CHOICES = 128  # of one prompt
 Text = Annotated[str, Field(max_length=1 << 20)]
-# accepted at these values only: the engine does not do them, and nothing asked for is silently ignored
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None,),
-}
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # not about the text
-
-
-class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-
-    @classmethod
-    def of(cls, error: InputError | RunError) -> ApiError:
-        """By the error's code alone."""
-        text = str(error)
-        if error.code is ErrorCode.QUEUE_FULL:
-            text = f"The engine is busy, try again: {text}"
-        elif error.code is ErrorCode.UNAVAILABLE:
-            text = f"{DOWN} ({text[:200]})"
-        return cls(STATUS.get(error.code, 500), text, code=error.code.value)
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
 
 
 def _same(given: Any, accepted: Any) -> bool:
@@ -68,26 +23,65 @@ def _same(given: Any, accepted: Any) -> bool:
     return given == accepted and isinstance(given, bool) == isinstance(accepted, bool)
 
 
-class StreamOptions(BaseModel):
-    """``continuous_usage_stats`` puts the usage so far into every chunk."""
+class Strict(BaseModel):
+    """JSON's types as they are: no "2" for 2, no true for 1."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
+    """``continuous_usage_stats`` puts the usage so far into every chunk; obfuscation evens out their sizes."""
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
-class Sampling(BaseModel):
-    """What both kinds of completion take. ``temperature`` 0 is greedy; without a seed every call draws anew."""
+class Sampling(Strict):
+    """What both kinds of completion take. ``temperature`` 0 is greedy; without a seed every call draws anew.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    ``NEUTRAL`` are accepted at these values only: nothing asked for is silently ignored. ``ENGINE_ONLY`` the baseline
+    cannot do.
+    """
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "prompt_logprobs": (),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
+    ENGINE_ONLY: ClassVar[tuple[str, ...]] = (
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "ignore_eos",
+    )
     model: str
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=1 << 31, description="-1 and 0: all")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=1e-6, le=1e6)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[
+        Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+    ] = Field(default={}, max_length=512)
     seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-(1 << 63), lt=1 << 63)
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=4)
+    stop_token_ids: list[TokenId] = Field(default=[], max_length=64)
+    ignore_eos: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -95,69 +89,238 @@ class Sampling(BaseModel):
         """Drop nulls and what does not bear on the text; refuse what the engine cannot do."""
         if not isinstance(data, dict):
             raise ApiError(400, "the request body must be a JSON object")
-        for name, accepted in NEUTRAL.items():
+        data = {name: value for name, value in data.items() if value is not None and name not in IGNORED}
+        for name, accepted in cls.NEUTRAL.items():
             if name in data and not any(_same(data[name], value) for value in accepted):
-                raise ApiError(400, f"{name}={data[name]!r} is not supported by this engine", param=name)
-        data = {k: v for k, v in data.items() if v is not None and k not in NEUTRAL and k not in IGNORED}
+                raise ApiError(400, f"{name}={_short(data[name])} is not supported by this engine", param=name)
+            data.pop(name, None)
         if isinstance(data.get("stop"), str):
             data["stop"] = [data["stop"]]
-        if "max_completion_tokens" in data:
-            data["max_tokens"] = data.pop("max_completion_tokens")
         return data
 
+    @model_validator(mode="after")
+    def _check_together(self) -> Sampling:
+        if self.min_tokens > (self.limit or self.min_tokens):
+            raise ApiError(400, f"min_tokens={self.min_tokens} is more than {self.limit} at most", param="min_tokens")
+        if self.min_tokens and not self.ignore_eos:
+            raise ApiError(400, "min_tokens is supported together with ignore_eos only", param="min_tokens")
+        return self
 
-class Part(BaseModel):
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What :meth:`_refuse_by_name` accepts besides the fields: nulls, a stop string, neutral values."""
+        schema = handler.resolve_ref_schema(handler(core))
+        optional = set(schema["properties"]) - set(schema["required"])
+        properties = {
+            name: {"anyOf": [prop, {"type": "null"}]} if name in optional else prop
+            for name, prop in schema["properties"].items()
+        }
+        properties["stop"]["anyOf"].append({"type": "string", "minLength": 1, "maxLength": 256})
+        properties |= {name: {"enum": [None, *values]} for name, values in cls.NEUTRAL.items()}
+        properties |= {name: {} for name in IGNORED}
+        return schema | {"properties": properties}
+
+    @property
+    def limit(self) -> int | None:
+        """New tokens at most; None: as many as fit."""
+        return self.max_tokens
+
+    @property
+    def candidates(self) -> int:
+        """Answers made to a prompt; the ``n`` most likely are given."""
+        return self.n
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes before the answer."""
+        return False
+
+    @property
+    def scores(self) -> int | None:
+        """How many of the most likely tokens are wanted beside each token's log-probability; None: not even that."""
+        return None
+
+    def engine_options(self, vocab_size: int, seed: int) -> dict[str, Any]:
+        """Inputs of Triton's ``tensorrt_llm`` model that say how to sample; greedy without any."""
+        options: dict[str, Any] = {}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "runtime_top_p": self.top_p, "random_seed": seed % (1 << 64)}
+            options |= {"runtime_top_k": self.top_k} if self.top_k > 0 else {}
+            options |= {"min_p": self.min_p} if self.min_p else {}
+        neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        options |= {name: getattr(self, name) for name, value in neutral.items() if getattr(self, name) != value}
+        if self.scores is not None:
+            options |= {"return_log_probs": True, "top_logprobs": self.scores}
+            options |= {"return_prompt_log_probs": True} if self.echoes else {}
+        if self.logit_bias:
+            bias = [0.0] * vocab_size
+            for key, value in self.logit_bias.items():
+                if int(key) >= vocab_size:
+                    message = f"logit_bias names token {key}, the vocabulary has 0 to {vocab_size - 1}"
+                    raise ApiError(400, message, param="logit_bias")
+                bias[int(key)] = value
+            options["embedding_bias"] = bias
+        return options
+
+
+class Part(Strict):
     type: Literal["text"]
     text: Text
 
 
+class Function(Strict):
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    arguments: Text
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Function:
+        try:
+            if isinstance(json.loads(self.arguments), dict):
+                return self
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("arguments must be a JSON object in a string")
+
+
+class ToolCall(Strict):
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class Message(BaseModel):
+    """``developer`` is ``system`` to a template. Other fields, such as ``name``, have no place in one."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of the {self.role} makes no tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a tool's message needs tool_call_id")
+        return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class FunctionTool(Strict):
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: FunctionTool
 
 
 class ChatRequest(Sampling):
+    """``max_tokens`` is the older name of ``max_completion_tokens``."""
+
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
+        "add_special_tokens": (False,),
+        "audio": (),
+        "continue_final_message": (False,),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
     messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] = Field(default=[], max_length=128)
+    tool_choice: Literal["none", "auto"] = "auto"
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> ChatRequest:
+        if self.max_tokens and self.max_completion_tokens:
+            message = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
+            raise ApiError(400, message, code="invalid_parameter_combination", param="max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        return self
+
+    @property
+    def scores(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def active_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
 
 
 class CompletionRequest(Sampling):
-    """One prompt: text, or its token ids."""
+    """One prompt or several, each of them text or token ids."""
 
-    prompt: Text | list[int]
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.NEUTRAL | {
+        "add_special_tokens": (True,),
+        "response_format": ({"type": "text"},),
+        "suffix": ("",),
+    }
+    prompt: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
+    max_tokens: int = Field(16, ge=0, description="0 with echo only")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _check_echo_and_best(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise ApiError(400, "max_tokens=0 makes sense with echo only", param="max_tokens")
+        if self.best_of and self.best_of < self.n:
+            raise ApiError(400, f"best_of={self.best_of} is less than n={self.n}", param="best_of")
+        if self.best_of and self.best_of > self.n and self.stream:
+            raise ApiError(400, "best_of knows the best at the end only: not with stream", param="best_of")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        return self.best_of or self.n
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    @property
+    def scores(self) -> int | None:
+        return self.logprobs if self.logprobs is not None or self.candidates == self.n else 0
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
 
 
-class Shape:
-    """The objects of one answer, ``chat.completion`` or ``text_completion``, whole or in chunks."""
-
-    def __init__(self, model: str, chat: bool) -> None:
-        self.chat, self._model, self._created = chat, model, int(time.time())
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-
-    def whole(self, text: str, reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._answer("chat.completion", content, reason, usage)
-
-    def chunk(self, text: str | None, reason: str | None = None, usage: dict[str, int] | None = None) -> dict[str, Any]:
-        """``text`` None: a chunk that only tells the usage."""
-        content = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-        return self._answer("chat.completion.chunk", None if text is None else content, reason, usage)
-
-    def opening(self) -> dict[str, Any]:
-        return self._answer("chat.completion.chunk", {"delta": {"role": "assistant", "content": ""}}, None, None)
-
-    def _answer(
-        self, kind: str, content: dict[str, Any] | None, reason: str | None, usage: dict[str, int] | None
-    ) -> dict[str, Any]:
-        choices = [{"index": 0, **content, "logprobs": None, "finish_reason": reason}] if content else []
-        base = {"id": self._id, "created": self._created, "model": self._model, "choices": choices, "usage": usage}
-        return base | {"object": kind if self.chat else "text_completion"}
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm_demo.api import ApiError
+from llm_demo.errors import ApiError
 
 MAX_BODY_BYTES = 4 << 20
 MAX_BODIES_BYTES = 64 << 20  # of all requests together

@@ -27,7 +27,8 @@ from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer, supervise
-from llm_demo.gateway import Gateway, create_app
+from llm_demo.app import create_app
+from llm_demo.gateway import Gateway
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

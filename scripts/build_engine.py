@@ -40,11 +40,13 @@ def main() -> None:
     parser.add_argument("--max_seq_len", type=int, help="prompt and answer (default: 2048, or the model's positions)")
     parser.add_argument("--max_num_tokens", type=int, help="tokens of one step (default: 2048; tensorrt_llm 8192)")
     parser.add_argument("--tokens_per_block", type=int, default=64, help="of the paged KV cache (default: 64)")
+    share = "of the GPU memory that is free at load, at most so much for the KV cache (default: 0.9)"
+    parser.add_argument("--kv_cache_free_gpu_memory_fraction", type=float, default=0.9, help=share)
     parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
     own = parser.add_argument_group("native only")
     precisions = {"choices": ["checkpoint", "int8"], "default": "checkpoint"}
     own.add_argument("--lm_head", **precisions, help="precision of lm_head (default: checkpoint)")
-    beside = "prompt tokens of a step beside running answers (default: 192; more: prompts sooner, answers less even)"
+    beside = "prompt tokens beside running answers, for each prompt that waits (default: 96; more: less even answers)"
     own.add_argument("--max_prefill_tokens", type=int, help=beside)
     trt = parser.add_argument_group("tensorrt_llm only")
     for name, choices in TRT_FLAGS.items():
@@ -64,6 +66,7 @@ def main() -> None:
         max_seq_len=min(2048, positions) if args.max_seq_len is None else args.max_seq_len,
         max_num_tokens=max_num_tokens if args.max_num_tokens is None else args.max_num_tokens,
         tokens_per_block=args.tokens_per_block,
+        kv_cache_free_gpu_memory_fraction=args.kv_cache_free_gpu_memory_fraction,
         lm_head=args.lm_head,
         **({} if args.max_prefill_tokens is None else {"max_prefill_tokens": args.max_prefill_tokens}),
     )

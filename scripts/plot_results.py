@@ -1,8 +1,9 @@
 """Draw the pictures and write PERFORMANCE_REPORT.md from the result files of one machine.
 
-Method: reads --results-dir/*.json and nothing else. --headline NAME renders every machine of results/, results/NAME
-into results/ itself, and refreshes the README's table; --check writes nothing and fails when a report that the front
-page names, its sources, a picture or the README differs from what its JSON says.
+Method: reads --results-dir/*.json and nothing else; --judge renews the verdicts in them, and no figure. --headline NAME
+renders every machine of results/, results/NAME into results/ itself, and refreshes the README's table; --check writes
+nothing and fails when a report that the front page names, its sources, a picture, a verdict or the README differs from
+what its JSON says.
 Output: PERFORMANCE_REPORT.md, PERFORMANCE_REPORT.sources.json (the file and key behind each figure) and six pictures
 (executive_summary, performance_comparison, triton_scaling, ttft_percentiles, waterfall, roofline) beside the JSON.
 
@@ -22,10 +23,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--results-dir", type=Path, default=Path("results/local"))
     parser.add_argument("--headline", metavar="NAME", help="publish all of results/, with results/NAME on top")
-    parser.add_argument("--check", action="store_true", help="fail when a committed page or picture is stale")
+    parser.add_argument("--judge", action="store_true", help="first rewrite the verdicts of results by today's rules")
+    parser.add_argument("--check", action="store_true", help="fail when a committed page, picture or verdict is stale")
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository")
     args = parser.parse_args()
     results, readme = args.root / "results", args.root / "README.md"
+    if args.judge:
+        folders = publish.machines(results) if args.headline else [args.results_dir]
+        for folder in folders:
+            print(*(f"judged again: {path}\n" for path in publish.judge(folder)), sep="", end="")
     if args.check:
         print(publish.check(results, readme))
     elif args.headline:

@@ -40,14 +40,14 @@ step() { printf '\n\033[1m[%s/8] %s\033[0m\n' "$1" "$2"; }
 started=$SECONDS
 device=$("$PY" -m llama_engine.device "$device")
 if [ "$device" = cuda ]; then
-  batch=64 concurrency="1 2 4 8 16 32 64" whole=$concurrency
+  batch=64 concurrency="1 2 4 8 16 32 64" whole=$concurrency company=(--kernels auto streaming)
 else
-  batch=16 concurrency="1 2 4 8" whole=8 # all of them would take too long on two cores
+  batch=16 concurrency="1 2 4 8" whole=8 company=(--prompts 16) # all of them would take too long on two cores
 fi
 if [ -n "$quick" ]; then # five timed runs are the fewest that are VALID
   measure=(--output-tokens 64 --warmup 1 --runs 5 --batch-output-tokens 32 --batch-runs 1 --prefill-tokens 128)
   load=(--output-tokens 64) concurrency="1 ${concurrency##* }" whole=${concurrency##* }
-  accuracy=(--quick --greedy-prompts 2 --greedy-tokens 32) profile=(--output-tokens 16)
+  accuracy=(--quick --greedy-prompts 2 --greedy-tokens 32) company+=(--prompts 8 --output-tokens 24 --runs 2) profile=(--output-tokens 16)
 else
   measure=() load=(--output-tokens 512) accuracy=() profile=()
 fi
@@ -67,9 +67,12 @@ step 3 "build the engine"
 step 4 "baseline and engine, interleaved"
 "$PY" benchmarks/compare.py --model-dir "$model" --engine-dir "$engine" --device "$device" --output "$results" --force "${measure[@]}"
 
-step 5 "accuracy of the engine"
+step 5 "accuracy of the engine, and whether its answers depend on their company"
 "$PY" benchmarks/accuracy.py --model-dir "$model" --engine-dir "$engine" --device "$device" \
   --output "$results/accuracy-native.json" --force "${accuracy[@]}" || [ $? -eq 1 ] # a failed gate is a result too
+
+"$PY" benchmarks/benchmark_determinism.py --model-dir "$model" --engine-dir "$engine" --device "$device" \
+  --output "$results/determinism-native.json" --force "${company[@]}" || [ $? -eq 1 ]
 
 step 6 "Triton Inference Server under load, token by token and with whole answers"
 load+=(--engine-dir "$engine" --device "$device" --force)

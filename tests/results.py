@@ -2,6 +2,7 @@
 
 from llama_engine.measure.result import new_result, write_result
 from llama_engine.measure.stats import bootstrap_ratio, summary
+from llama_engine.measure.validity import judge
 
 ENVIRONMENT = {
     "cpu": {"name": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "l3_bytes": 1 << 20},
@@ -42,12 +43,22 @@ def write_folder(root):
     }
     triton = measurement("triton", "native", [0.6] * 5)
     triton["levels"] = [{"concurrency": n, "summary": triton["summary"]} for n in (1, 2)]
+    triton["validity"] = judge(triton)
     gate = {"status": "PASSED", "reasons": []}
     figures = {"tokens": 20_000, "perplexity_baseline": 10.0, "perplexity_engine": 10.01, "perplexity_ratio": 1.001,
                "kl_mean": 0.001, "kl_max": 0.1, "top1_agreement": 0.99}  # fmt: skip
     accuracy = measurement("accuracy", "native", [1.0] * 5, engine=engine, gate=gate)
     accuracy["summary"] = figures
+    condition = {"kind": "batch", "concurrency": 8, "compared": 64, "changed": 1, "share": 1 / 64,
+                 "ci95": [0.003, 0.083], "output_tokens_per_s": 99.0}  # fmt: skip
+    load = {"concurrency": 1, "invariant": "streaming"} | bootstrap_ratio([1.1] * 5, [1.0] * 5)
+    company = measurement(
+        "determinism", "native", [1.0] * 5,
+        variants=[{"asked": "auto", "kernels": "k", "conditions": [condition]}],
+        price={"status": "measured", "of": "auto", "loads": [load]},
+    ) | {"samples": {}, "summary": {}, "workload": {"prompts": 64, "output_tokens": 8}}  # fmt: skip
     for name, content in (("baseline", base), ("optimized-native", fast), ("comparison", both),
-                          ("triton-native", triton), ("accuracy-native", accuracy)):  # fmt: skip
+                          ("triton-native", triton), ("accuracy-native", accuracy),
+                          ("determinism-native", company)):  # fmt: skip
         write_result(root / f"{name}.json", content)
     return root

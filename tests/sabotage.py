@@ -39,6 +39,15 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
         "for block in table:",
         "tests/engine/test_kv_cache.py",
     ),
+    ("llama_engine/trtllm.py", '"max_input_len": engine.max_seq_len, ', "", "tests/test_trtllm.py"),
+    (
+        "llama_engine/trtllm.py",
+        "here != (built.arch, built.version)",
+        "here[1] != built.version",
+        "tests/test_trtllm.py",
+    ),
+    ("llama_engine/trtllm.py", "sequences or limits.max_batch_size", "limits.max_batch_size", "tests/test_trtllm.py"),
+    ("scripts/doctor.py", 'yield "missing", what, str(error)', "pass", "tests/scripts/test_doctor.py"),
     ("llama_engine/engine/loop.py", "if request.deadline < now:", "if False:", "tests/engine/test_loop.py"),
     (
         "llama_engine/model/llama.py",
@@ -79,7 +88,7 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ("llama_engine/kernels/gemm.py", "while stages > 2 and", "while stages > 9 and", "tests/kernels/test_gemm.py"),
     (
         "llama_engine/gpu/tuner.py",
-        "model.tiles.set(name, scheme, bucket, tile)\n                try:",
+        "model.linears.tiles.set(name, scheme, bucket, tile)\n                try:",
         "try:",
         "tests/gpu/test_tuner.py",
     ),
@@ -103,8 +112,8 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ),
     (
         "llama_engine/measure/load.py",
-        "await self._send(load, start + due, input_tokens, output_tokens)",
-        "await self._send(load, time.perf_counter(), input_tokens, output_tokens)",
+        "await self._converse(load, session, start + due, lambda: True)",
+        "await self._converse(load, session, None, lambda: True)",
         "tests/measure/test_load.py",
     ),
     (

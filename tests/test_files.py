@@ -221,8 +221,8 @@ def test_parallel_stops_at_the_first_error_and_restores_the_threads():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 1 << 21), (1000, 1 << 20), (5, 1 << 30)])
-def test_row_chunks_cover_all_rows_from_even_starts(rows, columns):
+def test_row_chunks_cover_all_rows_from_multiples_of_four(rows, columns):
     chunks = list(row_chunks(rows, columns))
     assert [row for start, stop in chunks for row in range(start, stop)] == list(range(rows))
-    assert all(start % 2 == 0 for start, _ in chunks)
-    assert all((stop - start) * columns <= max(tensor_files.CHUNK_ELEMENTS, 2 * columns) for start, stop in chunks)
+    assert all(start % 4 == 0 for start, _ in chunks)
+    assert all((stop - start) * columns <= max(tensor_files.CHUNK_ELEMENTS, 4 * columns) for start, stop in chunks)

@@ -21,6 +21,7 @@ SHORT = {
     "benchmark_optimized.py": f"{RUNS} {BATCH}",
     "compare.py": f"{RUNS} {BATCH}",
     "accuracy.py": "--quick --window 128 --greedy-prompts 1 --greedy-tokens 8 --text short.txt",
+    "benchmark_determinism.py": "--prompts 4 --input-tokens 64 --output-tokens 8 --runs 1",
     "benchmark_triton.py": "--concurrency 1 2 --output-tokens 8",
     "profile_nsight.sh": "--output-tokens 8",
 }

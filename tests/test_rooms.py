@@ -34,7 +34,7 @@ ROOMS = {
     "trtllm": BASE | {"backend", "checkpoint", "model"},
     "runner": BASE | {"backend", "native", "trtllm"},
     "serving": BASE | {"device", "engine"},
-    "measure": BASE | {"device", "flags", "model", "checkpoint", "engine", "native", "runner", "serving", "report"},
+    "measure": BASE | {"device", "flags", "model", "checkpoint", "engine", "native", "trtllm", "serving", "report"},
     "report": BASE | {"measure"},
 }
 

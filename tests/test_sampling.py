@@ -1,4 +1,6 @@
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from llama_engine.errors import InputError
 from llama_engine.model.sampler import logprobs, sample, weights
-from llama_engine.sampling import NOT_FINITE, SamplingParams, count_tokens, uniform
+from llama_engine.sampling import NOT_FINITE, SamplingParams, count_tokens, recent_tokens, uniform
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 PARAMS = st.builds(
@@ -26,34 +28,40 @@ def draw(logits, params, positions, history=None):
     return sample(logits.expand(len(positions), -1), [params] * len(positions), positions, counts)
 
 
-def defined(logits, params, position, history):
-    """The token by the definition, one id after the other, with the weights of the row given."""
+def kept_by_definition(logits, params, history):
+    """The ids that may be drawn, in their order, each with its weight: one id after the other, in float64."""
     prompt, output = history
     x = logits.double().tolist()
     for i in set(prompt) | set(output):
         x[i] = x[i] / params.repetition_penalty if x[i] > 0 else x[i] * params.repetition_penalty
         if i in output:
             x[i] -= params.frequency_penalty * output.count(i) + params.presence_penalty
-    for i, bias in {**dict(params.logit_bias), **dict.fromkeys(params.banned, -math.inf)}.items():
+    for i, bias in params.logit_bias:
         x[i] += bias
+    for *before, i in params.bad_words:
+        if (prompt + output)[len(prompt + output) - len(before) :] == before:
+            x[i] = -math.inf
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))
     if params.greedy:
-        return order[0]
-    mass = [math.exp((value - x[order[0]]) / params.temperature) for value in x]
+        return {order[0]: 1}
+    # 2**t and not e**(x / temperature): exact where t is an integer
+    t = [(value - x[order[0]]) * (math.log2(math.e) / params.temperature) for value in x]
+    mass = [math.floor(2.0 ** (28 + value)) for value in t]
     kept = order[: params.top_k or None]
-    total, reached, nucleus = sum(mass[i] for i in kept), 0.0, []
+    total, reached, nucleus = sum(mass[i] for i in kept), 0, []
     for i in kept:
         if reached >= params.top_p * total:
             break
         nucleus.append(i)
         reached += mass[i]
-    nucleus = sorted(i for i in nucleus if mass[i] >= params.min_p)
-    goal, running = uniform(params.seed, position) * sum(mass[i] for i in nucleus), 0.0
-    for i in nucleus:
-        running += mass[i]
-        if running > goal:
-            return i
-    return nucleus[-1]
+    return {i: mass[i] for i in sorted(nucleus) if mass[i] and (not params.min_p or t[i] >= math.log2(params.min_p))}
+
+
+def defined(logits, params, position, history):
+    kept = kept_by_definition(logits, params, history)
+    goal = Fraction(uniform(params.seed, position)) * sum(kept.values())
+    sums = zip(kept, itertools.accumulate(kept.values()))
+    return next(i for i, running in sums if running > goal)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +94,11 @@ def defined(logits, params, position, history):
         {"logit_bias": ((3, 101.0),)},
         {"logit_bias": ((3, None),)},
         {"logit_bias": ((3.5, 1.0),)},
-        {"banned": (1.5,)},
-        {"banned": tuple(range(513))},
+        {"bad_words": ((1.5,),)},
+        {"bad_words": ((),)},
+        {"bad_words": (tuple(range(33)),)},
+        {"bad_words": ((1, 2),) * 257},
+        {"bad_words": tuple((i,) for i in range(513))},
         {"logprobs": 21},
         {"logprobs": 1.5},
     ],
@@ -97,7 +108,14 @@ def test_bad_parameters_are_named(bad):
         SamplingParams(**bad)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(banned=(5,)), SamplingParams(logit_bias=((-1, 1.0),))])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(bad_words=((5,),)),
+        SamplingParams(bad_words=((1, 5, 2),)),
+        SamplingParams(logit_bias=((-1, 1.0),)),
+    ],
+)
 def test_a_token_outside_the_vocabulary_is_named(params):
     with pytest.raises(InputError, match=r"names token (5|-1), the vocabulary has 0 to 4"):
         params.check_vocabulary(5)
@@ -107,7 +125,7 @@ def test_greedy_is_the_first_argmax():
     tied = torch.tensor([[0.0, 3.0, 3.0, -0.0]])
     for params in (SamplingParams(), SamplingParams(temperature=5, top_k=1), SamplingParams(temperature=1e-300)):
         assert sample(tied, [params], [0]).tolist() == [1]
-    assert sample(LOGITS[None], [SamplingParams(banned=(1,), logit_bias=((0, 2.5),))], [0]).tolist() == [0]
+    assert sample(LOGITS[None], [SamplingParams(bad_words=((1,),), logit_bias=((0, 2.5),))], [0]).tolist() == [0]
 
 
 @pytest.mark.parametrize("row", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
@@ -152,14 +170,33 @@ def test_the_ends_of_top_k_and_top_p_are_exact():
         presence_penalty=st.sampled_from([0.0, 1.5]),
         frequency_penalty=st.sampled_from([0.0, -0.25]),
         logit_bias=st.sampled_from([(), ((0, 3.0), (2, -4.5))]),
-        banned=st.sampled_from([(), (3,)]),
+        bad_words=st.sampled_from([(), ((3,),), ((2, 2, 0), (1, 2, 2, 1)), ((1, 0), (2, 3), (0, 1, 1, 2, 2, 2))]),
     ),
     st.integers(0, 2**31),
 )
 def test_the_reference_does_what_is_defined(values, params, position):
     logits, history = torch.tensor(values) / 8, ([0, 1], [1, 2, 2])
+    position = 5 if params.phrases else position
     counts = torch.from_numpy(count_tokens(*history, len(values)))[None]
-    assert sample(logits[None], [params], [position], counts).item() == defined(logits, params, position, history)
+    token = sample(logits[None], [params], [position], counts, recent_tokens(*history)[None]).item()
+    assert token == defined(logits, params, position, history)
+
+
+def test_a_bad_word_looks_back_as_far_as_it_is_long():
+    def forbids(word, prompt, output=()):
+        """Whether the word is forbidden: token 1 is the most likely, 3 the next."""
+        params, position = SamplingParams(bad_words=(word,)), len(prompt) + len(output)
+        token = sample(LOGITS[None], [params], [position], recent=recent_tokens(prompt, output)[None])
+        return token.tolist() == [3]
+
+    for start in range(70):  # wherever in the ring it lies, in prompt and output
+        before = [0, 2] * 15
+        assert forbids((4, *before, 1), [2] * start + [4], before)
+        assert forbids((*before, 1), [2] * start + before[:7], before[7:])
+        assert not forbids((0, *before, 1), [2] * start + [4], before)
+        assert not forbids((4, *before, 1), [2] * start + [4], before[:-1])
+    assert not forbids((0, 1), [])  # nothing stands before the first token
+    assert forbids((1,), [])
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,14 @@ def test_damaged_files_are_one_line(tmp_path, name, text):
     (directory / name).write_text(text)
     with pytest.raises(InputError, match=r"a tokenizer file or engine\.json is damaged"):
         ChatTokenizer(directory)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bytes_of_tokens_add_up_to_the_text(shapes, shape):
+    tokenizer, _ = shapes[shape]
+    text = "the quick naïve 日 🦊"
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    assert joined.strip() == (text if "<unk>" not in joined else joined)
+    for token in tokenizer.special_ids:
+        assert tokenizer.token_bytes(token).decode() == tokenizer.backend.id_to_token(token)

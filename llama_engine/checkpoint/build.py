@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
 from llama_engine.files import TOKENIZER_FILES, atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
-from llama_engine.model.schemes import FP8, INT8, scheme_for
+from llama_engine.model.schemes import INT4, INT8, default_group, held_shape, pack_int4, scheme_for
 from llama_engine.model.weights import LINEARS, tensor_names
 from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 
@@ -50,19 +51,24 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             f"--max_seq_len {engine_config.max_seq_len} is more than the {config.max_position_embeddings} positions "
             "that the model has"
         )
-    int8 = LINEARS if scheme_for(source.quant_algo, dtype) is INT8 else ()
+    scheme = scheme_for(source.quant_algo, dtype)
+    integers = dict.fromkeys(LINEARS, scheme) if scheme in (INT8, INT4) else {}
     if engine_config.lm_head == "int8":
-        int8 = (*int8, "lm_head")
+        integers["lm_head"] = INT8
+    widths = (config.hidden_size, config.q_size, config.intermediate_size)
+    group = default_group(widths, source.group if source.plain else None) if scheme is INT4 else 0
 
     specs: Specs = {}
     jobs: list[tuple[str, int, str, tuple[int, int]]] = []  # engine tensor, its row, checkpoint tensor, rows of that
     for name, shape in tensor_names(config):
         layer, _, kind = name.rpartition(".")
         sources = [f"transformer.{layer}.{part}.weight" for part in LAYER_SOURCES[kind]] if layer else SOURCES[kind]
-        held = FP8.weight_dtype if sources[0] in source.fp8 else INT8.weight_dtype if kind in int8 else dtype
-        specs[name] = (held, shape)
-        if held != dtype:
-            specs[f"{name}.scale"] = (torch.float32, shape[:1])
+        held = source.plain.get(sources[0]) or integers.get(kind)
+        specs[name] = (dtype, shape)
+        if held:
+            weight, scales = held_shape(held, shape, group)
+            specs[name] = (held.weight_dtype, weight)
+            specs[f"{name}.scale"] = (held.scale_dtype, scales)
         rows = shape[0] // len(sources)
         for i, part in enumerate(sources):
             jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
@@ -74,18 +80,20 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             name, first, part, (start, stop) = job
             data = source.read(part, (start, stop))
             if f"{name}.scale" in specs:
-                if data.dtype == specs[name][0]:
+                if data.dtype in (specs[name][0], torch.int8):
                     scale = source.scale(part)[start:stop]
+                    if data.dtype != specs[name][0]:  # INT4 with a scale a row
+                        data, scale = pack_int4(data, group), scale[:, None].expand(-1, data.shape[1] // group)
                 else:
                     data, scale = quantize(data)
                     if name != "lm_head":
                         scale = scale.to(dtype)  # what trtllm-build would store for the same weights
-                writer.write(f"{name}.scale", first + start, scale.float())
+                writer.write(f"{name}.scale", first + start, scale.to(specs[f"{name}.scale"][0]))
             writer.write(name, first + start, data)
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if int8 else []
+        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if integers else []
         complete(out, "native", source, engine_config, losses)
 
 
@@ -95,14 +103,15 @@ def own_names(path: Path) -> tuple[str, ...]:
         ours = {"format_version", "backend", "weights"} <= read_json(path / ENGINE_JSON).keys()
     except InputError:
         ours = False
-    added = ("config.json", "kernels", "tuning.json")  # trtllm-build's; what this machine compiled and tuned
+    added = ("config.json", "model.cache", "kernels", "tuning.json")  # trtllm-build's; compiled and tuned here
     return (ENGINE_JSON, WEIGHTS_FILE, "rank*.engine", *added, *TOKENIZER_FILES) if ours else ()
 
 
 def complete(
-    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = ()
+    out: Path, backend: str, source: Checkpoint, engine_config: EngineConfig, losses: Sequence[float] = (), **more: Any
 ) -> None:
-    """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``."""
+    """Add to a directory that holds the weights what makes it an engine: tokenizer files and ``engine.json``, with
+    ``more`` keys."""
     copy_tokenizer(source.dir, out)
     weights = out / WEIGHTS[backend]
     write_json(
@@ -116,5 +125,6 @@ def complete(
             "model_identity": source.identity,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
             "activation_losses": list(losses),
+            **more,
         },
     )

@@ -19,6 +19,7 @@ from llama_engine.model.weights import LINEARS, Linear
 from llama_engine.tensor_files import open_tensors
 
 TOKENS = 128  # a pass costs two products of each matrix with so many rows: about a minute for 8B on two CPU cores
+AWQ_TOKENS = 2048  # of the text that INT4 is scaled for
 LEVELS = 16383  # of the CPU's 15 bits; a GPU's 16 lose half of that
 TEXT = """The harbour lights went out at 23:45, one after another, and Dr. Okafor wrote the last number in her notebook.
 "Forty-two ships," she said, "and not a single flag."
@@ -31,13 +32,19 @@ User: What is 17 * 3? Assistant: 17 * 3 = 51. See https://example.org/a?b=c for 
 """
 
 
+def text_ids(directory: Path, config: ModelConfig, text: str, most: int = AWQ_TOKENS) -> torch.Tensor | None:
+    """int64 ``[<= most]``: ``text`` as the tokenizer in ``directory`` has it, None without one."""
+    path = directory / "tokenizer.json"
+    ids = Tokenizer.from_file(str(path)).encode(text).ids if path.is_file() else []
+    ids = [i for i in ids if i < config.vocab_size][: min(most, config.max_position_embeddings)]
+    return torch.tensor(ids) if ids else None
+
+
 def calibration_ids(directory: Path, config: ModelConfig) -> torch.Tensor:
     """int64 ``[<= TOKENS]``: :data:`TEXT` as the tokenizer in ``directory`` has it, seeded random ids without one."""
-    path = directory / "tokenizer.json"
-    ids = Tokenizer.from_file(str(path)).encode(TEXT).ids if path.is_file() else []
-    ids = [i for i in ids if i < config.vocab_size][: min(TOKENS, config.max_position_embeddings)]
-    if ids:
-        return torch.tensor(ids)
+    ids = text_ids(directory, config, TEXT, TOKENS)
+    if ids is not None:
+        return ids
     count = min(TOKENS, config.max_position_embeddings)
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
 

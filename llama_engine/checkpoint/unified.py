@@ -7,9 +7,11 @@ safetensors metadata, which its loader ignores. Layout names and shapes: docs/TE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from llama_engine.checkpoint.packing import LAYOUTS, Layout, check_packable, rel
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.files import TOKENIZER_FILES, checked, combined_sha256, read_json, sha256_files
-from llama_engine.model.schemes import FP8_ALL, FP8_ROWWISE
+from llama_engine.model.schemes import FP8, FP8_ALL, FP8_ROWWISE, INT4, INT4_CHANNEL, INT4_GROUPS, Scheme, held_shape
 from llama_engine.tensor_files import SAFE_DTYPES, Specs, open_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -95,34 +97,49 @@ def targets(config: ModelConfig, rank: int = 0, tp: int = 1) -> Iterator[Target]
     yield Target(LM_HEAD, (rows, hidden), (Piece(0, source, (rank * rows, min((rank + 1) * rows, vocab))),))
 
 
-def fp8_matrices(config: ModelConfig, quant_algo: str | None) -> frozenset[str]:
-    """Names of the matrices that a checkpoint of this ``quant_algo`` holds in e4m3.
+def plain_matrices(config: ModelConfig, quant_algo: str | None) -> dict[str, Scheme]:
+    """The matrices that a checkpoint of this ``quant_algo`` holds just as the engine does, and their scheme.
 
-    NVIDIA's recipe, after Meta's for Llama 3.1, leaves attention, the first and the last layer in 16 bits.
+    NVIDIA's FP8 recipe, after Meta's for Llama 3.1, leaves attention, the first and the last layer in 16 bits.
     """
-    inner = [f"transformer.layers.{i}.mlp." for i in range(1, config.num_layers - 1)]
-    prefixes = {FP8_ROWWISE: tuple(inner), FP8_ALL: ("transformer.layers.",)}.get(quant_algo or "", ())
-    return frozenset(target.name for target in targets(config) if target.linear and target.name.startswith(prefixes))
+    inner = tuple(f"transformer.layers.{i}.mlp." for i in range(1, config.num_layers - 1))
+    every = ("transformer.layers.",)
+    forms = {FP8_ROWWISE: (FP8, inner), FP8_ALL: (FP8, every), INT4_GROUPS: (INT4, every)}
+    scheme, prefixes = forms.get(quant_algo or "", (FP8, ()))
+    names = (target.name for target in targets(config) if target.linear and target.name.startswith(prefixes))
+    return dict.fromkeys(names, scheme)
+
+
+def packed_bits(quant_algo: str | None) -> int:
+    """Bits of a weight in a checkpoint that has a :class:`Layout`."""
+    return 4 if quant_algo == INT4_CHANNEL else 8
 
 
 def tensor_specs(
-    rank: Iterable[Target], dtype: torch.dtype, layout: Layout | None, fp8: frozenset[str] = frozenset()
+    rank: Iterable[Target],
+    dtype: torch.dtype,
+    layout: Layout | None,
+    plain: Mapping[str, Scheme] = MappingProxyType({}),
+    group: int = 128,
+    bits: int = 8,
 ) -> Specs:
-    """Dtype and shape in the file of a rank's tensors, scales included: the matrices named in ``fp8`` are e4m3, with
-    ``layout`` all are INT8, and the rest is ``dtype``.
+    """Dtype and shape in the file of a rank's tensors, scales included: those in ``plain`` have a scheme's form,
+    INT4 in groups of ``group``; with ``layout`` all matrices are packed, ``bits`` a weight; the rest is ``dtype``.
 
     Raises :class:`InputError` for a shape that cannot be packed.
     """
     specs: Specs = {}
     for target in rank:
         specs[target.name] = (dtype, target.shape)
-        if target.name in fp8:
-            specs[target.name] = (torch.float8_e4m3fn, target.shape)
-            specs[scale_name(target.name)] = (torch.float32, target.shape[:1])
+        if target.name in plain:
+            scheme = plain[target.name]
+            weight, scale = held_shape(scheme, target.shape, group)
+            specs[target.name] = (scheme.weight_dtype, weight)
+            specs[scale_name(target.name)] = (scheme.scale_dtype, scale)
         elif target.linear and layout:
             n, k = target.shape
             check_packable(n, k, layout, target.name)
-            specs[target.name] = (torch.int8, (k, n))
+            specs[target.name] = (torch.int8, (k, n * bits // 8))
             specs[scale_name(target.name)] = (dtype, (n,))
     return specs
 
@@ -133,11 +150,11 @@ def recipe_key(version: str) -> dict[str, bool]:
 
 
 def config_json(
-    config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int, version: str = "0.15.0"
+    config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int, version: str = "0.15.0", group: int = 128
 ) -> dict[str, Any]:
     """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases.
 
-    ``version``: the release that an FP8 checkpoint is for.
+    ``version``: the release that an FP8 checkpoint is for. ``group``: the inputs that share a scale, where they do.
     """
     fp8 = quant_algo in (FP8_ROWWISE, FP8_ALL)
     return {
@@ -177,7 +194,7 @@ def config_json(
         "quantization": {
             "quant_algo": quant_algo,
             "kv_cache_quant_algo": None,
-            "group_size": 128,
+            "group_size": group,
             "smoothquant_val": 0.5,
             "clamp_val": list(FP8_CLAMP) if fp8 else None,
             "has_zero_point": False,
@@ -224,14 +241,19 @@ class Checkpoint:
             self.config = ModelConfig.from_dict(self.record["model"])
             self.layout: Layout | None = LAYOUTS[self.record["layout"]] if self.record["layout"] else None
             self.version: str = self.record["trtllm_version"]
-            quant_algo = "W8A16" if self.layout else self.record.get("quant_algo", self.quant_algo)
+            quant_algo = self.record.get("quant_algo", "W8A16" if self.layout else self.quant_algo)
+            self.group: int = self.record.get("group_size", 128)
             settings = {"dtype": self.dtype_name, "quant_algo": quant_algo, "version": self.version}
-            wanted = config_json(self.config, tp=self.tp_size, **settings)
-        self.fp8 = fp8_matrices(self.config, quant_algo)  # names of the matrices held in e4m3
+            wanted = config_json(self.config, tp=self.tp_size, group=self.group, **settings)
+        self.plain = plain_matrices(self.config, quant_algo)
+        self.bits = packed_bits(quant_algo)
+        self.specs: list[Specs] = []  # dtype and shape of every tensor, a rank
         if changed := [key for key, value in wanted.items() if data.get(key) != value]:
             raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
         for rank, path in enumerate(self.files):
-            specs = tensor_specs(targets(self.config, rank, self.tp_size), dtype, self.layout, self.fp8)
+            every = targets(self.config, rank, self.tp_size)
+            specs = tensor_specs(every, dtype, self.layout, self.plain, self.group, self.bits)
+            self.specs.append(specs)
             with open_tensors(path) as file:
                 if missing := specs.keys() - file.keys():
                     raise InputError(f"{path}: tensor {min(missing)} is missing; convert again")
@@ -246,25 +268,39 @@ class Checkpoint:
         """Name, source and SHA-256 of the model this was converted from, as far as recorded."""
         return {"name": self.config.name, "source": self.config.source, "sha256": self.record.get("source_sha256", "")}
 
+    @property
+    def step_nbytes(self) -> int:
+        """Bytes of weights that TensorRT-LLM reads in a decode step on the first rank: every tensor but the embedding,
+        of which it reads a row a token. Matrices that ``trtllm-build`` is to quantize count as INT8."""
+        linear = {target.name for target in targets(self.config, 0, self.tp_size) if target.linear}
+        at_build, total = self.quant_algo == "W8A16" and not self.layout, 0
+        for name, (dtype, shape) in self.specs[0].items():
+            if name != EMBEDDING:
+                int8 = at_build and name in linear
+                total += math.prod(shape) * (1 if int8 else dtype.itemsize) + shape[0] * dtype.itemsize * int8
+        return total
+
     def sha256(self) -> str:
         """One hash over config.json and the rank files."""
         return combined_sha256(sha256_files([self.dir / "config.json", *self.files]))
 
     def read(self, name: str, rows: tuple[int, int], rank: int = 0) -> torch.Tensor:
-        """Logical rows of a tensor: int8 ``[rows, in]`` for a packed matrix (``rows`` even), else as stored."""
+        """Logical rows of a tensor: int8 ``[rows, in]`` for a packed matrix, from and to a multiple of 4 rows,
+        else as stored."""
         start, stop = rows
         with open_tensors(self.files[rank]) as file:
             entry = file.get_slice(name)
             if entry.get_dtype() != "I8":
                 return entry[start:stop].clone()
             k, n = entry.get_shape()
-            # The reported shape is (k, n); the bytes lie n-major.
-            first, last = start * k // n, -(-stop * k // n)
-            data = entry[first:last].reshape(-1)[start * k - first * n : stop * k - first * n]
-            return unpack(data.clone(), stop - start, k, self.layout)
+            # The reported shape is (k, n), of INT4 (k, n / 2); the bytes lie n-major, a row taking so many:
+            row = k * self.bits // 8
+            first, last = start * row // n, -(-stop * row // n)
+            data = entry[first:last].reshape(-1)[start * row - first * n : stop * row - first * n]
+            return unpack(data.clone(), stop - start, k, self.layout, self.bits)
 
     def scale(self, name: str, rank: int = 0) -> torch.Tensor:
-        """Per-channel scales ``[out]`` of a quantized matrix: of INT8 in the checkpoint's dtype, of FP8 float32."""
+        """The scales of a quantized matrix: of a packed one ``[out]`` in the checkpoint's dtype, else its scheme's."""
         with open_tensors(self.files[rank]) as file:
             return file.get_tensor(scale_name(name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
@@ -14,7 +15,7 @@ from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.sampler import list_logprobs, logprobs, sample
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams, count_tokens
+from llama_engine.sampling import NOT_FINITE, RECENT, Logprobs, SamplingParams, count_tokens, recent_tokens
 
 
 class HostExecutor:
@@ -39,6 +40,7 @@ class HostExecutor:
         self._last = [0] * slots
         self._params = [SamplingParams()] * slots
         self._counts: dict[int, torch.Tensor] = {}  # of the penalized slots
+        self._recent = np.full((slots, RECENT), -1, np.int32)  # of those with bad words of several tokens
         self._views = [SampleView.of(self._params[0])] * slots  # of a CpuModel's sampler
         self._vocab_size = config.vocab_size
         self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
@@ -47,8 +49,11 @@ class HostExecutor:
         self._params[slot] = params
         if params.penalized:
             self._counts[slot] = torch.from_numpy(count_tokens(prompt, output, self._vocab_size)).to(self._device)
+        if params.phrases:
+            self._recent[slot] = recent_tokens(prompt, output)
         if isinstance(self._model, CpuModel):
-            self._views[slot] = SampleView.of(params, self._counts[slot] if params.penalized else None)
+            counts = self._counts[slot] if params.penalized else None
+            self._views[slot] = SampleView.of(params, counts, self._recent[slot])
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._tables[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
@@ -61,12 +66,12 @@ class HostExecutor:
             slots += [chunk.slot] * chunk.length
             if chunk.samples:
                 last_rows.append(len(ids) - 1)
-        rows = range(len(ids)) if step.logits == "all" else last_rows
+        rows = range(len(ids)) if step.every_row else last_rows
         ids, positions, slots, rows = (
             torch.tensor(values, dtype=torch.int32, device=self._device) for values in (ids, positions, slots, rows)
         )
         logits = self._model.forward(ids, positions, slots, self._tables, rows)
-        ends = logits[last_rows] if step.logits == "all" else logits
+        ends = logits[last_rows] if step.every_row else logits
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         scored = [row for row, chunk in enumerate(chunks) if self._params[chunk.slot].logprobs is not None]
         raw = ends[scored] if scored else None
@@ -82,7 +87,19 @@ class HostExecutor:
             parts = logprobs(raw, tokens, max(p.logprobs for p in params))
             for row, value in zip(scored, list_logprobs(params, *parts)):
                 found[row] = value
-        return ReadyHandle(sampled, None if step.logits == "none" else logits, found)
+        return ReadyHandle(sampled, None if step.logits == "none" else logits, found, self._score(step, logits))
+
+    def _score(self, step: Step, logits: torch.Tensor) -> dict[int, list[Logprobs]]:
+        """:attr:`Step.scored`, from the ``logits`` of every row."""
+        found, row = {}, 0
+        for i, chunk in enumerate(step.chunks):
+            if tokens := step.scored.get(i):
+                params = self._params[chunk.slot]
+                targets = torch.tensor(tokens, device=self._device)
+                parts = logprobs(logits[row : row + len(tokens)], targets, params.logprobs)
+                found[i] = list_logprobs([params] * len(tokens), *parts)
+            row += chunk.length
+        return found
 
     def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int | Exception]:
         """The token of each row of ``logits`` ``[chunks, vocab]``, or what went wrong in it; ``logits`` is scratch."""
@@ -108,8 +125,12 @@ class HostExecutor:
         if any(p.penalized for p in params):
             none = torch.zeros(self._vocab_size, dtype=torch.int16, device=self._device)
             history = torch.stack([none if count is None else count for count in counts])
-        tokens = sample(logits, params, positions, history).tolist()
-        for token, count in zip(tokens, counts):
-            if count is not None and token != NOT_FINITE:
+        slots = [chunk.slot for chunk in chunks]
+        tokens = sample(logits, params, positions, history, self._recent[slots]).tolist()
+        for slot, position, token, count in zip(slots, positions, tokens, counts):
+            if token == NOT_FINITE:
+                continue
+            self._recent[slot, position % RECENT] = token
+            if count is not None:
                 count[token] += 2 * (count[token] < 32766)
         return tokens

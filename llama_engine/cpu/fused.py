@@ -39,7 +39,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class _LinearView(ctypes.Structure):
-    _fields_ = _fields(_POINTER, "weight scale")
+    _fields_ = (*_fields(_POINTER, "weight scale"), ("group", ctypes.c_int64))
 
 
 class _LayerView(ctypes.Structure):
@@ -73,19 +73,22 @@ class SampleView(ctypes.Structure):
     """What a slot asks of its rows; ``keep`` are the arrays that it points to."""
 
     _fields_ = (
-        *_fields(_POINTER, "logits record counts bias_ids biases"),
+        *_fields(_POINTER, "logits record counts bias_ids biases phrase_ids phrase_ends recent"),
         ("position", ctypes.c_int64),
         *_fields(_INT, "vocab token"),
     )
     keep: tuple[object, ...] = ()
 
     @classmethod
-    def of(cls, params: SamplingParams, counts: Tensor | None = None) -> SampleView:
-        """``counts`` int16 ``[vocab]``, contiguous and needed when penalized, take in the tokens drawn."""
+    def of(cls, params: SamplingParams, counts: Tensor | None = None, recent: np.ndarray | None = None) -> SampleView:
+        """``counts`` int16 ``[vocab]``, contiguous and needed when penalized, and ``recent`` int32 ``[RECENT]``, needed
+        with bad words of several tokens, take in the tokens drawn."""
         ids, values = np.array(list(params.biases), np.int32), np.array(list(params.biases.values()), np.float32)
         counted = None if counts is None else counts.data_ptr()
-        view = cls(None, params.record.ctypes.data, counted, ids.ctypes.data, values.ctypes.data)
-        view.keep = (params.record, counts, ids, values)
+        arrays = ids, values, *params.phrase_table, recent
+        pointers = (None if array is None else array.ctypes.data for array in arrays)
+        view = cls(None, params.record.ctypes.data, counted, *pointers)
+        view.keep = (params.record, counts, *arrays)
         return view
 
 
@@ -99,7 +102,7 @@ class CpuSampler:
 
     def sample(self, logits: Tensor, views: Sequence[SampleView], positions: Sequence[int]) -> list[int]:
         """The token of each row of ``logits`` float32 ``[rows, vocab]``, contiguous; a row is overwritten when
-        penalized or biased."""
+        penalized, biased or banned."""
         rows = (SampleView * len(views))(*views)
         base, vocab = logits.data_ptr(), logits.shape[-1]
         for i, (row, position) in enumerate(zip(rows, positions)):
@@ -212,7 +215,7 @@ class CpuModel:
 
     def _linear(self, linear: Linear) -> _LinearView:
         scale = None if linear.scale is None else self._hold(linear.scale)
-        return _LinearView(self._hold(linear.weight), scale)
+        return _LinearView(self._hold(linear.weight), scale, linear.group)
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, rows: Tensor) -> Tensor:
         """As :meth:`llama_engine.model.llama.TorchModel.forward`; all tensors contiguous int32 on the CPU."""

@@ -12,16 +12,19 @@ extern "C" {
 struct SamplerRecord {  // sampling.RECORD
   int32_t mode, top_k, top_p, num_bias, penalized;
   uint32_t seed[2];
-  int32_t unused;
-  float scale, unscale, floor, repetition, inverse, frequency, presence, unused2;
+  int32_t num_phrases;
+  float scale, unscale, floor, repetition, inverse, frequency, presence, unused;
 };
 
 struct SampleView {
-  float* logits;             // [vocab], overwritten when penalized or biased
+  float* logits;             // [vocab], overwritten when penalized, biased or banned
   const SamplerRecord* record;
   int16_t* counts;           // [vocab] as sampling.count_tokens, moved on by the token; null unless penalized
   const int32_t* bias_ids;   // [num_bias]
   const float* biases;       // [num_bias]
+  const int32_t* phrase_ids;   // sampling.SamplingParams.phrase_table
+  const int32_t* phrase_ends;  // [num_phrases]
+  int32_t* recent;             // [kRecent] as sampling.recent_tokens, moved on by the token; null without phrases
   int64_t position;
   int32_t vocab, token;      // the token is written
 };
@@ -39,6 +42,7 @@ namespace {
 #endif
 
 struct Sampler {
+  static constexpr int kRecent = 32;  // sampling.RECENT
   static constexpr int kBins = 2048, kBlock = 512, kHistograms = 4;
 
   const SampleView& v;
@@ -71,6 +75,11 @@ struct Sampler {
       }
     }
     for (int i = 0; i < r.num_bias; ++i) v.logits[v.bias_ids[i]] += v.biases[i];
+    for (int i = 0, first = 0; i < r.num_phrases; first = v.phrase_ends[i++]) {
+      int last = v.phrase_ends[i] - 1, at = first;
+      while (at < last && v.recent[(v.position - last + at) & (kRecent - 1)] == v.phrase_ids[at]) ++at;
+      if (at == last) v.logits[v.phrase_ids[last]] = -INFINITY;
+    }
   }
 
   static bool any(v16i v) {
@@ -236,6 +245,7 @@ struct Sampler {
     int32_t token = argmax();
     if (token >= 0 && r.mode == 2) token = draw();
     if (token >= 0 && r.penalized && v.counts[token] < 32766) v.counts[token] += 2;
+    if (token >= 0 && r.num_phrases) v.recent[v.position & (kRecent - 1)] = token;
     return token;
   }
 };

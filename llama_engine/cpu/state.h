@@ -7,12 +7,14 @@
 #include <vector>
 
 #include "dot.h"
+#include "int4.h"
 
 extern "C" {
 
 struct LinearView {
-  const void* weight;   // [N][K] int8, or half when scale is null
-  const float* scale;   // [N]
+  const void* weight;   // [N][K] int8, or half when scale is null; [N][K / 2] of INT4
+  const void* scale;    // [N] float; [N][K / group] half of INT4
+  int64_t group;        // inputs of INT4 that share a scale, or 0
 };
 
 struct LayerView {
@@ -79,10 +81,10 @@ struct State {
   int threads;
   Barrier barrier;
   StepView step{};
-  int64_t q_size, kv_size, qkv_size, max_in;
-  std::vector<float> x, qkv, attn, act, scale, normed, partial;
+  int64_t q_size, kv_size, qkv_size, max_in, digits_stride = 0;
+  std::vector<float> x, qkv, attn, act, scale, normed, partial, group_sums;
   std::vector<int16_t> quantized;
-  std::vector<int8_t> high;
+  std::vector<int8_t> high, digits;
   std::vector<uint8_t> low;
   bool amx = false;
   int chunks_max;
@@ -105,6 +107,11 @@ struct State {
     high.resize(amx ? (T + 15) / 16 * 16 * max_in : 0);
     low.resize(high.size());
 #endif
+    for (const LayerView& l : layers)  // digits of int4.h, where a matrix needs them: two a value, K rounded up
+      if (l.qkv.group || l.o.group || l.gate_up.group || l.down.group)
+        digits_stride = 2 * ((max_in + kInt4Block - 1) / kInt4Block * kInt4Block);
+    digits.resize(T * digits_stride);
+    group_sums.resize(digits_stride ? T * kInt4Groups : 0);
     chunks_max = (m.max_context + kAttentionChunk - 1) / kAttentionChunk;
     partial.resize((size_t)std::max(4 * n, 16) * m.kv_heads * chunks_max * group() * (m.head_size + 2));
     barrier.size = n;

@@ -2,7 +2,8 @@
 //
 // Arithmetic: INT8 weights times activations held as 15-bit fixed point with one scale a token, accumulated exactly in
 // int32, so a row's result depends neither on the batch around it nor on the number of threads. 15 bits because a
-// 512-bit lane then takes 512 pairs of products (K = 16384) without overflow.
+// 512-bit lane then takes 512 pairs of products (K = 16384) without overflow. INT4 weights (int4.h) are exact within a
+// group; the groups are added in float32, always in the same order.
 // Layouts: K cache [layer][block][kv_head][head_size][tokens_per_block] (lanes are keys: scores need no horizontal
 // sums), V cache [layer][block][kv_head][tokens_per_block][head_size], both IEEE half.
 
@@ -85,19 +86,19 @@ struct Engine : Attention {
     barrier.wait();
     int T = step.tokens;
     for (const LayerView& l : layers) {
-      quantize(x.data(), H, l.input_norm, t);
+      quantize(x.data(), H, l.input_norm, t, l.qkv);
       linear(l.qkv, qkv_size, H, T, t, qkv.data(), false);
       rope_and_store(l, t);
       attention(l, t);
-      quantize(attn.data(), q_size, nullptr, t);
+      quantize(attn.data(), q_size, nullptr, t, l.o);
       linear(l.o, H, q_size, T, t, x.data(), true);
-      quantize(x.data(), H, l.post_norm, t);
+      quantize(x.data(), H, l.post_norm, t, l.gate_up);
       gemm(l.gate_up, 2 * (int64_t)I, H, true, T, t, [&](int token, int64_t n, v16f gate, v16f up) {
         v16f e = exp_nonpositive(gate < 0.f ? gate : -gate);
         v16f y = gate * (gate < 0.f ? e : v16f{} + 1.f) / (1.f + e) * up;
         std::memcpy(&act[(int64_t)token * I + n], &y, 64);
       });
-      quantize(act.data(), I, nullptr, t);
+      quantize(act.data(), I, nullptr, t, l.down);
       linear(l.down, H, I, T, t, x.data(), true);
     }
     logits(t);

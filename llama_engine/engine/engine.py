@@ -26,6 +26,7 @@ class Output(NamedTuple):
     reason: FinishReason | RunError | None = None
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: list[Logprobs] | None = None  # of token_ids, if SamplingParams.logprobs asks for them
+    prompt_logprobs: list[Logprobs] | None = None  # with the first token, if SamplingParams.prompt_logprobs asks
 
     @property
     def finished(self) -> bool:
@@ -138,12 +139,22 @@ class Engine:
         for sequence in plan.grown:
             self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1
-        return plan, self.executor.submit(Step(tuple(chunk for _, chunk in plan.work)))
+        scored = {
+            i: following
+            for i, (sequence, chunk) in enumerate(plan.work)
+            if chunk.tokens is not None
+            and sequence.scoring
+            and (following := sequence.prompt[chunk.start + 1 : chunk.start + chunk.length + 1])
+        }
+        return plan, self.executor.submit(Step(tuple(chunk for _, chunk in plan.work), scored=scored))
 
     def _read(self, step: tuple[Plan, StepHandle] | None) -> list[Output]:
         if step is None:
             return []
         plan, handle = step
+        for i, scores in handle.scored().items():
+            sequence, chunk = plan.work[i]
+            sequence.prompt_logprobs[chunk.start :] = scores
         sampling = [sequence for sequence, chunk in plan.work if chunk.samples]
         outputs = []
         for sequence, token, logprobs in zip(sampling, handle.tokens(), handle.logprobs()):
@@ -173,5 +184,7 @@ class Engine:
                 self.scheduler.finish(sequence)
                 del self._requests[sequence.request_id]
             given = [logprobs] if logprobs and tokens else None
-            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0, given))
+            first = sequence.params.prompt_logprobs and len(sequence.output) == len(tokens)
+            scores = sequence.prompt_logprobs if first else None
+            outputs.append(Output(sequence.request_id, tokens, reason, sequence.cached_tokens or 0, given, scores))
         return outputs

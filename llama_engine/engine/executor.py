@@ -32,6 +32,10 @@ class StepHandle(Protocol):
         """Log-probabilities of :meth:`tokens` whose sequences ask for them."""
         ...
 
+    def scored(self) -> dict[int, list[Logprobs]]:
+        """What :attr:`Step.scored` asked for."""
+        ...
+
     def logits(self) -> torch.Tensor:
         """float32: ``[sampling chunks, vocab]`` for "last", ``[num_tokens, vocab]`` for "all"."""
         ...
@@ -66,12 +70,16 @@ class ReadyHandle:
     sampled: list[int | Exception]
     step_logits: torch.Tensor | None = field(default=None)
     step_logprobs: list[Logprobs | None] = field(default_factory=list)
+    step_scored: dict[int, list[Logprobs]] = field(default_factory=dict)
 
     def tokens(self) -> list[int | Exception]:
         return self.sampled
 
     def logprobs(self) -> list[Logprobs | None]:
         return self.step_logprobs or [None] * len(self.sampled)
+
+    def scored(self) -> dict[int, list[Logprobs]]:
+        return self.step_scored
 
     def logits(self) -> torch.Tensor:
         if self.step_logits is None:

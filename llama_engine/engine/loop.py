@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llama_engine.engine.engine import Engine, FinishReason
+from llama_engine.engine.engine import Engine, Output
 from llama_engine.engine.scheduler import Sequence
 from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.sampling import SamplingParams
 
-OnTokens = Callable[[list[int], "FinishReason | RunError | None"], None]
+OnTokens = Callable[[Output], None]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class _Request:
 class EngineLoop:
     """In-flight batching for many threads.
 
-    ``on_tokens(new_ids, reason)`` is called on the loop's thread; ``reason`` is None, or at the end "stop", "length" or
-    the :class:`RunError`, with its code, that ended the request. At most ``max_queue`` requests wait beyond those that
-    run.
+    ``on_tokens(output)`` is called on the loop's thread with each :class:`Output` of the request; the last one has the
+    reason why it ended: a word, or the :class:`RunError` with its code. At most ``max_queue`` requests wait beyond
+    those that run.
     """
 
     def __init__(self, engine: Engine, *, max_queue: int = 256) -> None:
@@ -135,7 +135,7 @@ class EngineLoop:
                 self._drop_all(RunError(f"a step of the engine failed: {type(error).__name__}: {error}"))
                 continue
             for output in outputs:
-                self._deliver(output.request_id, output.token_ids, output.reason)
+                self._deliver(output)
         self._drop_all(_shutting_down())
 
     def _take_messages(self) -> None:
@@ -150,18 +150,19 @@ class EngineLoop:
         if sequence.request_id in self._requests:
             self._engine.add(sequence)
 
-    def _deliver(self, request_id: int, tokens: list[int], reason: FinishReason | RunError | None) -> None:
-        request = self._requests.pop(request_id, None) if reason else self._requests.get(request_id)
+    def _deliver(self, output: Output) -> None:
+        take = self._requests.pop if output.finished else self._requests.get
+        request = take(output.request_id, None)
         if request is None:
             return
         try:
-            request.on_tokens(tokens, reason)
+            request.on_tokens(output)
         except Exception:  # one client's callback must not take the others down
-            self._drop(request_id, _cancelled())
+            self._drop(output.request_id, _cancelled())
 
     def _drop(self, request_id: int, reason: RunError) -> None:
         self._engine.cancel(request_id)
-        self._deliver(request_id, [], reason)
+        self._deliver(Output(request_id, [], reason))
 
     def _drop_all(self, reason: RunError) -> None:
         for request_id in list(self._requests):

@@ -3,7 +3,7 @@
 Decodes go first, then prefills that are under way, then new admissions, each first come, first served, all within
 ``max_num_tokens``. A prompt must not hold up those who are being answered: while one sequence waits for its first token
 (is prefilled, or could be admitted), or at most half as many as decode, prefill takes at most ``max_prefill_tokens`` of
-a step. When more wait, as after a burst, whole steps are theirs, for that serves most of them sooner.
+a step for each that waits. When more wait, as after a burst, whole steps are theirs: that serves most of them sooner.
 When blocks run out the youngest sequence is preempted: its blocks are freed and it is prefilled again later from what
 it has said.
 
@@ -14,13 +14,16 @@ planning, so what a later step finds is there when it reads.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
 from llama_engine.config import EngineConfig
 from llama_engine.engine.kv_cache import BlockManager, block_key
 from llama_engine.engine.step import Chunk
-from llama_engine.sampling import SamplingParams
+from llama_engine.sampling import Logprobs, SamplingParams
+
+SCORED_TOKENS = 256  # prefill of a step that scores a prompt, at most: such a step keeps the logits of every row
 
 
 class DrainFirst(Exception):
@@ -47,11 +50,17 @@ class Sequence:
     registered: int = 0  # blocks of the table that are registered, or have an equal that is
     doubtful: bool = False  # a step failed: what the table holds must not be registered
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's tokens from the second on, so far
 
     def tokens(self, start: int, end: int) -> list[int]:
         """The ids at positions ``start .. end - 1``, as far as the host knows them."""
         n = len(self.prompt)
         return self.prompt[start:end] + self.output[max(0, start - n) : max(0, end - n)]
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still wanted."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     @property
     def known(self) -> int:
@@ -129,11 +138,18 @@ class Scheduler:
             work.append((sequence, Chunk(sequence.slot, sequence.computed)))
         prefilling = [sequence for sequence in prefilling if sequence.slot >= 0]
         budget -= len(work)
-        if work and len(prefilling) + self._admissible() <= max(1, len(work) // 2):
-            budget = min(budget, self._config.max_prefill_tokens)
+        prompts = len(prefilling) + self._admissible()
+        if work and prompts <= max(1, len(work) // 2):
+            budget = min(budget, self._config.max_prefill_tokens * prompts)
+        if any(s.scoring for s in (*prefilling, *itertools.islice(self.waiting, 1))):
+            budget = min(budget, SCORED_TOKENS)
         for sequence in prefilling:
             budget -= self._prefill(work, sequence, budget)
-        while budget > 0 and self._slots and self.waiting and self._admits(self.waiting[0]):
+        while budget > 0 and self._slots and self.waiting:
+            if self.waiting[0].scoring and budget > SCORED_TOKENS:
+                break  # the next step is limited from its start
+            if not self._admits(self.waiting[0]):
+                break
             sequence = self.waiting.popleft()
             sequence.slot = self._slots.pop()
             self.running.append(sequence)
@@ -164,7 +180,9 @@ class Scheduler:
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
         size, table = self.blocks.tokens_per_block, sequence.table
-        if self._config.enable_prefix_cache:  # the last token is computed always: its logits are wanted
+        if (
+            self._config.enable_prefix_cache and not sequence.scoring
+        ):  # the last token is computed always: its logits are wanted
             self.blocks.match(table, self._keys(sequence, (sequence.known - 1) // size))
         cached = len(table)
         if self.blocks.free - (self.blocks.blocks_for(sequence.known) - cached) < len(self.running):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 
@@ -27,7 +27,16 @@ class Chunk(NamedTuple):  # there are hundreds in a step, and a frozen dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: chunks of distinct slots. ``logits`` asks for logits besides the sampled tokens."""
+    """One forward pass: chunks of distinct slots. ``logits`` asks for logits besides the sampled tokens.
+
+    ``scored`` names chunks of prefill by their index, each with the ids that follow its first rows: their
+    log-probabilities are wanted, as the slot's parameters say.
+    """
 
     chunks: tuple[Chunk, ...]
     logits: Literal["none", "last", "all"] = "none"
+    scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def every_row(self) -> bool:
+        return self.logits == "all" or bool(self.scored)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +19,21 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.chain import GpuModel
+from llama_engine.gpu.handle import CudaHandle, Pass
+from llama_engine.gpu.ragged import RaggedInputs
 from llama_engine.kernels import persistent
 from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
-from llama_engine.model.sampler import list_logprobs, logprobs
+from llama_engine.model.sampler import logprobs
 from llama_engine.model.weights import EngineWeights
-from llama_engine.sampling import Logprobs, SamplingParams
+from llama_engine.sampling import SamplingParams
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
 PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 PREFILL_CHUNKS = (1, 8, 64)
 # A step of few prefill tokens beside decodes is one pass, which reads the weights once: rows of decodes, then up to 64
-# or max_prefill_tokens rows of at most so many chunks.
+# or one or two times max_prefill_tokens rows of at most so many chunks.
 MIXED_DECODES = (8, 16, 32, 64, 128, 256, 512)
 MIXED_PREFILL, MIXED_CHUNKS = 64, 8
 # Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
@@ -41,50 +43,6 @@ FIRST_LAYERS = 4
 def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
     """The smallest bucket that holds ``n``, or None."""
     return next((bucket for bucket in buckets if n <= bucket), None)
-
-
-@dataclass
-class _Pass:
-    """What one pass over the model sends to the host. Chunks are named by their index in the step."""
-
-    sampling: list[int]  # the chunks that end in a token
-    ids: torch.Tensor  # their tokens, pinned int32
-    logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
-    logprobs: tuple[
-        dict[int, SamplingParams], list[torch.Tensor]
-    ]  # which chunks ask for them, sampling.logprobs pinned
-
-
-class CudaHandle:
-    """A step on its way. Reading waits for the device; in Triton's interpreter there is no event to wait for."""
-
-    def __init__(self, passes: list[_Pass], event: torch.cuda.Event | None) -> None:
-        self._passes, self._event = passes, event
-
-    def _wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def tokens(self) -> list[int | Exception]:
-        self._wait()
-        found = sorted(pair for part in self._passes for pair in zip(part.sampling, part.ids.tolist()))
-        return [token for _, token in found]
-
-    def logprobs(self) -> list[Logprobs | None]:
-        self._wait()
-        found: dict[int, Logprobs | None] = {chunk: None for part in self._passes for chunk in part.sampling}
-        for part in self._passes:
-            params, tensors = part.logprobs
-            if params:
-                found |= zip(params, list_logprobs(list(params.values()), *tensors))
-        return [found[chunk] for chunk in sorted(found)]
-
-    def logits(self) -> torch.Tensor:
-        self._wait()
-        pieces = {chunk: logits for part in self._passes for chunk, logits in part.logits.items()}
-        if not pieces:
-            raise ValueError("the step was submitted with logits='none'")
-        return torch.cat([pieces[i] for i in sorted(pieces)])
 
 
 class CudaExecutor:
@@ -131,7 +89,8 @@ class CudaExecutor:
                 self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
             except RunError as error:
                 warnings.warn(f"{error}; decoding with the other kernels", stacklevel=2)
-        used = [name for name, there in (("persistent", self._persistent), ("streaming", model.streaming)) if there]
+        parts = ("persistent", self._persistent), ("streaming", model.linears.streaming)
+        used = [name for name, part in parts if part]
         self.kernels = "cuda-" + "+".join([*used, "tiled"])
         self._use_graphs = graphs and self._cuda
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -141,15 +100,10 @@ class CudaExecutor:
         self._mixed_buckets = [
             (decodes, tokens)
             for decodes in [*(b for b in MIXED_DECODES if b < most[0]), most[0]]
-            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1]})
+            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1], 2 * most[1]})
             if decodes + tokens <= model.x.shape[0]
         ]
-        limit = PREFILL_BUCKETS[-1]
-        num_tiles = limit // model.attention.query_tokens + PREFILL_CHUNKS[-1]
-        size = max(limit, engine.max_num_tokens)
-        self._inputs = torch.zeros(
-            3 * size + 4 * (num_tiles + size) + 3 * engine.max_batch_size + 256, dtype=torch.int32, device=self.device
-        )
+        self._inputs = RaggedInputs(engine, model.attention, model.dummy_slot, PREFILL_BUCKETS[-1], PREFILL_CHUNKS[-1])
         if self._use_graphs:
             with torch.cuda.stream(self._stream):
                 self._capture_all()
@@ -186,7 +140,7 @@ class CudaExecutor:
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
-    def _decode(self, step: Step, indices: list[int]) -> _Pass:
+    def _decode(self, step: Step, indices: list[int]) -> Pass:
         chunks = [step.chunks[i] for i in indices]
         bucket = self._set_slots(chunks)
         if bucket in self._decode_graphs:
@@ -218,40 +172,46 @@ class CudaExecutor:
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, step: Step, indices: list[int]) -> _Pass:
+    def _prefill(self, step: Step, indices: list[int]) -> Pass:
         chunks = [step.chunks[i] for i in indices]
         total = sum(chunk.length for chunk in chunks)
         if total > self.engine_config.max_num_tokens:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine_config.max_num_tokens}")
         key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
-        graphs = None if step.logits == "all" else self._prefill_graphs.get(key)
+        graphs = None if step.every_row else self._prefill_graphs.get(key)
         if graphs is not None:
-            inputs = self._pack(chunks, *key)
+            inputs = self._ragged(chunks, *key)
             for graph in graphs:
                 graph.replay()
         else:
-            inputs = self._pack(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled, every_row=step.logits == "all")
+            inputs = self._ragged(chunks, total, None)
+            self.model.prefill(*inputs, self._sampled, every_row=step.every_row)
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
-        elif step.logits == "all":
-            logits = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
-        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
+        scored = {}
+        if step.every_row:
+            rows = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+            logits = rows if step.logits == "all" else logits
+            for i, tokens in step.scored.items():
+                params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
+                parts = logprobs(rows[i][: len(tokens)], targets, params.logprobs)
+                scored[i] = params, [self._to_host(part) for part in parts]
+        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]), scored)
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
     def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
         """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.logits == "all":
+        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
         return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
 
-    def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> _Pass:
+    def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> Pass:
         first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
-        inputs = self._pack(rest, bucket[1], MIXED_CHUNKS, first, bucket[0])
+        inputs = self._ragged(rest, bucket[1], MIXED_CHUNKS, first, bucket[0])
         if bucket in self._mixed_graphs:
             self._mixed_graphs[bucket].replay()
         else:
@@ -263,61 +223,14 @@ class CudaExecutor:
     def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
         self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
 
-    def _views(self, tokens: int, num_tiles: int, samples: int) -> tuple[torch.Tensor, ...]:
-        """ids, slots, positions, tiles and ends over the one input buffer."""
-        sizes = (tokens, tokens, tokens, 4 * num_tiles, 3 * samples)
-        padded = [-(-size // 4) * 4 for size in sizes]  # 16-byte alignment
-        parts = [p[:n] for p, n in zip(self._inputs[: sum(padded)].split(padded), sizes)]
-        return *parts[:3], parts[3].view(num_tiles, 4), parts[4].view(3, samples)
-
-    def _pack(
-        self,
-        chunks: list[Chunk],
-        tokens: int,
-        max_chunks: int | None,
-        decodes: Sequence[Chunk] = (),
-        before: int = 0,
-    ) -> tuple[torch.Tensor, ...]:
-        """Upload a ragged batch, padded to ``tokens`` rows and, for a graph, to ``max_chunks`` chunks; ``decodes``,
-        padded to ``before`` rows, go first."""
-        attention, dummy = self.model.attention, self.model.dummy_slot
-        tiles: list[tuple[int, int, int, int]] = []
-        ends = [(i, chunk.slot, chunk.start + 1) for i, chunk in enumerate(decodes)]
-        row = 0
-        for chunk in chunks:
-            tiles += attention.tiles(row, chunk.start, chunk.length, chunk.slot)
-            row += chunk.length
-            if chunk.samples:
-                ends.append((before + row - 1, chunk.slot, chunk.start + chunk.length))
-        num_tiles, samples = len(tiles), len(ends)
-        if max_chunks is not None:
-            num_tiles, samples = self._graph_shape(tokens, max_chunks, before)
-        views = self._views(before + tokens, num_tiles, samples)
-        offsets = [view.storage_offset() for view in views]
-        host = np.zeros(offsets[-1] + views[-1].numel(), dtype=np.int32)
-        host[before:][:row] = np.concatenate([np.asarray(chunk.tokens, dtype=np.int32) for chunk in chunks])
-        slots, positions = host[offsets[1] :], host[offsets[2] + before :]
-        slots[: before + tokens] = dummy
-        slots[: len(decodes)] = [chunk.slot for chunk in decodes]
-        slots[before:][:row] = np.repeat([chunk.slot for chunk in chunks], [chunk.length for chunk in chunks])
-        positions[:row] = np.concatenate([np.arange(c.start, c.start + c.length, dtype=np.int32) for c in chunks])
-        host[offsets[3] :][: 4 * len(tiles)] = np.asarray(tiles, dtype=np.int32).ravel()
-        table = host[offsets[4] :].reshape(3, samples)
-        table[1] = dummy
-        if ends:
-            table[:, : len(ends)] = np.asarray(ends, dtype=np.int32).T
-        self._upload(self._inputs, host)
+    def _ragged(self, *batch: Any) -> tuple[torch.Tensor, ...]:
+        host, views = self._inputs.pack(*batch)
+        self._upload(self._inputs.buffer, host)
         return views
-
-    def _graph_shape(self, tokens: int, max_chunks: int, decodes: int = 0) -> tuple[int, int]:
-        """Query tiles and samples of a prefill graph."""
-        samples = min(max_chunks + decodes, self.engine_config.max_batch_size)
-        return -(-tokens // self.model.attention.query_tokens) + max_chunks - 1, samples
 
     # -- graphs -----------------------------------------------------------------------------------------------------
 
     def _capture_all(self) -> None:
-        dummy = self.model.dummy_slot
         first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
         for bucket in self._buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
@@ -326,20 +239,14 @@ class CudaExecutor:
             for chunks in PREFILL_CHUNKS:
                 if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine_config.max_batch_size):
                     continue
-                views = self._views(tokens, *self._graph_shape(tokens, chunks))
-                self._inputs.zero_()
-                views[1].fill_(dummy)
-                views[4][1].fill_(dummy)
+                views = self._inputs.blank(tokens, chunks)
                 self._prefill_graphs[tokens, chunks] = [
                     self._capture(lambda v=views, p=part: self.model.prefill(*v, self._sampled, part=p))
                     for part in (slice(0, first), slice(first, None))
                 ]
 
         for bucket in self._mixed_buckets:
-            views = self._views(sum(bucket), *self._graph_shape(bucket[1], MIXED_CHUNKS, bucket[0]))
-            self._inputs.zero_()
-            views[1].fill_(dummy)
-            views[4][1].fill_(dummy)
+            views = self._inputs.blank(bucket[1], MIXED_CHUNKS, bucket[0])
             self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -373,8 +280,8 @@ class CudaExecutor:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
-    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], scored: tuple) -> _Pass:
-        return _Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, scored)
+    def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], *logprobs: Any) -> Pass:
+        return Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, *logprobs)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
@@ -386,7 +293,7 @@ class CudaExecutor:
 
     def _draw(self, indices: list[int], chunks: list[Chunk]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
         """Replace the greedy token of each row whose sequence asks for another; the rows' logits are the scratch.
-        Returns :attr:`_Pass.logprobs`."""
+        Returns :attr:`Pass.logprobs`."""
         params = [self._params[chunk.slot] for chunk in chunks]
         scored = [row for row, p in enumerate(params) if p.logprobs is not None]
         raw = torch.stack([self.model.logits[row] for row in scored]) if scored else None

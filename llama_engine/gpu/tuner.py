@@ -89,10 +89,10 @@ def tune(
     for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
             continue  # lm_head has no tiles of 8 rows, never runs more than 512, and a prefill needs it for one
-        linears = model.linears(name)
+        linears = model.linears.named(name)
         for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
             linear = linears[index]
-            if not model.streams(name, linear, rows):
+            if not model.linears.streams(name, linear, rows):
                 tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, rows, linear))
                 work.setdefault(rows, {})[name, index] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
@@ -106,15 +106,15 @@ def tune(
     for bucket, names in work.items():
         run = model.sample_step(bucket, prefill[bucket])
         for (name, index), tiles in names.items():
-            timed, scheme = [], model.linears(name)[index].scheme
+            timed, scheme = [], model.linears.named(name)[index].scheme
             for tile in tiles:
-                model.tiles.set(name, scheme, bucket, tile)
+                model.linears.tiles.set(name, scheme, bucket, tile)
                 try:
                     timed.append((time_graph(run), tile))
                 except (triton.runtime.OutOfResources, triton.CompilationError):
                     continue  # too large for this GPU's shared memory or registers
             fastest, tile = min(timed, key=lambda pair: pair[0])
-            model.tiles.set(name, scheme, bucket, tile)
+            model.linears.tiles.set(name, scheme, bucket, tile)
             best[f"{name}/{scheme.name}/{bucket}"] = asdict(tile)
             what = f"{name} {scheme.name}, {bucket} rows"
             progress(f"{what}: step {timed[0][0]:.3f} -> {fastest:.3f} ms {tile}")

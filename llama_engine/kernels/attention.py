@@ -15,7 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.kernels import attention_decode, attention_prefill
-from llama_engine.kernels.common import launch_options
+from llama_engine.kernels.common import launch_options, multiprocessors
+from llama_engine.kernels.rope_cache import rope_cache
 from llama_engine.model.rope import rope_tables
 
 MERGE_WARPS = 16
@@ -24,14 +25,14 @@ MERGE_WARPS = 16
 @dataclass(frozen=True)
 class DecodeShape:
     """How a decode's context is cut. ``chunk``, ``keys`` and ``warps`` decide the order of sums, so they hold for every
-    batch; ``stages`` and ``programs`` (to a row's chunks, in all) may be anything."""
+    batch; ``stages`` and ``programs`` (a multiprocessor, in all) may be anything."""
 
     chunk: int = 256  # positions; more of them where a sequence could have more than max_chunks
     max_chunks: int = 128
     keys: int = 32
     warps: int = 2
     stages: int = 3
-    programs: int = 1056  # small ones, many to a multiprocessor; beyond that each walks several chunks
+    programs: int = 8  # beyond that each walks several chunks
 
     def chunk_size(self, max_seq_len: int) -> int:
         return max(self.chunk, triton.next_power_of_2(-(-max_seq_len // self.max_chunks)))
@@ -39,12 +40,16 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """A tile of queries and how its keys are walked. Only ``keys`` decides the order of a row's sums."""
+    """A tile of queries and how its keys are walked. Only ``keys`` and ``part`` decide the order of a row's sums."""
 
     rows: int = 64  # tokens times the query heads of a KV head
     keys: int = 64
     warps: int = 4
     stages: int = 3
+    part: int = 2048  # keys with a softmax of their own; more of them where a sequence could have more than max_parts
+    max_parts: int = 16
+    programs: int = 2  # a multiprocessor: a prefill of fewer spreads the parts of its contexts over several
+    split_tiles: int = 32  # more tiles at once than these never spread
     tma: bool = True  # keys and values through the tensor memory accelerator, where GPU and cache's blocks allow it
 
 
@@ -56,23 +61,34 @@ class PagedAttention:
     """The attention of one model and engine, up to a row a slot; ``block_tables`` int32 ``[slots, max_blocks]``."""
 
     config: ModelConfig
-    engine: EngineConfig
+    engine_config: EngineConfig
     block_tables: torch.Tensor
     decode_shape: DecodeShape = DECODE
     prefill_shape: PrefillShape = PREFILL
 
     def __post_init__(self) -> None:
         c, device = self.config, self.block_tables.device
-        self.chunk = self.decode_shape.chunk_size(self.engine.max_seq_len)
-        self.max_chunks = -(-self.engine.max_seq_len // self.chunk)
-        self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine.max_seq_len))
+        self.chunk = self.decode_shape.chunk_size(self.engine_config.max_seq_len)
+        self.max_chunks = -(-self.engine_config.max_seq_len // self.chunk)
+        self.cos, self.sin = (table.to(device) for table in rope_tables(c, self.engine_config.max_seq_len))
         shape = (len(self.block_tables), self.max_chunks, c.num_heads)
         self.part = torch.empty((*shape, c.head_size), dtype=torch.float32, device=device)
         self.stat = torch.empty((*shape, 2), dtype=torch.float32, device=device)
+        most = self.engine_config.max_seq_len
+        prefill = self.prefill_shape
+        self.part_size = max(prefill.part, triton.next_power_of_2(-(-most // prefill.max_parts)))
+        self.max_parts = -(-most // self.part_size)
         self.group = c.num_heads // c.num_kv_heads
         self.scale = math.log2(math.e) / math.sqrt(c.head_size)
         self.query_tokens = max(1, self.prefill_shape.rows // triton.next_power_of_2(self.group))
         self.options = launch_options(device)
+        rows = self.query_tokens * triton.next_power_of_2(self.group)
+        head = max(16, triton.next_power_of_2(c.head_size))
+        lines = prefill.split_tiles * self.max_parts * c.num_kv_heads * rows if self.max_parts > 1 else 0
+        self.prefill_part = torch.empty((lines, head), dtype=torch.float32, device=device)
+        self.prefill_stat = torch.empty((lines, 2), dtype=torch.float32, device=device)
+        self.programs = self.decode_shape.programs * multiprocessors(device)
+        self.most_prefills = prefill.programs * multiprocessors(device)
         # the accelerator came with Hopper; in Triton's interpreter descriptors work too
         self.accelerates = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -92,7 +108,7 @@ class PagedAttention:
         ``qkv`` fp16 ``[*, qkv_size]``; ``kv`` as in :mod:`llama_engine.kernels`; ``position`` int32 a slot.
         """
         c, shape = self.config, self.decode_shape
-        programs = min(self.max_chunks, -(-shape.programs // (num_rows * c.num_kv_heads)))
+        programs = min(self.max_chunks, -(-self.programs // (num_rows * c.num_kv_heads)))
         attention_decode.decode[(num_rows, c.num_kv_heads, programs)](
             qkv,
             kv,
@@ -111,7 +127,7 @@ class PagedAttention:
             GP=max(16, triton.next_power_of_2(self.group)),
             HEAD=c.head_size,
             HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
-            TPB=self.engine.tokens_per_block,
+            TPB=self.engine_config.tokens_per_block,
             CHUNK=self.chunk,
             MAXC=self.max_chunks,
             BT=shape.keys,
@@ -159,7 +175,7 @@ class PagedAttention:
         """
         c = self.config
         half = c.head_size // 2
-        attention_prefill.rope_cache[(num_rows,)](
+        rope_cache[(num_rows,)](
             qkv,
             kv,
             self.cos,
@@ -174,7 +190,7 @@ class PagedAttention:
             HALF=half,
             HALF_P=triton.next_power_of_2(half),
             HEADS_P=triton.next_power_of_2(c.num_heads + c.num_kv_heads),
-            TPB=self.engine.tokens_per_block,
+            TPB=self.engine_config.tokens_per_block,
             num_warps=4,
             **self.options,
         )
@@ -182,32 +198,40 @@ class PagedAttention:
         tma = (
             shape.tma
             and self.accelerates
-            and self.engine.tokens_per_block % shape.keys == 0
+            and self.engine_config.tokens_per_block % shape.keys == 0
             and head == max(16, triton.next_power_of_2(head))
         )
         cache, v_offset = kv, kv.stride(0)
         if tma:
             cache = TensorDescriptor.from_tensor(kv.view(-1, head), [shape.keys, head])
             v_offset //= head
-        attention_prefill.prefill[(tiles.shape[0], c.num_kv_heads)](
+        num_tiles, full = tiles.shape[0], -(-num_rows // self.query_tokens)  # those that are not padding
+        split = min(self.max_parts, -(-self.most_prefills // (full * c.num_kv_heads)))
+        if num_tiles > shape.split_tiles:
+            split = 1
+        partial = (self.prefill_part, self.prefill_stat)
+        sizes = {"KVH": c.num_kv_heads, "G": self.group, "GP": group, "HEAD": c.head_size}
+        sizes |= {"HEAD_P": max(16, triton.next_power_of_2(c.head_size)), "BQ": self.query_tokens}
+        sizes |= {"PART": self.part_size, "MAXP": self.max_parts}
+        attention_prefill.prefill[(num_tiles, c.num_kv_heads, split)](
             qkv,
             cache,
             out,
             self.block_tables,
             tiles,
+            *partial,
             self.block_tables.shape[1],
             v_offset,
             self.scale,
-            KVH=c.num_kv_heads,
-            G=self.group,
-            GP=group,
-            HEAD=c.head_size,
-            HEAD_P=max(16, triton.next_power_of_2(c.head_size)),
-            TPB=self.engine.tokens_per_block,
-            BQ=self.query_tokens,
+            TPB=self.engine_config.tokens_per_block,
             BT=shape.keys,
+            SPLIT=split > 1,
             TMA=tma,
+            **sizes,
             num_warps=shape.warps,
             num_stages=shape.stages,
             **self.options,
         )
+        if split > 1:
+            grid = (num_tiles, c.num_kv_heads)
+            attention_prefill.merge[grid](out, tiles, *partial, **sizes, num_warps=shape.warps, **self.options)

@@ -1,63 +1,11 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
-"""Prefill attention kernels: rotate and cache the new tokens, then attend in tiles of queries."""
+"""Prefill attention kernels: tiles of queries walk their context, some of them with several programs."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def rope_cache(
-    qkv_ptr,
-    kv_ptr,
-    cos_ptr,
-    sin_ptr,
-    tables_ptr,
-    slots_ptr,
-    positions_ptr,
-    max_blocks,
-    v_offset,
-    KVH: tl.constexpr,
-    G: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_P: tl.constexpr,
-    HEADS_P: tl.constexpr,
-    TPB: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    HEAD: tl.constexpr = 2 * HALF
-    HEADS: tl.constexpr = KVH * G
-    row = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    slot = tl.load(slots_ptr + row)
-    pos = tl.load(positions_ptr + row)
-    block = tl.load(tables_ptr + slot * max_blocks + pos // TPB).to(tl.int64)
-    h = tl.arange(0, HEADS_P)
-    d = tl.arange(0, HALF_P)
-    cos = tl.load(cos_ptr + pos * HALF + d, mask=d < HALF, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + pos * HALF + d, mask=d < HALF, other=0.0)[None, :]
-    qkv = qkv_ptr + row.to(tl.int64) * ((HEADS + 2 * KVH) * HEAD)
-    at = qkv + h[:, None] * HEAD + d[None, :]
-    rotated = (h < HEADS + KVH)[:, None] & (d < HALF)[None, :]
-    x1 = tl.load(at, mask=rotated, other=0.0).to(tl.float32)
-    x2 = tl.load(at + HALF, mask=rotated, other=0.0).to(tl.float32)
-    y1 = (x1 * cos - x2 * sin).to(tl.float16)
-    y2 = (x2 * cos + x1 * sin).to(tl.float16)
-    query = rotated & (h < HEADS)[:, None]
-    tl.store(at, y1, mask=query)
-    tl.store(at + HALF, y2, mask=query)
-    kvh = h - HEADS
-    new = kv_ptr + ((block * KVH + kvh[:, None]) * TPB + pos % TPB) * HEAD + d[None, :]
-    key = rotated & (h >= HEADS)[:, None]
-    tl.store(new, y1, mask=key)
-    tl.store(new + HALF, y2, mask=key)
-    v_at = at + KVH * HEAD
-    tl.store(new + v_offset, tl.load(v_at, mask=key), mask=key)
-    tl.store(new + v_offset + HALF, tl.load(v_at + HALF, mask=key), mask=key)
 
 
 @triton.jit
@@ -115,11 +63,23 @@ def _attend(
     if MASK:
         s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
+    base = m_new
+    if MASK:
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a part that begins after a row's position
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(m - base)
     total = total * shrink + tl.sum(p, axis=1)
     acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
     return m_new, total, acc
+
+
+@triton.jit
+def _merge(m, total, acc, m_part, total_part, acc_part):
+    """The softmax over what both cover; the second comes later in the context."""
+    m_new = tl.maximum(m, m_part)
+    old = tl.exp2(m - m_new)
+    new = tl.exp2(m_part - m_new)
+    return m_new, total * old + total_part * new, acc * old[:, None] + acc_part * new[:, None]
 
 
 @triton.jit
@@ -129,6 +89,8 @@ def prefill(
     out_ptr,
     tables_ptr,
     tiles_ptr,
+    part_ptr,
+    stat_ptr,
     max_blocks,
     v_offset,
     scale,
@@ -140,10 +102,17 @@ def prefill(
     TPB: tl.constexpr,
     BQ: tl.constexpr,
     BT: tl.constexpr,
+    PART: tl.constexpr,
+    MAXP: tl.constexpr,
+    SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``kv`` points to the cache; with TMA it is a descriptor of its rows of HEAD, and ``v_offset`` counts rows."""
+    """``kv`` points to the cache; with TMA it is a descriptor of its rows of HEAD, and ``v_offset`` counts rows.
+
+    The context is walked in parts of PART keys, each with a softmax of its own, merged in order: here, or with SPLIT
+    by :func:`merge`, so that both give the same bits.
+    """
     HEADS: tl.constexpr = KVH * G
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts first
     kvh = tl.program_id(1)
@@ -156,70 +125,134 @@ def prefill(
     count = tl.load(tiles_ptr + tile * 4 + 1)
     slot = tl.load(tiles_ptr + tile * 4 + 2)
     start = tl.load(tiles_ptr + tile * 4 + 3)
-    if count > 0:
+    length = start + count
+    parts = tl.cdiv(length, PART)
+    if (count > 0) & (tl.program_id(2) < parts):
         token = r // GP
         g = r % GP
         r_in = (token < count) & (g < G)
         column = (kvh * G + g)[:, None] * HEAD + e[None, :]
         mask = r_in[:, None] & (e < HEAD)[None, :]
         row = (first + token).to(tl.int64)[:, None]
+        out_at = out_ptr + row * (HEADS * HEAD) + column
         q = tl.load(qkv_ptr + row * ((HEADS + 2 * KVH) * HEAD) + column, mask=mask, other=0.0)
-        m = tl.full((BQ * GP,), float("-inf"), tl.float32)
-        total = tl.zeros((BQ * GP,), tl.float32)
-        acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
-        length = start + count
         position = start + token
         table = tables_ptr + slot * max_blocks
         # Every row sees the keys up to the first one's position; only the blocks after that need a mask.
         seen = (start + 1) // BT * BT
-        # Each block's number is read a step ahead: loads that hang on loads of their own step are not pipelined.
-        block = tl.load(table)
-        for at in range(0, seen, BT):
-            m, total, acc = _attend(
-                q,
-                m,
-                total,
-                acc,
-                kv,
-                table,
-                block,
-                kvh,
-                at,
-                position,
-                length,
-                v_offset,
-                scale,
-                KVH,
-                HEAD,
-                HEAD_P,
-                TPB,
-                BT,
-                False,
-                TMA,
-            )
-            block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
-        for at in range(seen, length, BT):
-            m, total, acc = _attend(
-                q,
-                m,
-                total,
-                acc,
-                kv,
-                table,
-                block,
-                kvh,
-                at,
-                position,
-                length,
-                v_offset,
-                scale,
-                KVH,
-                HEAD,
-                HEAD_P,
-                TPB,
-                BT,
-                True,
-                TMA,
-            )
-            block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
+        m_all = tl.full((BQ * GP,), float("-inf"), tl.float32)
+        total_all = tl.zeros((BQ * GP,), tl.float32)
+        acc_all = tl.zeros((BQ * GP, HEAD_P), tl.float32)
+        for part in range(tl.program_id(2), parts, tl.num_programs(2)):
+            m = tl.full((BQ * GP,), float("-inf"), tl.float32)
+            total = tl.zeros((BQ * GP,), tl.float32)
+            acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
+            begin = part * PART
+            end = tl.minimum(begin + PART, length)
+            # Each block's number is read a step ahead: loads that hang on loads of their own step are not pipelined.
+            block = tl.load(table + begin // TPB)
+            for at in range(begin, tl.minimum(seen, end), BT):
+                m, total, acc = _attend(
+                    q,
+                    m,
+                    total,
+                    acc,
+                    kv,
+                    table,
+                    block,
+                    kvh,
+                    at,
+                    position,
+                    length,
+                    v_offset,
+                    scale,
+                    KVH,
+                    HEAD,
+                    HEAD_P,
+                    TPB,
+                    BT,
+                    False,
+                    TMA,
+                )
+                block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
+            for at in range(tl.maximum(seen, begin), end, BT):
+                m, total, acc = _attend(
+                    q,
+                    m,
+                    total,
+                    acc,
+                    kv,
+                    table,
+                    block,
+                    kvh,
+                    at,
+                    position,
+                    length,
+                    v_offset,
+                    scale,
+                    KVH,
+                    HEAD,
+                    HEAD_P,
+                    TPB,
+                    BT,
+                    True,
+                    TMA,
+                )
+                block = tl.load(table + tl.minimum(at + BT, length - 1) // TPB)
+            if not SPLIT:
+                m_all, total_all, acc_all = _merge(m_all, total_all, acc_all, m, total, acc)
+            elif parts == 1:
+                tl.store(out_at, (acc / total[:, None]).to(tl.float16), mask=mask)
+            else:
+                where = ((tile * MAXP + part) * KVH + kvh) * (BQ * GP) + r
+                tl.store(stat_ptr + where * 2, m)
+                tl.store(stat_ptr + where * 2 + 1, total)
+                tl.store(part_ptr + where.to(tl.int64)[:, None] * HEAD_P + e[None, :], acc)
+        if not SPLIT:
+            tl.store(out_at, (acc_all / total_all[:, None]).to(tl.float16), mask=mask)
+
+
+@triton.jit
+def merge(
+    out_ptr,
+    tiles_ptr,
+    part_ptr,
+    stat_ptr,
+    KVH: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    BQ: tl.constexpr,
+    PART: tl.constexpr,
+    MAXP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What :func:`prefill` leaves of the tiles whose context has several parts."""
+    HEADS: tl.constexpr = KVH * G
+    tile = tl.program_id(0)
+    kvh = tl.program_id(1)
+    r = tl.arange(0, BQ * GP)
+    e = tl.arange(0, HEAD_P)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first = tl.load(tiles_ptr + tile * 4)
+    count = tl.load(tiles_ptr + tile * 4 + 1)
+    parts = tl.cdiv(tl.load(tiles_ptr + tile * 4 + 3) + count, PART)
+    if (count > 0) & (parts > 1):
+        m = tl.full((BQ * GP,), float("-inf"), tl.float32)
+        total = tl.zeros((BQ * GP,), tl.float32)
+        acc = tl.zeros((BQ * GP, HEAD_P), tl.float32)
+        for part in range(parts):
+            where = ((tile * MAXP + part) * KVH + kvh) * (BQ * GP) + r
+            m_part = tl.load(stat_ptr + where * 2)
+            total_part = tl.load(stat_ptr + where * 2 + 1)
+            acc_part = tl.load(part_ptr + where.to(tl.int64)[:, None] * HEAD_P + e[None, :])
+            m, total, acc = _merge(m, total, acc, m_part, total_part, acc_part)
+        token = r // GP
+        g = r % GP
+        column = (kvh * G + g)[:, None] * HEAD + e[None, :]
+        mask = ((token < count) & (g < G))[:, None] & (e < HEAD)[None, :]
+        row = (first + token).to(tl.int64)[:, None]
         tl.store(out_ptr + row * (HEADS * HEAD) + column, (acc / total[:, None]).to(tl.float16), mask=mask)

@@ -26,3 +26,9 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 20
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; the interpreter counts as one of them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

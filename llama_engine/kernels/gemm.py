@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202 (Triton kernels take untyped pointers)
 """Linear layers: INT8 weights times fixed-point activations on the integer tensor cores; FP8 times e4m3; 16 bits.
 
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
@@ -14,17 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options, shared_memory
+from llama_engine.kernels.gemm_kernel import gemm_kernel
 from llama_engine.model.schemes import FP8, FP16, INT8
 from llama_engine.model.weights import Linear
 
-STORE, RESIDUAL, SILU_MUL, LOGITS = range(4)
-_STORE, _RESIDUAL, _SILU_MUL, _LOGITS = (tl.constexpr(i) for i in range(4))
 MAX_SPLIT, MAX_TILES, MAX_PARTIAL = 16, 4096, 1 << 22
 # Hopper's tensor cores keep 14 bits of an FP8 sum: after so many of K it goes on in float32. None: it stays there.
 FP8_STEP: int | None = 128
@@ -47,186 +42,6 @@ class Tile:
     warps: int = 4
     stages: int = 4
     library: bool = False
-
-
-@triton.jit
-def _epilogue(
-    y,
-    offs_m,
-    offs_n,
-    pid_n,
-    out_ptr,
-    best_ptr,
-    index_ptr,
-    M,
-    N,
-    EPILOGUE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SWAP: tl.constexpr,
-):
-    """Finish the tile ``y`` (float32 ``[BN, BM]`` if SWAP, else ``[BM, BN]``)."""
-    if EPILOGUE == _SILU_MUL:
-        # Columns alternate gate and up.
-        if SWAP:
-            y = tl.trans(y)
-        gate, up = tl.split(tl.reshape(y, (BM, BN // 2, 2)))
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        columns = pid_n * (BN // 2) + tl.arange(0, BN // 2)
-        mask = (offs_m < M)[:, None] & (columns < N // 2)[None, :]
-        at = out_ptr + offs_m[:, None].to(tl.int64) * (N // 2) + columns[None, :]
-        tl.store(at, value.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        if SWAP:
-            at = out_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
-            mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
-        else:
-            at = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-            mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        if EPILOGUE == _RESIDUAL:
-            y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
-        if EPILOGUE == _LOGITS:
-            axis: tl.constexpr = 0 if SWAP else 1
-            judged = tl.where(y == y, y, float("inf"))  # a maximum may drop NaN, but not infinity
-            best, index = tl.max(tl.where(mask, judged, float("-inf")), axis=axis, return_indices=True)
-            tiles = tl.cdiv(N, BN)
-            tl.store(best_ptr + offs_m * tiles + pid_n, best, mask=offs_m < M)
-            tl.store(index_ptr + offs_m * tiles + pid_n, index + pid_n * BN, mask=offs_m < M)
-
-
-@triton.jit
-def _last_to_arrive(count_ptr, SPLIT: tl.constexpr):
-    """Whether this is the last of the SPLIT programs of a tile, whose partial sums are then all to be seen."""
-    tl.debug_barrier()
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        tl.store(count_ptr, 0)
-    return last
-
-
-@triton.jit(do_not_specialize=["M"])
-def _gemm(
-    a_ptr,
-    a_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    out_ptr,
-    best_ptr,
-    index_ptr,
-    partial_ptr,
-    count_ptr,
-    M,
-    N,
-    plane,
-    K: tl.constexpr,
-    INT8: tl.constexpr,
-    SCALED: tl.constexpr,
-    STEP: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SWAP: tl.constexpr,
-    REUSED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    tiles_m = tl.cdiv(M, BM)
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    pid_m = pid % tiles_m  # neighbours share the weight tile
-    pid_n = pid // tiles_m
-    offs_m = pid_m * BM + tl.arange(0, BM)
-    offs_n = pid_n * BN + tl.arange(0, BN)
-    if EPILOGUE == _SILU_MUL:
-        half = tl.minimum(pid_n * (BN // 2) + tl.arange(0, BN) // 2, N // 2 - 1)
-        rows = half + (tl.arange(0, BN) % 2) * (N // 2)
-    else:
-        rows = tl.minimum(offs_n, N - 1)
-    steps: tl.constexpr = K // BK
-    first = split * steps // SPLIT * BK
-    last = (split + 1) * steps // SPLIT * BK
-    offs_k = tl.arange(0, BK)
-    evict: tl.constexpr = "" if REUSED else "evict_first"
-    w_ptrs = w_ptr + rows[:, None] * K + offs_k[None, :]
-    a_ptrs = a_ptr + offs_m[:, None] * K + offs_k[None, :]
-    if PDL:
-        gdc_launch_dependents()
-    # Scales are read long before their use: where memory is busy a small load takes microseconds.
-    if SCALED:
-        w_scale = tl.load(w_scale_ptr + rows)
-    if PDL:
-        gdc_wait()
-    if SCALED:
-        a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-    size: tl.constexpr = BM * BN
-    if SWAP:
-        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    else:
-        inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-    done = True
-    if INT8:
-        if SWAP:
-            high = tl.zeros((BN, BM), tl.int32)
-            low = tl.zeros((BN, BM), tl.int32)
-        else:
-            high = tl.zeros((BM, BN), tl.int32)
-            low = tl.zeros((BM, BN), tl.int32)
-        for k in range(first, last, BK):
-            w = tl.load(w_ptrs + k, eviction_policy=evict)
-            hi = tl.load(a_ptrs + k)
-            lo = tl.load(a_ptrs + plane + k)
-            if SWAP:
-                high = tl.dot(w, tl.trans(hi), high, out_dtype=tl.int32)
-                low = tl.dot(w, tl.trans(lo), low, out_dtype=tl.int32)
-            else:
-                high = tl.dot(hi, tl.trans(w), high, out_dtype=tl.int32)
-                low = tl.dot(lo, tl.trans(w), low, out_dtype=tl.int32)
-        if SPLIT > 1:
-            base = partial_ptr + pid * (SPLIT * 2 * size) + inner
-            tl.store(base + split * (2 * size), high)
-            tl.store(base + split * (2 * size) + size, low)
-            done = _last_to_arrive(count_ptr + pid, SPLIT)
-            if done:
-                for other in range(SPLIT):
-                    if other != split:
-                        high += tl.load(base + other * (2 * size), cache_modifier=".cg")
-                        low += tl.load(base + other * (2 * size) + size, cache_modifier=".cg")
-        if done:
-            y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
-            if SWAP:
-                y = y * a_scale[None, :] * w_scale[:, None]
-            else:
-                y = y * a_scale[:, None] * w_scale[None, :]
-            _epilogue(y, offs_m, offs_n, pid_n, out_ptr, best_ptr, index_ptr, M, N, EPILOGUE, BM, BN, SWAP)
-    else:
-        if SWAP:
-            acc = tl.zeros((BN, BM), tl.float32)
-        else:
-            acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(first, last, BK):
-            w = tl.load(w_ptrs + k, eviction_policy=evict)
-            a = tl.load(a_ptrs + k)
-            if SWAP:
-                acc = tl.dot(w, tl.trans(a), acc, max_num_imprecise_acc=STEP)
-            else:
-                acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=STEP)
-        if SPLIT > 1:
-            base = partial_ptr + pid * (SPLIT * size) + inner
-            tl.store(base + split * size, acc)
-            done = _last_to_arrive(count_ptr + pid, SPLIT)
-            if done:  # in order, whichever came last
-                acc = tl.load(base, cache_modifier=".cg")
-                for other in range(1, SPLIT):
-                    acc += tl.load(base + other * size, cache_modifier=".cg")
-        if done:
-            if SCALED:
-                if SWAP:
-                    acc = acc * a_scale[None, :] * w_scale[:, None]
-                else:
-                    acc = acc * a_scale[:, None] * w_scale[None, :]
-            _epilogue(acc, offs_m, offs_n, pid_n, out_ptr, best_ptr, index_ptr, M, N, EPILOGUE, BM, BN, SWAP)
 
 
 class Workspace:
@@ -297,7 +112,7 @@ def gemm(
     if not (a.is_contiguous() and linear.weight.is_contiguous() and out.is_contiguous()):
         raise InputError("gemm: operands must be contiguous")
     grid = (tiles_m * -(-n // tile.n), tile.split)
-    _launch(_gemm, grid, compile_only)(
+    _launch(gemm_kernel, grid, compile_only)(
         a,
         a_scale,
         linear.weight,

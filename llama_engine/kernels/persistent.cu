@@ -1,9 +1,9 @@
-// One launch decodes one token of 1 or 2 sequences of a Llama-architecture model with INT8 weights.
+// One launch decodes one token of 1 or 2 sequences of a Llama-architecture model with INT8, FP8 or INT4 weights.
 //
 // One block a multiprocessor. A producer thread streams this block's rows of every matrix (and its share of the KV
 // cache) in execution order through one ring of shared memory; weights depend on nothing, so it never waits for
-// another block. Eight consumer warps each own an eighth of K: they hold the activations of the current matrix as two
-// planes of signed 8-bit digits in registers and add exact integer sums.
+// another block. Eight consumer warps each own an eighth of K: they hold the activations of the current matrix in
+// registers, as two planes of signed 8-bit digits or, for FP8 weights, as e4m3, and add what they make of their share.
 //
 // Blocks exchange activations as words that carry their own readiness: 24 bits of a float32 and an 8-bit flag that
 // counts layers. A reader polls the words it needs (where many would poll for long, after a counter has hinted that
@@ -12,7 +12,7 @@
 // chain of its own inputs, to have read it.
 //
 // Compiled at run time by persistent.py, which defines the geometry: HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD,
-// VOCAB, TPB (tokens per block), GRID, ROWS, and for an INT8 lm_head LM_INT8.
+// VOCAB, TPB (tokens per block), GRID, ROWS, FP8 or INT4 for such layers, and LM_INT8 for an INT8 lm_head.
 
 #include "persistent_attention.cuh"
 
@@ -64,14 +64,15 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         const u64* table = s.table[layer];
         const u32 flag = flag_of(s, layer);
         auto scale_of = [&](int which, int row, bool mine) {
+            if (PER_BYTE > 1) return 1.0f / 16;  // their scales come with them, and gemv's sums are 16 times too large
             return mine ? __ldg((const float*)table[which] + row) : 0.0f;
         };
         {
             const Part part = part_of(QKV, layer);
             const float weight_scale = scale_of(QKV_S, part.start + tid, tid < part.count);
-            Digits<HIDDEN> d;
+            Inputs<HIDDEN> d;
             if (layer) receive_x(p.x_mlp, layer - 1);
-            norm_digits(s, weight, p.eps, v, d);
+            norm_inputs(s, weight, p.eps, v, d);
             gemv<HIDDEN, RS, false>(ring, s, d, part.count);
             consumer_sync();
             if (tid < part.count)
@@ -82,8 +83,8 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         if (unit.active) attend(p, s, ring, unit, layer);
         {
             const float weight_scale = scale_of(O_S, rows_x.start + tid, tid < rows_x.count);
-            Digits<Q_SIZE> d;
-            plain_digits<Q_SIZE, true>(s, p.attended, flag, d);
+            Inputs<Q_SIZE> d;
+            plain_inputs<Q_SIZE, true>(s, p.attended, flag, d);
             gemv<Q_SIZE, RS_Q, false>(ring, s, d, rows_x.count);
             add_residual(p.x_attention, layer, d.scale, weight_scale);
         }
@@ -92,9 +93,9 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
             const float gate_scale = scale_of(GU_S, part.start + tid, tid < part.count);
             const float up_scale = scale_of(GU_S, INTER + part.start + tid, tid < part.count);
             load_weight(2 * layer + 1);
-            Digits<HIDDEN> d;
+            Inputs<HIDDEN> d;
             receive_x(p.x_attention, layer);
-            norm_digits(s, weight, p.eps, v, d);
+            norm_inputs(s, weight, p.eps, v, d);
             gemv<HIDDEN, 2 * PAIRS, true>(ring, s, d, part.count);
             consumer_sync();
             if (tid < part.count)
@@ -109,9 +110,9 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         }
         {
             const float weight_scale = scale_of(DOWN_S, rows_x.start + tid, tid < rows_x.count);
-            Digits<INTER> d;
+            Inputs<INTER> d;
             await_hint(p.sync + SENT_HIDDEN, GRID * (layer + 1));
-            plain_digits<INTER, false>(s, p.hidden, flag, d);
+            plain_inputs<INTER, false>(s, p.hidden, flag, d);
             gemv<INTER, RS_I, false>(ring, s, d, rows_x.count);
             add_residual(p.x_mlp, layer, d.scale, weight_scale);
             load_weight(2 * layer + 2);
@@ -131,15 +132,15 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     };
 #ifdef LM_INT8
     Digits<HIDDEN> d;
-    norm_digits(s, weight, p.eps, v, d);
+    norm_inputs(s, weight, p.eps, v, d);
     for (int chunk = 0; chunk < part.count; chunk += LM_CHUNK) {
         const int rows = min(LM_CHUNK, part.count - chunk), n = part.start + chunk + tid;
         const float weight_scale = tid < rows ? __ldg(p.lm_scale + n) : 0.0f;
-        gemv<HIDDEN, RS_LM, false>(ring, s, d, rows);
+        gemv_int8<HIDDEN, RS_LM, false>(ring, s, d, rows);
         consumer_sync();
         if (tid < rows)
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) judge(r, n, take(s, tid, r, d.scale[r], weight_scale));
+            for (int r = 0; r < ROWS; ++r) judge(r, n, take_int8(s, tid, r, d.scale[r], weight_scale));
         consumer_sync();
     }
 #else
@@ -157,13 +158,13 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
         for (int first = 0; first < rows; first += RS_LM) {
             ring.wait_full();
             constexpr int WIDE = S::VEC >= 2 ? 4 : 2, LOADS = 2 * S::W / WIDE, RUN = 2 * S::VEC / WIDE;
-            const u32 base = ring.stage() + (warp * (HIDDEN / WARPS) + lane * 4 * S::VEC) * 2;
             Words<WIDE> q[RS_LM][LOADS];
 #pragma unroll
             for (int i = 0; i < RS_LM; ++i)
 #pragma unroll
                 for (int n = 0; n < LOADS; ++n)
-                    q[i][n] = load_shared<WIDE>(base + i * LM_BYTES + n / RUN * 256 * S::VEC + n % RUN * 4 * WIDE);
+                    q[i][n] = load_shared<WIDE>(ring.stage() + i * LM_BYTES + 2 * S::natural(n / RUN * S::VEC) +
+                                                n % RUN * 4 * WIDE);
             if (first) flush(first - RS_LM);
 #pragma unroll
             for (int i = 0; i < RS_LM; ++i) {

@@ -26,8 +26,9 @@ import torch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.kernels import nvrtc
+from llama_engine.kernels.common import multiprocessors
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import FP16, INT8
+from llama_engine.model.schemes import FP8, FP16, INT4, INT8, group_size
 from llama_engine.model.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
@@ -35,6 +36,7 @@ HEADERS = sorted(SOURCE.parent.glob("persistent_*.cuh"))
 THREADS = 288
 SHARED_BYTES = 232448
 STAGE_BYTES = 16384
+GROUP = 128  # of K to a scale of INT4
 _POINTERS = (
     *("layers", "norms", "cosine", "sine", "embedding", "lm_weight", "lm_scale", "slot_ids", "last_token", "position"),
     *("block_tables", "sampled", "logits", "x_attention", "x_mlp", "qkv", "attended", "hidden", "partial"),
@@ -52,31 +54,40 @@ class _Params(ctypes.Structure):
 
 def supported(config: ModelConfig, weights: EngineWeights) -> bool:
     """Whether this kernel can run the model on the device that holds ``weights``: compute capability 9.0, having run on
-    no other."""
+    no other, and layers of one scheme."""
     device = weights.embedding.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     properties = torch.cuda.get_device_properties(device)
     blocks, half_stage = properties.multi_processor_count, STAGE_BYTES // 2
+    linears = [getattr(layer, name) for layer in weights.layers for name in LINEARS]
+    scheme = linears[0].scheme
     widths = ((config.hidden_size, half_stage), (config.q_size, STAGE_BYTES), (config.intermediate_size, STAGE_BYTES))
     return (
         properties.shared_memory_per_block_optin >= SHARED_BYTES
         and config.head_size in (64, 128)
-        and all(k % 1024 == 0 and k <= most for k, most in widths)
+        and all(k % (1024 * scheme.packed) == 0 and k <= most for k, most in widths)
         and max(config.intermediate_size, config.qkv_size) <= 256 * blocks
         and config.num_kv_heads <= blocks
         and config.num_heads <= 8 * config.num_kv_heads
-        and all(getattr(layer, name).scheme is INT8 for layer in weights.layers for name in LINEARS)
+        and scheme in (INT8, FP8, INT4)
+        and all(linear.scheme is scheme for linear in linears)
+        and (scheme is not INT4 or all(group_size(linear.weight, linear.scale) == GROUP for linear in linears))
         and weights.embedding.dtype == torch.float16
         and weights.lm_head.scheme in (INT8, FP16)
     )
 
 
-def permute(x: torch.Tensor) -> torch.Tensor:
-    """The order in which the kernel keeps activations ``[..., K]``: ``Split<K>::permuted`` in persistent_matrix.cuh."""
-    words = x.shape[-1] // 1024
+def permute(x: torch.Tensor, packed: int = 1) -> torch.Tensor:
+    """The order in which the kernel keeps activations ``[..., K]`` of matrices that hold ``packed`` weights a byte:
+    ``Split<K>::permuted`` in persistent_matrix.cuh."""
+    words = x.shape[-1] // (1024 * packed)
     vector = 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1
-    return x.unflatten(-1, (-1, 32, vector, 4)).transpose(-2, -3).flatten(-4).contiguous()
+    if packed == 1:
+        return x.unflatten(-1, (-1, 32, vector, 4)).transpose(-2, -3).flatten(-4).contiguous()
+    halves = x.unflatten(-1, (-1, 2, GROUP // 2)).transpose(-2, -3).flatten(-2)  # low nibbles, high ones
+    halves = halves.unflatten(-1, (-1, 32, vector, 4)).transpose(-2, -3)  # [..., 2, chunks, vector, 32, 4]
+    return halves.movedim(-5, -4).flatten(-5).contiguous()
 
 
 class PersistentDecode:
@@ -102,10 +113,10 @@ class PersistentDecode:
         ):
             raise InputError(f"kv must be {config.num_layers} contiguous float16 tensors {shape}")
         self.device = weights.embedding.device
-        self.grid = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.grid = multiprocessors(self.device)
         self.row_counts = tuple(r for r in (1, 2) if r <= max_rows and r * config.num_kv_heads <= self.grid)
         self._config = config
-        layers = weights.layers
+        layers, scheme = weights.layers, weights.layers[0].qkv.scheme
         pointers = [
             [t.data_ptr() for name in LINEARS for t in (getattr(layer, name).weight, getattr(layer, name).scale)]
             + [cache.data_ptr()]
@@ -115,7 +126,7 @@ class PersistentDecode:
         cosine, sine = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
         self._common = {
             "layers": torch.tensor(pointers, dtype=torch.int64, device=self.device),
-            "norms": permute(torch.stack([t.float() for t in norms])),
+            "norms": permute(torch.stack([t.float() for t in norms]), scheme.packed),
             "cosine": cosine,
             "sine": sine,
         }
@@ -138,6 +149,8 @@ class PersistentDecode:
             "TPB": engine.tokens_per_block,
             "GRID": self.grid,
         }
+        if scheme is not INT8:
+            macros[scheme.name.upper()] = 1
         if weights.lm_head.scheme is INT8:
             macros["LM_INT8"] = 1
             self._params.lm_scale = weights.lm_head.scale.data_ptr()

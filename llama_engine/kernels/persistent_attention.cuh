@@ -1,6 +1,6 @@
 // Attention of persistent.cu: one unit is a share of one KV head's context; units exchange their partial results.
 
-#include "persistent_matrix.cuh"
+#include "persistent_gemv.cuh"
 
 // Online softmax of GROUP query heads over keys KEYS_PER_WARP at a time; scores are in units of log2.
 struct Softmax {
@@ -135,7 +135,7 @@ __device__ void attend(const Params& p, Shared& s, Ring& ring, const Unit& unit,
             widen8(make_uint4(a.w[0], a.w[1], a.w[2], a.w[3]), ka);
             widen8(make_uint4(b.w[0], b.w[1], b.w[2], b.w[3]), kb);
             scores(ka, kb, my_key < count, score);
-            const u32 values = ring.stage() + STAGE / 2 + warp * KEYS_PER_WARP * HEAD * 2 + lane * DIMS * 2;
+            const u32 values = ring.stage() + STAGE_ROWS / 2 + warp * KEYS_PER_WARP * HEAD * 2 + lane * DIMS * 2;
             soft.add(score, count, [&](int k, float (&v)[DIMS]) {
                 const Words<DIMS / 2> w = load_shared<DIMS / 2>(values + k * HEAD * 2);
 #pragma unroll

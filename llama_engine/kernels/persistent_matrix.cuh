@@ -1,27 +1,33 @@
-// What persistent.cu multiplies and exchanges: activations as digits, the words that carry them between blocks, and the
-// exact product of a matrix's rows with them.
+// What persistent.cu exchanges and multiplies with: the words that carry activations between blocks, and activations as
+// the layers' scheme wants them, held in registers.
 
-#include "persistent_stream.cuh"
+#include "persistent_producer.cuh"
 
 // ---------------------------------------------------------------- activations
-// Lane l of warp w owns, of every row of K bytes, NV vectors of VEC words. Activations lie in global memory in
-// the order in which consecutive lanes read consecutive float4 of them; `permuted` says where element k lies.
+// Lane l of warp w owns, of every row of K weights, NV vectors of VEC words, and of every K activations the W float4 that
+// belong to them: of packed weights a vector's low nibbles come first, then its high ones. Activations lie in global
+// memory in the order in which consecutive lanes read consecutive float4 of them; `permuted` says where element k lies.
 template <int K> struct Split {
-    static constexpr int W = K / 1024, VEC = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1, NV = W / VEC;
+    static constexpr int W = K / 1024, LOADS = W / PER_BYTE, VEC = LOADS % 4 == 0 ? 4 : LOADS % 2 == 0 ? 2 : 1;
+    static constexpr int NV = LOADS / VEC, RUNS = W / VEC;  // VEC float4 next to each other in natural order are a run
+    __device__ static int vector(int n) {  // the byte of a row where this lane's vector n begins
+        return (threadIdx.x / 32) * (K / PER_BYTE / WARPS) + n * 128 * VEC + threadIdx.x % 32 * 4 * VEC;
+    }
+    __device__ static int natural(int w) {  // first element of this lane's float4 w
+        const int byte = vector(w / VEC / PER_BYTE) + w % VEC * 4;
+        if (PER_BYTE == 1) return byte;
+        return byte / GROUP_BYTES * 2 * GROUP_BYTES + byte % GROUP_BYTES + w / VEC % 2 * GROUP_BYTES;
+    }
+    __device__ static int word(int w) {  // the same in permuted order
+        return (threadIdx.x / 32) * (K / WARPS) + w * 128 + threadIdx.x % 32 * 4;
+    }
     __device__ static int permuted(int k) {
-        const int in_vector = k % (128 * VEC);
-        return k - in_vector + in_vector % (4 * VEC) / 4 * 128 + in_vector / (4 * VEC) * 4 + k % 4;
+        const int half = PER_BYTE == 1 ? 0 : k / GROUP_BYTES % 2;
+        const int byte = PER_BYTE == 1 ? k : k / (2 * GROUP_BYTES) * GROUP_BYTES + k % GROUP_BYTES;
+        const int in_vector = byte % (128 * VEC);
+        return (byte - in_vector) * PER_BYTE + half * 128 * VEC + in_vector % (4 * VEC) / 4 * 128 +
+               in_vector / (4 * VEC) * 4 + k % 4;
     }
-    __device__ static int word(int w) {  // first element of this lane's word w, in permuted order
-        return (threadIdx.x / 32) * (K / WARPS) + w / VEC * 128 * VEC + w % VEC * 128 + threadIdx.x % 32 * 4;
-    }
-    __device__ static int natural(int w) {  // the same in natural order
-        return (threadIdx.x / 32) * (K / WARPS) + w / VEC * 128 * VEC + threadIdx.x % 32 * 4 * VEC + w % VEC * 4;
-    }
-};
-template <int K> struct Digits {
-    int hi[ROWS][K / 1024], lo[ROWS][K / 1024];
-    float scale[ROWS];
 };
 // The largest activation in fixed point: both of its digits fit a signed byte. DIGITS_MAX of schemes.py.
 constexpr float DIGITS_MAX = 32512.0f;
@@ -33,6 +39,50 @@ __device__ __forceinline__ void pack(float4 v, float inv, int& hi, int& lo) {
     hi = __byte_perm(__byte_perm(a + 128, b + 128, 0x0051), __byte_perm(c + 128, d + 128, 0x0051), 0x5410);
 }
 __device__ __forceinline__ float inverse_of(float amax) { return amax > 0 ? DIGITS_MAX / amax : 0.0f; }
+// NaN where either is, unlike fmaxf: a row that holds one must not pass for numbers.
+__device__ __forceinline__ float larger(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+// Two floats at e4m3's nearest values, as halves: a in the low one.
+__device__ __forceinline__ u32 round_e4m3(float a, float b) {
+    u32 w;
+    asm("{ .reg .b16 q; cvt.rn.satfinite.e4m3x2.f32 q, %2, %1; cvt.rn.f16x2.e4m3x2 %0, q; }"
+        : "=r"(w) : "f"(a), "f"(b));
+    return w;
+}
+// What INT8 and INT4 weights are multiplied with: fixed point, one scale a row, in two signed digits.
+template <int K> struct Digits {
+    int hi[ROWS][K / 1024], lo[ROWS][K / 1024];
+    float scale[ROWS];
+    // row r: v times `factor`, where `amax` is the largest magnitude in all of the row's v
+    __device__ __forceinline__ void hold(int r, const float4* v, float amax, float factor) {
+        scale[r] = amax * factor / DIGITS_MAX;
+#pragma unroll
+        for (int w = 0; w < K / 1024; ++w) pack(v[w], inverse_of(amax), hi[r][w], lo[r][w]);
+    }
+};
+// What FP8 weights are multiplied with: e4m3, one scale a row, each value as the half that equals it. quantize_e4m3 of
+// schemes.py.
+template <int K> struct Halves {
+    u32 pair[ROWS][K / 512];
+    float scale[ROWS];
+    __device__ __forceinline__ void hold(int r, const float4* v, float amax, float factor) {
+        scale[r] = larger(amax * factor / 448.0f, 1.0f / (448 * 512));
+        const float inverse = factor / scale[r];
+#pragma unroll
+        for (int w = 0; w < K / 1024; ++w) {
+            pair[r][2 * w] = round_e4m3(v[w].x * inverse, v[w].y * inverse);
+            pair[r][2 * w + 1] = round_e4m3(v[w].z * inverse, v[w].w * inverse);
+        }
+    }
+};
+#ifdef FP8
+template <int K> using Inputs = Halves<K>;
+#else
+template <int K> using Inputs = Digits<K>;
+#endif
 
 // ---------------------------------------------------------------- words between blocks
 // What travels is the upper 24 bits of a float32 (an error of 2^-17, below that of the 16-bit digits) and a flag.
@@ -102,12 +152,6 @@ template <int N, typename At> __device__ __forceinline__ void receive_shared(flo
         }
 }
 
-// NaN where either is, unlike fmaxf: a row that holds one must not pass for numbers.
-__device__ __forceinline__ float larger(float a, float b) {
-    float v;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-    return v;
-}
 __device__ __forceinline__ float largest_of(float4 a, float top) {
     return larger(top, larger(larger(fabsf(a.x), fabsf(a.y)), larger(fabsf(a.z), fabsf(a.w))));
 }
@@ -140,19 +184,15 @@ __device__ void normalize(Shared& s, const float4 (&weight)[HIDDEN / 1024], floa
         rstd[r] = rsqrtf(sum / HIDDEN + eps), amax[r] = top;
     }
 }
-__device__ void norm_digits(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps,
-                            float4 (&v)[ROWS * (HIDDEN / 1024)], Digits<HIDDEN>& d) {
-    constexpr int W = HIDDEN / 1024;
+template <typename D>
+__device__ void norm_inputs(Shared& s, const float4 (&weight)[HIDDEN / 1024], float eps,
+                            float4 (&v)[ROWS * (HIDDEN / 1024)], D& d) {
     float rstd[ROWS], amax[ROWS];
     normalize(s, weight, eps, v, rstd, amax);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        d.scale[r] = amax[r] * rstd[r] / DIGITS_MAX;
-#pragma unroll
-        for (int w = 0; w < W; ++w) pack(v[r * W + w], inverse_of(amax[r]), d.hi[r][w], d.lo[r][w]);
-    }
+    for (int r = 0; r < ROWS; ++r) d.hold(r, v + r * (HIDDEN / 1024), amax[r], rstd[r]);
 }
-template <int K, bool POLL> __device__ void plain_digits(Shared& s, const u32* source, u32 flag, Digits<K>& d) {
+template <int K, bool POLL> __device__ void plain_inputs(Shared& s, const u32* source, u32 flag, Inputs<K>& d) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float4 v[K / 1024];
@@ -165,91 +205,6 @@ template <int K, bool POLL> __device__ void plain_digits(Shared& s, const u32* s
         consumer_sync();
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) top = larger(top, s.reduce[w][r][0]);
-        d.scale[r] = top / DIGITS_MAX;
-#pragma unroll
-        for (int w = 0; w < K / 1024; ++w) pack(v[w], inverse_of(top), d.hi[r][w], d.lo[r][w]);
+        d.hold(r, v, top, 1.0f);
     }
-}
-
-// ---------------------------------------------------------------- matrices
-template <int N> struct Words { int w[N]; };
-template <int N> __device__ __forceinline__ Words<N> load_shared(u32 addr) {
-    Words<N> v;
-    if constexpr (N == 4)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(addr));
-    else if constexpr (N == 2)
-        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "r"(addr));
-    else
-        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v.w[0]) : "r"(addr));
-    return v;
-}
-
-// acc[row][r] += the exact sums of `count` rows that arrive NROWS a stage, each sum as (high, low) with value
-// 256 * high + low. PAIRED: a stage holds NROWS / 2 gate rows, then as many up rows; gate j is added to acc row j, up j
-// to acc row MAX_PAIRS + j. A stage's sums are reduced over the warp while the next stage's words arrive.
-template <int K, int NROWS, bool PAIRED>
-__device__ void gemv(Ring& ring, Shared& s, const Digits<K>& d, int count) {
-    using S = Split<K>;
-    // DIGITS_MAX * 128 * K / WARPS < 2^31: one integer holds a warp's sum of both digits
-    constexpr bool ONE = K / WARPS <= 512;
-    constexpr int PER = PAIRED ? NROWS / 2 : NROWS, VALUES = NROWS * ROWS, PASSES = ceil_div(VALUES, 16);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int sums[VALUES][ONE ? 1 : 2];
-    auto flush = [&](int first) {
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) {
-            int mine = 0;
-#pragma unroll
-            for (int c = 0; c < 16 && pass * 16 + c < VALUES; ++c) {
-                const int* sum = sums[pass * 16 + c];
-                if constexpr (ONE) {
-                    const int both = warp_sum(sum[0]);
-                    if (lane / 2 == c) mine = both;
-                } else {
-                    const int high = warp_sum(sum[0]), low = warp_sum(sum[1]);
-                    if (lane == 2 * c) mine = high;
-                    if (lane == 2 * c + 1) mine = low;
-                }
-            }
-            if (ONE) mine = lane % 2 ? mine & 255 : mine >> 8;
-            const int value = pass * 16 + lane / 2, row = value / ROWS;
-            const bool up = PAIRED && row >= PER;
-            const int item = first + (up ? row - PER : row);
-            if (value < VALUES && item < count)
-                atomicAdd(&s.acc[((item + (up ? MAX_PAIRS : 0)) * ROWS + value % ROWS) * 2 + lane % 2], mine);
-        }
-    };
-    for (int first = 0; first < count; first += PER) {
-        ring.wait_full();
-        const u32 base = ring.stage() + warp * (K / WARPS) + lane * 4 * S::VEC;
-        Words<S::VEC> v[NROWS][S::NV];
-#pragma unroll
-        for (int i = 0; i < NROWS; ++i)
-#pragma unroll
-            for (int n = 0; n < S::NV; ++n) v[i][n] = load_shared<S::VEC>(base + i * K + n * 128 * S::VEC);
-        if (first) flush(first - PER);
-#pragma unroll
-        for (int i = 0; i < NROWS; ++i)
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                int high = 0, low = 0;
-#pragma unroll
-                for (int w = 0; w < S::W; ++w) {
-                    high = __dp4a(v[i][w / S::VEC].w[w % S::VEC], d.hi[r][w], high);
-                    low = __dp4a(v[i][w / S::VEC].w[w % S::VEC], d.lo[r][w], low);
-                }
-                if constexpr (ONE) sums[i * ROWS + r][0] = high * 256 + low;
-                else sums[i * ROWS + r][0] = high, sums[i * ROWS + r][1] = low;
-            }
-        ring.release();
-    }
-    if (count > 0) flush((count - 1) / PER * PER);
-}
-// Takes a sum out of acc (leaving zero for the next matrix).
-__device__ __forceinline__ float take(Shared& s, int row, int r, float row_scale, float weight_scale) {
-    int2* cell = (int2*)&s.acc[(row * ROWS + r) * 2];
-    const int2 sum = *cell;
-    *cell = make_int2(0, 0);
-    return ((float)sum.x * 256.0f + (float)sum.y) * row_scale * weight_scale;
 }

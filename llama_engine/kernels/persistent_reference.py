@@ -1,10 +1,13 @@
 """The persistent decode kernel, step by step in plain PyTorch: what ``persistent.cu`` computes, in its order.
 
 Read :func:`decode` beside ``consume`` in ``persistent.cu``: one function here is one stage there, and names the file
-and the functions that do it. The arithmetic is the kernel's (digits, exact integer sums, 24-bit words between blocks, a
-softmax in parts), so only the order of floating-point sums differs. Left out is what makes it fast and changes no
-value: the ring of weights that a producer thread fills ahead of time, the flags that say a word has arrived, the order
-of activations in memory (``Split``), and the split of a row's sum over eight warps.
+and the functions that do it. The arithmetic is the kernel's (digits, e4m3, exact integer sums, 24-bit words between
+blocks, a softmax in parts), so only the order of floating-point sums differs. Left out is what makes it fast and
+changes no value: the ring of weights that a producer thread fills ahead of time, the flags that say a word has arrived,
+the order of activations in memory (``Split``), and the split of a row's sum over eight warps.
+
+Activations are what the layers' weights are multiplied with (:data:`Inputs`): 16-bit fixed point in two digits for INT8
+and INT4, e4m3 for FP8, as in batches of any size.
 
 Blocks are a loop here, ``grid`` of them. Any geometry runs, on any device.
 """
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from llama_engine.config import ModelConfig
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import DIGITS_MAX, INT8
+from llama_engine.model.schemes import DIGITS_MAX, FP8, INT4, INT8, Scheme, group_size, quantize_e4m3, unpack_int4
 from llama_engine.model.weights import EngineWeights, Linear
 
 NONE = -1e30  # the score of a share of the context that holds no positions
@@ -33,6 +36,17 @@ class Digits:
     high: Tensor
     low: Tensor
     scale: Tensor  # float32 [rows]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Activations ``[rows, K]`` as e4m3 ``value * scale``. ``Halves`` in persistent_matrix.cuh."""
+
+    value: Tensor
+    scale: Tensor  # float32 [rows]
+
+
+Inputs = Digits | Halves
 
 
 def decode(
@@ -55,13 +69,14 @@ def decode(
     past = position[slots].tolist()
     residual = embed(weights, last_token[slots])
     x = residual  # the embedding is read by every block itself; from here on blocks exchange words
+    scheme = weights.layers[0].qkv.scheme
     for i, (layer, cache) in enumerate(zip(weights.layers, kv)):
-        qkv = word(matrix(norm_digits(x, layer.input_norm, eps), layer.qkv, grid, turn=i))
+        qkv = word(matrix(norm_inputs(x, layer.input_norm, eps, scheme), layer.qkv, grid, turn=i))
         attended = word(attend(config, qkv, cache, block_tables[slots], past, grid))
-        residual = residual + matrix(plain_digits(attended), layer.o, grid)
+        residual = residual + matrix(plain_inputs(attended, scheme), layer.o, grid)
         x = word(residual)
-        hidden = word(gate_up(norm_digits(x, layer.post_norm, eps), layer.gate_up, grid, turn=i))
-        residual = residual + matrix(plain_digits(hidden), layer.down, grid)
+        hidden = word(gate_up(norm_inputs(x, layer.post_norm, eps, scheme), layer.gate_up, grid, turn=i))
+        residual = residual + matrix(plain_inputs(hidden, scheme), layer.down, grid)
         x = word(residual)
     logits = lm_head(x, weights, eps, grid)
     sampled = greedy(logits, slots, last_token, position)
@@ -131,34 +146,56 @@ def to_digits(x: Tensor, amax: Tensor, scale: Tensor) -> Digits:
     return Digits(high, fixed - 256 * high, scale)
 
 
-def norm_digits(x: Tensor, weight: Tensor, eps: float) -> Digits:
-    """A normalized row in fixed point: its 1 / RMS goes into the scale. ``norm_digits`` in persistent_matrix.cuh."""
+def to_e4m3(x: Tensor) -> Halves:
+    """e4m3 with one scale a row. ``Halves``, ``round_e4m3`` in persistent_matrix.cuh."""
+    return Halves(*quantize_e4m3(x))
+
+
+def norm_inputs(x: Tensor, weight: Tensor, eps: float, scheme: Scheme) -> Inputs:
+    """A normalized row as ``scheme`` is multiplied with it; in fixed point its 1 / RMS goes into the scale.
+    ``norm_inputs`` in persistent_matrix.cuh."""
     v, rstd = normalize(x, weight, eps)
+    if scheme is FP8:
+        return to_e4m3(v * rstd[:, None])
     amax = v.abs().amax(-1)
     return to_digits(v, amax, amax * rstd / DIGITS_MAX)
 
 
-def plain_digits(x: Tensor) -> Digits:
-    """A row in fixed point: the input of ``o`` and ``down``. ``plain_digits`` in persistent_matrix.cuh."""
+def plain_inputs(x: Tensor, scheme: Scheme) -> Inputs:
+    """A row as ``scheme`` is multiplied with it: the input of ``o`` and ``down``. ``plain_inputs`` in
+    persistent_matrix.cuh."""
+    if scheme is FP8:
+        return to_e4m3(x)
     amax = x.abs().amax(-1)
     return to_digits(x, amax, amax / DIGITS_MAX)
 
 
-def gemv(d: Digits, linear: Linear, rows: slice) -> Tensor:
-    """float32 ``[rows of the batch, rows of the matrix]``: exact sums of both digits, then scaled once. ``gemv``,
-    ``take`` in persistent_matrix.cuh."""
+def gemv(d: Inputs, linear: Linear, rows: slice) -> Tensor:
+    """float32 ``[rows of the batch, rows of the matrix]``. ``gemv``, ``take`` in persistent_gemv.cuh.
+
+    Of INT8 both digits' sums are exact and scaled once; of INT4 exact over each group, then added in float32 (in
+    float64 here); products of e4m3 are exact and added in float32 (in float64 here).
+    """
+    if isinstance(d, Halves):
+        sums = d.value.double() @ linear.weight[rows].double().T
+        return sums.float() * d.scale[:, None] * linear.scale[rows]
+    if linear.scheme is INT4:
+        group = group_size(linear.weight, linear.scale)
+        weight = unpack_int4(linear.weight[rows], group).double().unflatten(1, (-1, group))
+        groups = torch.einsum("rgk,ngk->rng", (256 * d.high + d.low).unflatten(1, (-1, group)), weight)
+        return (groups * linear.scale[rows].double()).sum(-1).float() * d.scale[:, None]
     weight = linear.weight[rows].double()  # every product and sum below 2^53, so exact
     high, low = d.high @ weight.T, d.low @ weight.T
     return (high.float() * 256 + low.float()) * d.scale[:, None] * linear.scale[rows]
 
 
-def matrix(d: Digits, linear: Linear, grid: int, turn: int = 0) -> Tensor:
+def matrix(d: Inputs, linear: Linear, grid: int, turn: int = 0) -> Tensor:
     """A whole matrix, each block its own rows. The calls of ``gemv`` in ``consume`` in persistent.cu."""
     parts = (part_of(block, linear.weight.shape[0], turn, grid) for block in range(grid))
     return torch.cat([gemv(d, linear, slice(part.start, part.stop)) for part in parts], dim=-1)
 
 
-def gate_up(d: Digits, linear: Linear, grid: int, turn: int) -> Tensor:
+def gate_up(d: Inputs, linear: Linear, grid: int, turn: int) -> Tensor:
     """SiLU(gate) * up: a block owns pairs, gate row ``j`` with up row ``j``. The call of ``gemv`` with PAIRED in
     ``consume`` in persistent.cu."""
     n, out = linear.weight.shape[0] // 2, []
@@ -228,7 +265,7 @@ def lm_head(x: Tensor, weights: EngineWeights, eps: float, grid: int) -> Tensor:
     """Logits float32 ``[rows, vocab]``: an INT8 lm_head like any matrix, an fp16 one in float32. The end of
     ``consume`` in persistent.cu."""
     if weights.lm_head.scheme is INT8:
-        return matrix(norm_digits(x, weights.final_norm, eps), weights.lm_head, grid)
+        return matrix(norm_inputs(x, weights.final_norm, eps, INT8), weights.lm_head, grid)
     v, rstd = normalize(x, weights.final_norm, eps)
     return v @ weights.lm_head.weight.float().T * rstd[:, None]
 

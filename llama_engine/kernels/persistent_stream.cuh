@@ -1,12 +1,20 @@
-// What persistent.cu streams and how: geometry, shared memory, small instructions, the ring of stages, who owns which
-// rows, and the producer.
+// What persistent.cu streams and how: geometry, shared memory, small instructions, the ring of stages, and who owns which
+// rows and positions.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-constexpr int STAGE = 16384, SMEM = 232448;
+// How the layers' matrices lie in memory: bytes of INT8 or (macro FP8) of e4m3, or (macro INT4) two weights a byte and a
+// float16 scale for every 128 of K, as model/schemes.py has them. A stage holds rows and, behind them, their group scales.
+#ifdef INT4
+constexpr int PER_BYTE = 2, STAGE_SCALES = 512;
+#else
+constexpr int PER_BYTE = 1, STAGE_SCALES = 0;
+#endif
+constexpr int STAGE_ROWS = 16384, STAGE = STAGE_ROWS + STAGE_SCALES, SMEM = 232448;
+constexpr int GROUP_BYTES = 64, SCALES_OF = GROUP_BYTES / 2;  // of a group; row bytes to a byte of scales
 // Tuned on an H100: stages on their way from device memory and from L2, stages read ahead into L2, clocks between them.
 constexpr int IN_FLIGHT = 3, IN_FLIGHT_L2 = 6, PREFETCH = 8, PACE = 1400;
 constexpr int Q_SIZE = HEADS * HEAD, KV_SIZE = KV_HEADS * HEAD, QKV = Q_SIZE + 2 * KV_SIZE;
@@ -20,12 +28,13 @@ constexpr int PIECE = WARPS * KEYS_PER_WARP < TPB ? WARPS * KEYS_PER_WARP : TPB;
 constexpr int DIMS = HEAD / 32;                                                   // value dimensions a lane sums
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
-constexpr int RS = STAGE / HIDDEN, PAIRS = RS / 2;  // rows of a hidden-wide matrix in one stage; gate/up pairs
-constexpr int RS_Q = STAGE / Q_SIZE, RS_I = STAGE / INTER;
+__host__ __device__ constexpr int rows_a_stage(int k) { return STAGE_ROWS / (k / PER_BYTE); }
+constexpr int RS = rows_a_stage(HIDDEN), PAIRS = RS / 2;  // rows of a hidden-wide matrix in one stage; gate/up pairs
+constexpr int RS_Q = rows_a_stage(Q_SIZE), RS_I = rows_a_stage(INTER);
 #ifdef LM_INT8
-constexpr int RS_LM = RS, LM_CHUNK = 128 / RS_LM * RS_LM, LM_BYTES = HIDDEN;
+constexpr int RS_LM = STAGE_ROWS / HIDDEN, LM_CHUNK = 128 / RS_LM * RS_LM, LM_BYTES = HIDDEN;
 #else
-constexpr int RS_LM = STAGE / (2 * HIDDEN), LM_CHUNK = 64 / RS_LM * RS_LM, LM_BYTES = 2 * HIDDEN;
+constexpr int RS_LM = STAGE_ROWS / (2 * HIDDEN), LM_CHUNK = 64 / RS_LM * RS_LM, LM_BYTES = 2 * HIDDEN;
 #endif
 constexpr int MAX_PAIRS = ceil_div(INTER, GRID);
 constexpr int ACC_ROWS = max_of(max_of(2 * MAX_PAIRS, ceil_div(QKV, GRID)), max_of(ceil_div(HIDDEN, GRID), 128));
@@ -33,8 +42,10 @@ constexpr int ACC_ROWS = max_of(max_of(2 * MAX_PAIRS, ceil_div(QKV, GRID)), max_
 #define NONE -1e30f  // below any score, and finite: the difference of two is a number
 constexpr u32 SPIN_LIMIT = 1u << 21;  // seconds; a lost arrival must trap, not hang the GPU
 
-static_assert(HIDDEN % 1024 == 0 && Q_SIZE % 1024 == 0 && INTER % 1024 == 0, "K is split over 8 warps of 32 words");
-static_assert(HIDDEN <= STAGE / 2 && Q_SIZE <= STAGE && INTER <= STAGE, "a stage holds at least one row (one pair)");
+constexpr int WORDS = 1024 * PER_BYTE;
+static_assert(HIDDEN % WORDS == 0 && Q_SIZE % WORDS == 0 && INTER % WORDS == 0, "K is split over 8 warps of 32 words");
+static_assert(PAIRS && RS_Q && RS_I && RS_LM, "a stage holds at least one row (one pair)");
+static_assert(RS * ROWS <= 32, "one lane for each sum of a stage");
 static_assert(HEAD == 64 || HEAD == 128, "head size");
 static_assert(MAX_PAIRS <= THREADS && ceil_div(QKV, GRID) <= THREADS, "one epilogue thread a row");
 static_assert(UNITS <= GRID, "one attention unit a block at most");
@@ -69,6 +80,9 @@ struct Shared {
     union alignas(16) {
         float merge[WARPS][GROUP * HEAD];
         float lm[64 * WARPS * ROWS];
+#if defined(FP8) || defined(INT4)
+        float part[ACC_ROWS * ROWS][WARPS];  // sums of each warp, added in this order
+#endif
     };
     float merge_ml[WARPS][GROUP][2];
     alignas(16) float inputs[(GROUP + 2) * HEAD], slices[SPLITS * (SLICE + 2 * GROUP)];
@@ -200,81 +214,3 @@ __device__ Unit unit_of(const int* positions) {
     return u;
 }
 __device__ __forceinline__ int piece_end(int p, int hi) { return min((p / PIECE + 1) * PIECE, hi); }
-
-// ---------------------------------------------------------------- producer
-// What one stage holds: `bytes` from `a` at its start and, if `second`, as many from `b` at offset `second`.
-struct Piece { u64 a, b; u32 bytes, second; };
-
-// Walks over everything this block reads from device memory, in the order in which it is consumed.
-struct Cursor {
-    int layer = 0, part = 0, at = 0;
-    __device__ Piece next(const Params& p, const Shared& s, const Unit& unit) {
-        for (;; at = 0, layer += ++part == 5, part %= 5) {
-            const u64* t = s.table[layer];
-            Part rows;
-            u64 base;
-            int per;
-            u32 bytes;
-            if (layer == LAYERS) {
-                if (part) return {0, 0, 0, 0};
-                rows = part_of(VOCAB, 0), base = (u64)p.lm_weight, per = RS_LM, bytes = LM_BYTES;
-            } else if (part == 0) {
-                rows = part_of(QKV, layer), base = t[QKV_W], per = RS, bytes = HIDDEN;
-            } else if (part == 1) {
-                if (!unit.active) continue;
-                const int pos = unit.lo + at, end = piece_end(pos, unit.hi);
-                if (pos >= unit.hi) continue;
-                const int block = __ldg(p.block_tables + (u64)s.slot[unit.row] * p.table_stride + pos / TPB);
-                base = t[KV] + (((u64)block * KV_HEADS + unit.head) * TPB + pos % TPB) * HEAD * 2;
-                at = end - unit.lo;
-                const u64 values = base + (u64)p.num_blocks * KV_HEADS * TPB * HEAD * 2;
-                return {base, values, (u32)(end - pos) * HEAD * 2, STAGE / 2};
-            } else if (part == 2) {
-                rows = part_of(HIDDEN, 0), base = t[O_W], per = RS_Q, bytes = Q_SIZE;
-            } else if (part == 3) {
-                rows = part_of(INTER, layer), base = t[GU_W], per = PAIRS, bytes = HIDDEN;
-            } else {
-                rows = part_of(HIDDEN, 0), base = t[DOWN_W], per = RS_I, bytes = INTER;
-            }
-            if (at >= rows.count) continue;
-            const u64 a = base + (u64)(rows.start + at) * bytes;
-            bytes *= min(per, rows.count - at), at += per;
-            const bool pair = part == 3 && layer < LAYERS;
-            return {a, a + (u64)INTER * HIDDEN, bytes, pair ? PAIRS * HIDDEN : 0u};
-        }
-    }
-};
-__device__ void produce(const Params& p, Shared& s, Ring ring) {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    const Unit unit = unit_of(s.position);
-    Cursor cursor, ahead;
-    int lead = 0;  // stages from the current one on that are already on their way to L2
-    long long last = clock64();
-    // While consumers wait for other blocks and the ring is full, device memory goes on reading at its own pace, into
-    // L2; and so it does until the ring, which L2 refills faster, has caught up.
-    auto pump = [&](bool full) {
-        if (lead < PREFETCH && (full || lead) && clock64() - last > PACE) {
-            const Piece next = ahead.next(p, s, unit);
-            if (next.bytes) prefetch(next.a, next.bytes);
-            if (next.bytes && next.second) prefetch(next.b, next.bytes);
-            ++lead, last = clock64();
-        }
-    };
-    for (;;) {
-        if (lead == 0) ahead = cursor;
-        const Piece piece = cursor.next(p, s, unit);
-        if (piece.bytes == 0) return;
-        u32 spins = 0;
-        for (; !ring.is_empty(); pump(true))
-            if (++spins > 16 * SPIN_LIMIT) __trap();
-        for (; !ring.may_issue(lead ? IN_FLIGHT_L2 : IN_FLIGHT); pump(false))
-            if (++spins > 16 * SPIN_LIMIT) __trap();
-        if (lead) --lead;
-        else last = clock64();
-        mbar_expect(ring.full_bar(), piece.second ? 2 * piece.bytes : piece.bytes);
-        bulk_copy(ring.stage(), piece.a, piece.bytes, ring.full_bar(), policy);
-        if (piece.second) bulk_copy(ring.stage() + piece.second, piece.b, piece.bytes, ring.full_bar(), policy);
-        ring.advance();
-    }
-}

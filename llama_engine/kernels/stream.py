@@ -15,7 +15,8 @@ import torch
 
 from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
-from llama_engine.kernels.gemm import RESIDUAL, SILU_MUL, STORE
+from llama_engine.kernels.common import multiprocessors
+from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
 from llama_engine.model.schemes import INT8
 from llama_engine.model.weights import Linear
 
@@ -63,7 +64,7 @@ class StreamGemm:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._processors = multiprocessors(device)
         self._functions: dict[tuple[int, int, int, int], nvrtc.Function | None] = {}
         self._params = _Params()
 

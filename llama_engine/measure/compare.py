@@ -1,19 +1,52 @@
-"""Two folders of results, metric by metric: which loads may be compared, and what became slower."""
+"""Results against each other: the interleaved pair, verdicts by today's rules, and two folders metric by metric."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from llama_engine.measure.result import MEASUREMENTS, Result, dig
 from llama_engine.measure.stats import bootstrap_ratio
+from llama_engine.measure.validity import judge
 
 METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower is better
 WORKLOAD = ("input_tokens", "output_tokens", "input_tokens_range", "output_tokens_range", "concurrency")
 WORKLOAD += ("streaming", "protocol")
 SAME = ("model.sha256", "summary.prefill_ttft_ms.input_tokens", *(f"workload.{name}" for name in WORKLOAD))
 FINGERPRINT = "environment.fingerprint"
+RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
+
+
+def paired(baseline: Result, engine: Result) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(ratios, verdict) of an interleaved pair: paired bootstrap ratios, none when either run is INVALID."""
+    pair, speedup = (baseline, engine), {}
+    reasons = [f"{r['benchmark']}: {reason}" for r in pair for reason in r["validity"]["reasons"]]
+    cautions = [f"{r['benchmark']}: {x}" for r in pair for x in r["validity"].get("cautions", [])]
+    if not reasons:
+        before, after = baseline["samples"], engine["samples"]
+        for name, key in RATIOS.items():
+            if key in before and key in after:
+                speedup[name] = bootstrap_ratio(before[key], after[key])
+        rates = [[n / s for n, s in zip(x["output_tokens"], x["latency_s"])] for x in (after, before)]
+        speedup["output_tokens_per_s"] = bootstrap_ratio(*rates)
+    return speedup, {"status": "INVALID" if reasons else "VALID", "reasons": reasons, "cautions": cautions}
+
+
+def judge_again(results: dict[str, Result]) -> list[str]:
+    """Give a folder's results, as :func:`load_folder` returns them, the verdicts of today's rules, in place; the names
+    of those that changed. What was measured stays; a pair that has become VALID gets its ratios."""
+    kept = {name: copy.deepcopy(result) for name, result in results.items()}
+    for result in results.values():
+        if result["benchmark"] in MEASUREMENTS:
+            result["validity"] = judge(result)
+    for result in results.values():
+        pair = [results.get(name) for name in ("baseline", f"optimized-{result['backend']}")]
+        if result["benchmark"] == "comparison" and all(pair):
+            ratios, result["validity"] = paired(*pair)
+            result["speedup"] = ratios and (result["speedup"] or ratios)
+    return [name for name in results if results[name] != kept[name]]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ def _l3_bytes() -> int | None:
 
 def _gpu() -> dict[str, Any]:
     properties, nvml = torch.cuda.get_device_properties(0), Nvml()
-    limit_mw = nvml.read("nvmlDeviceGetEnforcedPowerLimit")
+    limit_mw, default_mw = (
+        nvml.read(f"nvmlDeviceGet{name}") for name in ("EnforcedPowerLimit", "PowerManagementDefaultLimit")
+    )
     return {
         "name": properties.name,
         "count": torch.cuda.device_count(),
@@ -152,6 +154,7 @@ def _gpu() -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "driver": nvml.driver(),
         "power_limit_w": None if limit_mw is None else limit_mw / 1e3,
+        "default_power_limit_w": None if default_mw is None else default_mw / 1e3,
         "max_sm_clock_mhz": nvml.read("nvmlDeviceGetMaxClockInfo", nvml.SM_CLOCK),
         "max_memory_clock_mhz": nvml.read("nvmlDeviceGetMaxClockInfo", nvml.MEMORY_CLOCK),
     }

@@ -140,7 +140,7 @@ def samples_of(runs: Sequence[GenerationRun], *, streaming: bool = True) -> dict
     """Raw samples: latency and output_tokens one a request; if it streamed also ttft and tpot, and itl pooled."""
     samples: dict[str, list[Any]] = {
         "latency_s": [run.latency_s for run in runs],
-        "output_tokens": [len(run.token_ids) for run in runs],
+        "output_tokens": [len(run.token_times) for run in runs],
     }
     if streaming:
         samples["ttft_ms"] = [run.ttft_s * 1e3 for run in runs]

@@ -15,7 +15,9 @@ from llama_engine.device import pick_device
 from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError
 from llama_engine.flags import Parser
-from llama_engine.measure.cost import Cost, linear_weights
+from llama_engine.measure.compare import paired
+from llama_engine.measure.cost import Cost
+from llama_engine.measure.demand import sampled
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.generation import (
     WAKE_TOKENS,
@@ -29,16 +31,14 @@ from llama_engine.measure.generation import (
     summarize,
 )
 from llama_engine.measure.result import Result, check_output, new_result, write_result
-from llama_engine.measure.stacks import EngineStack, RunnerStack, TransformersStack
-from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio, summary
+from llama_engine.measure.stacks import EngineStack, TensorRTStack, TransformersStack
+from llama_engine.measure.stats import RESAMPLES, SEED, summary
 from llama_engine.measure.telemetry import Telemetry
 from llama_engine.measure.workload import Workload, add_arguments, add_engine_arguments, workload_of
 from llama_engine.native import load_engine
 from llama_engine.report.show import show
-from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
-
-RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
+from llama_engine.trtllm import TensorRTBackend
 
 
 def parser_for(doc: str | None, output: str | None) -> argparse.ArgumentParser:
@@ -100,10 +100,9 @@ def open_engine(engine_dir: Path, info: EngineInfo, *, device: str, threads: int
     if info.backend == "native":
         engine = load_engine(engine_dir, device=device, threads=threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
-    model = info.model
-    nbytes = linear_weights(model) + 2 * model.vocab_size * model.hidden_size  # int8 linears, fp16 lm_head
-    cost = Cost.of(model, nbytes, model.kv_nbytes())
-    return RunnerStack(ModelRunner.from_dir(engine_dir), cost, describe(info, info.backend))
+    assert info.tensorrt_llm
+    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes())
+    return TensorRTStack(TensorRTBackend(engine_dir, sequences=1), cost, describe(info, info.backend))
 
 
 def measure(stacks: Sequence[Stack], workload: Workload, device: str) -> dict[str, Result]:
@@ -169,12 +168,6 @@ def run_checks(runs: Sequence[GenerationRun]) -> dict[str, Any]:
     }
 
 
-def about(sampling: SamplingParams | None) -> dict[str, Any]:
-    """What a level's workload says of its sampling; nothing when greedy."""
-    fields = ("temperature", "top_k", "top_p", "seed")
-    return {"sampling": {name: getattr(sampling, name) for name in fields}} if sampling else {}
-
-
 def measure_batches(
     stack: EngineStack, workload: Workload, device: str, environment: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -209,7 +202,8 @@ def measure_batches(
             part = {
                 "concurrency": level,
                 "mode": "in_process",
-                "workload": {"input_tokens": workload.input_tokens, "output_tokens": new_tokens} | about(sampling),
+                "workload": {"input_tokens": workload.input_tokens, "output_tokens": new_tokens}
+                | ({"sampling": sampled(sampling)} if sampling else {}),
                 "samples": samples | {"wall_s": walls},
                 "summary": summarize(samples, rates),
                 "checks": {
@@ -227,16 +221,8 @@ def measure_batches(
 
 
 def comparison(baseline: Result, engine: Result) -> Result:
-    """Paired bootstrap ratios of an interleaved pair; none when either run is INVALID."""
-    reasons = [f"{r['benchmark']}: {reason}" for r in (baseline, engine) for reason in r["validity"]["reasons"]]
-    speedup = {}
-    if not reasons:
-        before, after = baseline["samples"], engine["samples"]
-        for name, key in RATIOS.items():
-            if key in before and key in after:
-                speedup[name] = bootstrap_ratio(before[key], after[key])
-        rates = [[n / s for n, s in zip(x["output_tokens"], x["latency_s"])] for x in (after, before)]
-        speedup["output_tokens_per_s"] = bootstrap_ratio(*rates)
+    """What :func:`paired` says of an interleaved pair, as a result."""
+    speedup, verdict = paired(baseline, engine)
     result = new_result(
         "comparison",
         engine["backend"],
@@ -248,6 +234,4 @@ def comparison(baseline: Result, engine: Result) -> Result:
         method="interleaved A B A B; median ratio of pairs; percentile bootstrap, "
         f"{RESAMPLES:,} resamples, seed {SEED}",
     )
-    cautions = [f"{r['benchmark']}: {x}" for r in (baseline, engine) for x in r["validity"].get("cautions", [])]
-    result["validity"] = {"status": "INVALID" if reasons else "VALID", "reasons": reasons, "cautions": cautions}
-    return result
+    return result | {"validity": verdict}

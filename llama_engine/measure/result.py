@@ -14,7 +14,7 @@ from llama_engine.files import check_apart, read_json, write_text
 from llama_engine.measure import validity
 
 SCHEMA_VERSION = "1.0"
-MEASUREMENTS = ("baseline", "optimized", "triton")  # benchmarks whose samples are times
+MEASUREMENTS = ("baseline", "optimized", "triton", "served")  # benchmarks whose samples are times
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 Result = dict[str, Any]
 

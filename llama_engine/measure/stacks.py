@@ -1,4 +1,4 @@
-"""What can be timed: the transformers baseline, the native engine, and TensorRT-LLM behind ``ModelRunner``."""
+"""What can be timed: the transformers baseline, the native engine, and TensorRT-LLM's executor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llama_engine.engine.engine import Engine
 from llama_engine.errors import RunError
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.generation import GenerationRun, Mark, now
-from llama_engine.runner import ModelRunner
 from llama_engine.sampling import SamplingParams
+from llama_engine.trtllm import TensorRTBackend
 
 PHASES = {"self_attn": "attention", "mlp": "mlp", "input_layernorm": "norm", "post_attention_layernorm": "norm"}
 
@@ -115,15 +115,16 @@ class EngineStack:
         return self.generate_batch([prompt_ids], new_tokens)[0]
 
     def generate_batch(
-        self, prompts: Sequence[list[int]], new_tokens: int, sampling: SamplingParams | None = None
+        self, prompts: Sequence[list[int]], new_tokens: int | Sequence[int], sampling: SamplingParams | None = None
     ) -> list[GenerationRun]:
-        """All prompts at once; every run has the same t0, the moment the first was added. Prompt i draws with the seed
-        of ``sampling`` + i."""
+        """All prompts at once, each answered with ``new_tokens``, or its own number of them. Every run has the same t0,
+        the moment the first was added. Prompt i draws with the seed of ``sampling`` + i."""
+        counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
         params = [sampling and dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         start = now()
         runs = {
-            self.engine.add_request(prompt, new_tokens, params=p): GenerationRun(start)
-            for prompt, p in zip(prompts, params)
+            self.engine.add_request(prompt, count, params=p): GenerationRun(start)
+            for prompt, count, p in zip(prompts, counts, params)
         }
         while self.engine.has_unfinished:
             outputs = self.engine.step()
@@ -151,39 +152,36 @@ class EngineStack:
             del self.engine.step
 
 
-class RunnerStack:
-    """Any ``ModelRunner`` through its streaming face: how a TensorRT-LLM engine is measured."""
+class TensorRTStack:
+    """A TensorRT engine in this process, through TensorRT-LLM's executor."""
 
-    def __init__(self, runner: ModelRunner, cost: Cost, about: dict[str, Any]) -> None:
-        self.runner, self.cost, self.about = runner, cost, about
-        self.name: str = about["backend"]
+    name = "tensorrt_llm"
+
+    def __init__(self, backend: TensorRTBackend, cost: Cost, about: dict[str, Any]) -> None:
+        self.stream, self.cost, self.about = backend.stream, cost, about
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         run = GenerationRun(now())
-        prompt = [torch.tensor(prompt_ids, dtype=torch.int32)]
-        options = {"streaming": True, "return_dict": True, "output_sequence_lengths": True}
-        for result in self.runner.generate(prompt, max_new_tokens=new_tokens, end_id=-1, pad_id=0, **options):
-            seen = len(prompt_ids) + len(run.token_ids)
-            ids = result["output_ids"][0, 0, seen : int(result["sequence_lengths"][0, 0])].tolist()
+        for ids in self.stream(prompt_ids, new_tokens):
             run.add(ids, now())
         return run
 
     @contextmanager
     def marked(self, mark: Mark) -> Iterator[None]:
         """What can be seen of another's steps: the wait for the first tokens is a prefill, each later one a decode."""
-        generate = self.runner.generate
+        stream = self.stream
 
-        def marked_generate(*prompts: Any, max_new_tokens: int, **options: Any) -> Iterator[Any]:
-            results = iter(generate(*prompts, max_new_tokens=max_new_tokens, **options))
-            for step in range(max_new_tokens):  # not until the end: learning that nothing follows is no decode step
+        def marked_stream(prompt_ids: list[int], new_tokens: int) -> Iterator[list[int]]:
+            results = stream(prompt_ids, new_tokens)
+            for step in range(new_tokens):  # not until the end: learning that nothing follows is no decode step
                 with mark("decode" if step else "prefill"):
-                    result = next(results, None)
-                if result is None:
+                    ids = next(results, None)
+                if ids is None:
                     return
-                yield result
+                yield ids
 
-        self.runner.generate = marked_generate  # type: ignore[method-assign]
+        self.stream = marked_stream  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del self.runner.generate
+            self.stream = stream  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,20 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
         "count": int(values.size),
         "spread": (percentile(values, 75) - percentile(values, 25)) / middle if middle else 0.0,
     }
+
+
+def drift(samples: Sequence[float]) -> float:
+    """How far the mean moved in time: (largest - smallest) mean of four successive quarters / mean of all."""
+    quarters = [part.mean() for part in np.array_split(np.asarray(samples, dtype=np.float64), 4) if part.size]
+    return float((max(quarters) - min(quarters)) / np.mean(samples))
+
+
+def wilson(count: int, total: int) -> list[float]:
+    """95 % interval of the share ``count`` / ``total`` (Wilson 1927), which holds near 0 and 1 too."""
+    z, share = 1.959964, count / total
+    middle, scale = share + z * z / (2 * total), 1 + z * z / total
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
 
 
 def verdict(low: float, high: float) -> Verdict:

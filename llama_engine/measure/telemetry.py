@@ -13,6 +13,8 @@ import psutil
 import pynvml
 import torch
 
+from llama_engine.measure.stats import drift
+
 SAMPLE_HZ = 25
 SETTLE_S = 0.2  # NVML utilization looks back up to this long, so a section's first samples belong to the one before
 THROTTLE_BITS = {
@@ -101,6 +103,8 @@ class Telemetry:
             found = values(key)
             return {"mean": sum(found) / len(found), "max": max(found), "min": min(found)} if found else None
 
+        if clock := reduce("sm_clock"):
+            clock["drift"] = drift(values("sm_clock"))
         reasons, processes = values("throttle"), max(values("processes"), default=0)
         return {
             "samples": len(samples),
@@ -109,7 +113,7 @@ class Telemetry:
             "gpu_utilization_pct": reduce("utilization"),
             "gpu_power_w": reduce("power"),
             "gpu_memory_gb": reduce("memory"),
-            "gpu_sm_clock_mhz": reduce("sm_clock"),
+            "gpu_sm_clock_mhz": clock,
             "gpu_memory_clock_mhz": reduce("memory_clock"),
             "gpu_temperature_c": reduce("temperature"),
             "gpu_energy_j": self._energy_j.get(name),

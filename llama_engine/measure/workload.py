@@ -108,6 +108,8 @@ def workload_of(args: argparse.Namespace, info: EngineInfo | None = None) -> Wor
     if info:
         check_model(info, workload.model)
         workload.check_limits(info.engine)
+        for name in ("input_tokens", "prefill_tokens"):
+            info.check_input(getattr(workload, name), f"--{name.replace('_', '-')}")
     return workload
 
 

@@ -8,12 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llama_engine.sampling import DRAW, EXP2, NOT_FINITE, ONE, SHIFT, Logprobs, SamplingParams, random_bits
+from llama_engine.sampling import DRAW, EXP2, NOT_FINITE, ONE, RECENT, SHIFT, Logprobs, SamplingParams, random_bits
 
 
-def process(logits: torch.Tensor, params: Sequence[SamplingParams], counts: torch.Tensor | None) -> torch.Tensor:
-    """Penalties and biases: float32 ``[rows, vocab]``, a copy. ``counts`` int16 ``[rows, vocab]`` as
-    :func:`count_tokens` gives them; None when no row is penalized."""
+def process(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    counts: torch.Tensor | None,
+    recent: np.ndarray | None,
+) -> torch.Tensor:
+    """Penalties, biases and bad words: float32 ``[rows, vocab]``, a copy. ``counts`` int16 ``[rows, vocab]`` as
+    :func:`count_tokens` gives them, None when no row is penalized; ``recent`` int32 ``[rows, RECENT]`` as
+    :func:`recent_tokens` does, None when no row has bad words of several tokens."""
     x = logits.float().clone()
     fields = _fields(params, x.device)
     if counts is not None:
@@ -25,6 +32,11 @@ def process(logits: torch.Tensor, params: Sequence[SamplingParams], counts: torc
     if triples:
         rows, ids, biases = (torch.tensor(column, device=x.device) for column in zip(*triples))
         x[rows, ids] += biases.float()
+    for row, (p, position) in enumerate(zip(params, positions)):
+        for *others, token in p.phrases:
+            before = range(position - len(others), position)
+            if others == [recent[row, place % RECENT] for place in before]:
+                x[row, token] = -math.inf
     return x + 0.0  # -0 is 0
 
 
@@ -49,9 +61,11 @@ def sample(
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     counts: torch.Tensor | None = None,
+    recent: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """The reference: one id a row of ``logits`` ``[rows, vocab]``, int64 ``[rows]``, on any device without waiting."""
-    x = process(logits, params, counts)
+    """The reference: one id a row of ``logits`` ``[rows, vocab]``, int64 ``[rows]``, on any device without waiting.
+    ``counts`` and ``recent`` as :func:`process` takes them."""
+    x = process(logits, params, positions, counts, recent)
     vocab = x.shape[-1]
     fields = _fields(params, x.device)
     largest = x.amax(dim=-1, keepdim=True)

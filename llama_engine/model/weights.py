@@ -1,7 +1,8 @@
 """The weights of a built engine: what ``build_engine`` packs and every executor reads.
 
 All linear weights are stored ``[out_features, in_features]`` row-major, the order a GEMV streams, on CPU and GPU
-alike. INT8 and FP8 rows carry one float32 scale a row: ``w[n, k] = scale[n] * q[n, k]``. Fused matrices are stacked
+alike. INT8 and FP8 rows carry one float32 scale a row: ``w[n, k] = scale[n] * q[n, k]``; INT4 rows are packed in groups
+with a float16 scale each, as :mod:`llama_engine.model.schemes` lays down. Fused matrices are stacked
 rows: ``qkv = [Q; K; V]`` and ``gate_up = [gate; up]``. Each matrix has a scheme of its own.
 """
 
@@ -16,7 +17,7 @@ import torch
 from llama_engine.config import ModelConfig
 from llama_engine.engine_dir import WEIGHTS_FILE
 from llama_engine.errors import InputError
-from llama_engine.model.schemes import E4M3_MAX, INT8, Scheme, scheme_of
+from llama_engine.model.schemes import E4M3_MAX, INT4, INT8, Scheme, default_group, group_size, held_shape, scheme_of
 from llama_engine.tensor_files import open_tensors
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -24,8 +25,9 @@ LINEARS = ("qkv", "o", "gate_up", "down")
 
 @dataclass
 class Linear:
-    """A weight matrix ``[N, K]`` and, where its scheme has one, ``scale`` float32 ``[N]``.
+    """A weight matrix ``[N, K]`` as its scheme stores it and, where it has one, the ``scale``.
 
+    ``weight`` is ``[N, K]`` (of INT4 ``[N, K / 2]``), ``scale`` float32 ``[N]`` (of INT4 float16 ``[N, K / group]``).
     Raises :class:`InputError` for tensors that belong to no scheme.
     """
 
@@ -40,8 +42,20 @@ class Linear:
         return self.scheme.dequantize(self.weight, self.scale, dtype)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), whatever the scheme stores."""
+        rows, stored = self.weight.shape
+        return rows, stored * self.scheme.packed
+
+    @property
+    def group(self) -> int:
+        """Inputs of a row that share a scale, 0 where all of them do."""
+        return group_size(self.weight, self.scale) if self.scheme.scale == "group" else 0
+
+    @property
     def nbytes(self) -> int:
-        return self.scheme.nbytes(*self.weight.shape)
+        """Bytes of the matrix, its scales included: what one decode step reads of it."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
 @dataclass
@@ -103,8 +117,9 @@ def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | s
             if name not in present:
                 raise InputError(f"{path}: tensor {name!r} is missing")
             tensors[name] = file.get_tensor(name)
-            if tuple(tensors[name].shape) != shape:
-                raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+            held = held_shape(INT4, shape)[0] if tensors[name].dtype == INT4.weight_dtype else shape
+            if tuple(tensors[name].shape) != held:
+                raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {held}")
             if f"{name}.scale" in present:
                 tensors[f"{name}.scale"] = file.get_tensor(f"{name}.scale")
 
@@ -124,6 +139,11 @@ def random_weights(
         if len(shape) == 1:
             tensors[name] = (torch.rand(shape, **bits) + 0.5).half()
         elif name.rpartition(".")[2] in LINEARS:
+            if scheme is INT4:
+                tensors[name] = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, **bits)
+                scale = torch.rand(held_shape(INT4, shape, default_group(shape[1:]))[1], **bits) * 0.2 + 0.1
+                tensors[f"{name}.scale"] = (scale / shape[1] ** 0.5).half()
+                continue
             if scheme is INT8:
                 tensors[name] = torch.randint(-127, 128, shape, dtype=torch.int8, **bits)
             else:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
-from llama_engine.measure.result import result_files
+from llama_engine.measure.compare import judge_again
+from llama_engine.measure.result import load_folder, result_files, write_result
 from llama_engine.report.plots import PICTURES, draw_all
 from llama_engine.report.render import readme_block, render, replace_block
 from llama_engine.report.story import Story
@@ -28,6 +29,13 @@ def draw(folder: Path) -> list[Path]:
     for name, text in zip((REPORT, SOURCES), render(story)):
         write_text(folder / name, text)
     return [folder / REPORT, folder / SOURCES, *draw_all(story, folder)]
+
+
+def judge(folder: Path) -> list[Path]:
+    """Rewrite the results of one machine whose verdicts are not those of today's rules; returns their paths."""
+    results = load_folder(folder)
+    changed = {folder / f"{name}.json": results[name] for name in judge_again(results)}
+    return [write_result(path, result, force=True) for path, result in changed.items()]
 
 
 def publish(results: Path, readme: Path, headline: str) -> list[Path]:
@@ -59,22 +67,30 @@ def check(results: Path, readme: Path) -> str:
         shown = {folder / name for name in re.findall(r"\((\w+\.png)\)", wanted[folder / REPORT])}
         pictures = sorted(shown.union(folder.glob("*.png")))
         stale += [path for path in pictures if not path.exists() or source_of(path) != story.sha256]
+    for story in stories:
+        judged = load_folder(results / story.name)
+        stale += [results / story.name / f"{name}.json (its verdict)" for name in judge_again(judged)]
     if stale := stale + copies(results, found[1]):
         names = ", ".join(map(str, stale))
-        raise RunError(f"stale: {names}: run scripts/plot_results.py --headline {found[1]}")
+        raise RunError(f"stale: {names}: run scripts/plot_results.py --judge --headline {found[1]}")
     return f"{len(stories)} machines, headline {found[1]}: reports, pictures and README agree with the JSON"
 
 
 def published(results: Path, headline: str, front: str | None = None) -> list[Story]:
     """Every machine's results, the headline first; ``local`` is nobody else's. With ``front``, only those that this
     page names: another folder, such as run_all.sh --name makes, is not published yet."""
-    found = {folder for folder in results.iterdir() if folder.name != "local" and result_files(folder)}
+    found = set(machines(results))
     if front is not None:
         found = {folder for folder in found if folder.name == headline or f"({folder.name}/{REPORT})" in front}
     if results / headline not in found:
         names = ", ".join(sorted(folder.name for folder in found)) or "none"
         raise InputError(f"results/{headline} holds no result files; there are: {names}")
     return [Story.load(folder) for folder in sorted(found, key=lambda folder: (folder.name != headline, folder))]
+
+
+def machines(results: Path) -> list[Path]:
+    """The folders of results that may be published."""
+    return sorted(folder for folder in results.iterdir() if folder.name != "local" and result_files(folder))
 
 
 def folders(results: Path, stories: list[Story]) -> dict[Path, Story]:

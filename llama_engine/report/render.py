@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llama_engine.config import DEFAULT_MODEL
+from llama_engine.report.show import CONDITIONS
 from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_points, waterfall_steps
 
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -114,6 +115,27 @@ class Page:
         growth = self.story.at(places[1]) / self.story.at(places[0])
         return first.users, last.users, Derived(growth, places), Derived(growth / (last.users / first.users), places)
 
+    def conditions(self) -> Iterator[tuple[Load, str, str]]:
+        """(condition under which answers were asked for again, kernels, share that changed) of each that occurred."""
+        for i, variant in enumerate(self.story.get("determinism", "variants") or []):
+            for j, x in enumerate(variant["conditions"]):
+                at = f"determinism.variants.{i}.conditions.{j}"
+                if x["compared"]:
+                    low, high = x["ci95"]
+                    text = f"{x['share']:.1%} [{low:.1%}, {high:.1%}]"
+                    name = CONDITIONS[x["kind"]].format(**x)
+                    yield Load(at, name), variant["asked"], self.cite(text, [f"{at}.share", f"{at}.ci95"])
+
+    def price(self) -> Iterator[tuple[str, str]]:
+        """(load, ratio) of what batch invariance costs, where it costs anything measured."""
+        price = self.story.get("determinism", "price") or {"loads": []}
+        for i, load in enumerate(price["loads"]):
+            if "ratio" in load:
+                low, high = load["ci95"]
+                name = f"kernels {price['of']} over {load['invariant']}, {load['concurrency']} at once"
+                text = f"{load['ratio']:.3f}x [{low:.3f}, {high:.3f}] {load['verdict']}"
+                yield name, self.cite(text, [f"determinism.price.loads.{i}"])
+
     def kernels(self) -> Iterator[Load]:
         """The kernels of each stack that take most of the time."""
         for stack, profile in (self.story.get("profile", "stacks") or {}).items():
@@ -134,10 +156,9 @@ class Page:
         return [(x, f"any.environment.software.{x}") for x, y in found.items() if y and x not in ("os", "cuda")]
 
     def warnings(self) -> list[str]:
-        """What is INVALID or noisy, and why."""
+        """What is INVALID, or to be read with care, and why."""
         invalid = [f"**INVALID** {x}: {'; '.join(why)}. It enters no ratio." for x, why in self.story.invalid.items()]
-        noisy = {name: result["validity"].get("cautions") for name, result in self.story.files.items()}
-        return invalid + [f"**Noisy** {name}: {'; '.join(why)}." for name, why in noisy.items() if why]
+        return invalid + [f"**Caution** {x}: {'; '.join(why)}." for x, why in self.story.cautions.items()]
 
     def gate_reasons(self) -> str:
         """Why the accuracy gate failed or counts for less, in brackets."""

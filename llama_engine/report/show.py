@@ -8,14 +8,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_engine.measure.result import Result
+from llama_engine.measure.result import MEASUREMENTS, Result
 
+RATE = "output_tokens_per_s"
 COLUMNS = ("tok/s", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "MBU", "limit", "failed")
+CONDITIONS = {
+    "again": "asked again alone",
+    "batch": "{concurrency} at once",
+    "joining": "{concurrency} at once, one joining every four steps",
+    "preempted": "after preemption",
+    "prefix": "prefix hit, the same prompt",
+    "next_turn": "prefix hit, on its own answer",
+}
 
 
 def show(results: Collection[Result]) -> None:
     """One row a load of each measurement; then what is INVALID or failed, long prompts, the gate and paired ratios."""
-    measured = [x for x in results if x["benchmark"] in ("baseline", "optimized", "triton")]
+    measured = [x for x in results if x["benchmark"] in MEASUREMENTS]
     names = (x["model"]["name"] + ", synthetic weights" * (x["model"]["source"] == "synthetic") for x in measured)
     title = "; ".join(dict.fromkeys(names))
     table = Table("", title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
@@ -31,16 +40,22 @@ def show(results: Collection[Result]) -> None:
             what += ", sampled" * ("sampling" in load.get("workload", {}))
             table.add_row(f"{name}, {what}", *_cells(load["summary"], users), str(load["checks"]["failed_requests"]))
     out = Console()
-    out.print(table)
+    if measured:
+        out.print(table)
+    for result in results:
+        if result["benchmark"] == "determinism":
+            _show_determinism(out, result)
     for result in results:
         name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
         for message in result["validity"]["reasons"]:
             out.print(f"INVALID {name}: {message}", markup=False)
         for message in result["validity"].get("cautions", []):
-            out.print(f"noisy {name}: {message}", markup=False)
+            out.print(f"caution {name}: {message}", markup=False)
         for level in result.get("levels", []):
-            for message in level.get("validity", {}).get("reasons", []):  # levels of older files have none
-                out.print(f"INVALID {name} at {level.get('concurrency', level.get('rate'))}: {message}", markup=False)
+            for word, key in (("INVALID", "reasons"), ("caution", "cautions")):
+                for message in level.get("validity", {}).get(key, []):  # levels of older files have none
+                    at = level.get("concurrency", level.get("rate"))
+                    out.print(f"{word} {name} at {at}: {message}", markup=False)
             for message, count in level.get("failures", {}).items():
                 out.print(f"{count} x {message}", markup=False)
         if prefill := summed.get("prefill_ttft_ms"):
@@ -57,6 +72,23 @@ def show(results: Collection[Result]) -> None:
             )
 
 
+def _show_determinism(out: Console, result: Result) -> None:
+    """How many answers changed under each condition, and what invariance costs."""
+    table = Table("answers that change", "kernels", "changed", "of", "tok/s", box=None, pad_edge=False)
+    for variant in result["variants"]:
+        for x in variant["conditions"]:
+            cells = (str(x["changed"]), str(x["compared"]), f"{x['output_tokens_per_s']:,.1f}")
+            table.add_row(CONDITIONS[x["kind"]].format(**x), variant["asked"], *cells)
+    out.print(table)
+    price = result["price"]
+    out.print(f"price of batch invariance for kernels {price['of']}: {price['status']}", markup=False)
+    for load in price["loads"]:
+        if "ratio" in load:
+            low, high = load["ci95"]
+            what = f"{price['of']} over {load['invariant']}, {load['concurrency']} at once"
+            out.print(f"{what}: {load['ratio']:.3f}x  95 % [{low:.3f}, {high:.3f}]", markup=False)
+
+
 def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
     def cell(key: str, form: str) -> str:
         return form.format(**summed[key]) if key in summed else ""
@@ -66,3 +98,26 @@ def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
     limit = f"{users / (mbu * summed['tpot_ms']['p50'] / 1e3):,.0f}" if users and mbu else ""
     times = (cell("ttft_ms", "{p50:.1f} / {p99:.1f}"), cell("tpot_ms", "{p50:.2f} / {p99:.2f}"))
     return cell("output_tokens_per_s", "{p50:,.1f}"), *times, f"{mbu:.2f}" if mbu else "", limit
+
+
+def show_tournament(result: Result) -> None:
+    """A row a contestant and load, with its ratio over the first contestant; then what is INVALID."""
+    rows = {(x["contestant"], x["workload"], x["concurrency"]): x for x in result["ratios"] if x["metric"] == RATE}
+    table = Table("workload", "at once", "engine", title=result["model"]["name"], title_justify="left", box=None)
+    for column in ("tok/s", "TTFT p50 ms", "TPOT p50 ms", f"tok/s over {result['contestants'][0]['name']}", ""):
+        table.add_column(column, justify="right")
+    out = Console()
+    for level in result["levels"]:
+        at, summed = (level["workload"]["traffic"]["name"], level["concurrency"]), level["summary"]
+        cells = [f"{summed[key]['p50']:,.1f}" if key in summed else "" for key in (RATE, "ttft_ms", "tpot_ms")]
+        if ratio := rows.get((level["contestant"], *at)):
+            low, high = ratio["ci95"]
+            cells += [f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]", ratio["verdict"]]
+        table.add_row(at[0], str(at[1]), level["contestant"], *cells)
+    out.print(table)
+    for level in result["levels"]:
+        where = f"{level['contestant']}, {level['workload']['traffic']['name']} at {level['concurrency']}"
+        for message in level["validity"]["reasons"]:
+            out.print(f"INVALID {where}: {message}", markup=False)
+        for message, count in level["failures"].items():
+            out.print(f"{count} x {message} ({where})", markup=False)

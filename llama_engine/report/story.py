@@ -84,6 +84,7 @@ class Story:
         return names | {
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
+            "determinism": f"determinism-{self.backend}.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
         }
@@ -113,12 +114,19 @@ class Story:
     @property
     def invalid(self) -> dict[str, list[str]]:
         """The reasons of each file, or load of one, that is INVALID."""
-        found = {name: x["validity"]["reasons"] for name, x in self.files.items() if not self.valid(name)}
+        return self._verdicts("reasons")
+
+    @property
+    def cautions(self) -> dict[str, list[str]]:
+        """What is to be read with care in each file, or load of one."""
+        return self._verdicts("cautions")
+
+    def _verdicts(self, key: str) -> dict[str, list[str]]:
+        found = {name: why for name, x in self.files.items() if (why := x["validity"].get(key))}
         for name, result in self.files.items():
             for level in result.get("levels", []):
-                if name not in found and not self.level_valid(name, level):
-                    load = level.get("concurrency", level.get("rate"))
-                    found[f"{name} at {load}"] = level["validity"]["reasons"]
+                if (key == "cautions" or name not in found) and (why := level.get("validity", {}).get(key)):
+                    found[f"{name} at {level.get('concurrency', level.get('rate'))}"] = why
         return found
 
     def invalid_loads(self, file: str) -> list[tuple[str, str]]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -21,6 +22,7 @@ from tritonclient.grpc import InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from llama_engine.errors import ErrorCode, InputError, RunError, split_code
+from llama_engine.sampling import Logprobs
 
 # inputs that are neither BOOL nor INT32
 FLOATS = ("temperature", "runtime_top_p", "min_p", "embedding_bias")
@@ -67,11 +69,32 @@ class RequestFailed(RunError):
         self.lost = lost
 
 
+class NewTokens(list[int]):
+    """The ids of one response. ``logprobs`` are theirs, where ``generate`` was given ``return_log_probs=True``; with
+    ``top_logprobs=n``, of the n most likely tokens too. The first response has those of the prompt from its second
+    token on, with ``return_prompt_log_probs=True``, and how many of its tokens the prefix cache had."""
+
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+    cached_tokens: int | None = None
+
+    @classmethod
+    def of(cls, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> NewTokens:
+        """From the response's tensors by name, flat or not, None for one that is absent."""
+        new = cls(_flat(outputs("output_ids")))
+        if options.get("return_log_probs"):
+            new.logprobs = _scores("output", outputs, options)
+            new.prompt_logprobs = _scores("prompt", outputs, options) or None
+        if cached := _flat(outputs("cached_tokens")):
+            new.cached_tokens = cached[0]
+        return new
+
+
 class GrpcClient:
     """One HTTP/2 connection, one stream a request; leaving ``generate`` early cancels it on the server.
 
-    ``generate`` yields new token ids as they arrive: once when not streaming. Raises :class:`RequestFailed`.
-    Both clients send :func:`inference_key`.
+    ``generate`` yields :class:`NewTokens` as they arrive: once when not streaming. ``options`` are inputs of the model
+    by name. Raises :class:`RequestFailed`. Both clients send :func:`inference_key`.
     """
 
     def __init__(self, url: str, *, keepalive: bool = False) -> None:
@@ -88,7 +111,7 @@ class GrpcClient:
 
     async def generate(
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
-    ) -> AsyncIterator[list[int]]:
+    ) -> AsyncIterator[NewTokens]:
         values = {"input_lengths": len(prompt), "request_output_len": new_tokens, "streaming": streaming}
         values |= {"exclude_input_in_output": True} | options
         inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
@@ -108,7 +131,7 @@ class GrpcClient:
                 if error is not None:
                     raise RequestFailed(str(error))
                 if response.outputs:
-                    yield result.as_numpy("output_ids").reshape(-1).tolist()
+                    yield NewTokens.of(result.as_numpy, options)
             if not ended:
                 raise RequestFailed("the stream ended without a final response", lost=True)
         except InferenceServerException as error:
@@ -147,7 +170,7 @@ class HttpClient:
 
     async def generate(
         self, prompt: list[int], new_tokens: int, *, streaming: bool, model: str = "tensorrt_llm", **options: Any
-    ) -> AsyncIterator[list[int]]:
+    ) -> AsyncIterator[NewTokens]:
         body = {"input_ids": prompt, "request_output_len": new_tokens, "streaming": streaming}
         body |= {"exclude_input_in_output": True}
         # Triton takes lists flat and shapes them itself
@@ -158,11 +181,11 @@ class HttpClient:
         try:
             async with self._session.post(path, json=body) as response:
                 if not streaming:
-                    yield _ids(await response.read())
+                    yield NewTokens.of(_answer(await response.read()).get, options)
                     return
                 async for line in response.content:
                     if line.startswith(b"data:"):
-                        yield _ids(line[5:])
+                        yield NewTokens.of(_answer(line[5:]).get, options)
                     elif line.strip():
                         raise RequestFailed(f"HTTP {response.status}: {line.decode(errors='replace').strip()}")
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
@@ -185,15 +208,24 @@ def _tensor(name: str, array: np.ndarray) -> InferInput:
     return tensor.set_data_from_numpy(array)
 
 
-def _ids(text: bytes) -> list[int]:
+def _scores(what: str, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> list[Logprobs]:
+    own = _flat(outputs(f"{what}_log_probs"))
+    top = zip(_flat(outputs(f"{what}_top_ids")), _flat(outputs(f"{what}_top_log_probs")))
+    return [Logprobs(value, list(itertools.islice(top, options.get("top_logprobs", 0)))) for value in own]
+
+
+def _flat(values: Any) -> list[Any]:
+    return [] if values is None else np.ravel(values).tolist()
+
+
+def _answer(text: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(text)
     except ValueError:
         raise RequestFailed(f"not JSON: {text[:200]!r}") from None
     if "error" in answer:
         raise RequestFailed(answer["error"])
-    ids = answer.get("output_ids", [])
-    return ids if isinstance(ids, list) else [ids]
+    return answer
 
 
 Client = GrpcClient | HttpClient

@@ -5,6 +5,7 @@ Templates lie in triton_model_repo/ with ``${name}`` placeholders, as in NVIDIA'
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -18,7 +19,10 @@ from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "triton_model_repo"
-CONTAINER = "nvcr.io/nvidia/tritonserver:24.11-trtllm-python-py3"
+CONTAINER = "nvcr.io/nvidia/tritonserver:{}-trtllm-python-py3"
+# The container of each release, by NVIDIA's compatibility matrix: an engine loads in its own release alone.
+TAGS = {"0.15.0": "24.11", "0.16.0": "24.12", "0.17.0": "25.01", "0.20.0": "25.07", "0.21.0": "25.08"}
+TAGS |= {"1.0.0": "25.10", "1.1.0": "25.12"}
 BACKEND = Path("/opt/tritonserver/backends/tensorrtllm")
 
 
@@ -68,6 +72,7 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
     values: dict[str, object] = asdict(config) | {
         "max_batch_size": info.engine.max_batch_size,
         "kv_cache_free_gpu_mem_fraction": info.engine.kv_cache_free_gpu_memory_fraction,
+        "max_tokens_in_paged_kv_cache": info.engine.kv_tokens(info.engine.max_batch_size),
         "engine_dir": "/engine" if in_container else Path(engine_dir).resolve(),
         "lengths": ", optional: true" if backend == "native" else "",  # NVIDIA's backend cannot do without
         "exclude_input_in_output": config.exclude_input_in_output or config.text,
@@ -90,16 +95,38 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
 
 def serve_command(engine_dir: Path | str, models_dir: Path, arguments: list[str]) -> list[str]:
     """How to start Triton over :func:`render`'s repository for TensorRT-LLM: directly where the backend is installed,
-    else in NVIDIA's container, which sees the engine at /engine, the repository at /models and this package, for the
-    text models, in /package."""
-    package = Path(__file__).resolve().parents[1]
+    else in the container of the engine's release, which sees the engine at /engine, the repository at /models and this
+    package, for the text models, in /package. An engine of several ranks runs as in NVIDIA's leader mode: one server a
+    rank under mpirun, of which the first answers. Raises :class:`InputError` where no server can load the engine."""
+    package, built = Path(__file__).resolve().parents[1], load_engine_json(engine_dir, backend="tensorrt_llm")
+    assert built.tensorrt_llm
+    version, ranks = built.tensorrt_llm.version, built.tensorrt_llm.ranks
+    binary, models = "tritonserver", Path("/models")
     if BACKEND.is_dir():
-        server = ["env", f"PYTHONPATH={package.parent}", "/opt/tritonserver/bin/tritonserver"]
-        return [*server, f"--model-repository={models_dir}", *arguments]
-    docker = ["docker", "run", "--rm", "--gpus", "all", "--network", "host", "--shm-size", "2g"]
-    docker += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro"]
-    docker += ["-v", f"{package}:/package/{package.name}:ro", "-e", "PYTHONPATH=/package", CONTAINER]
-    return [*docker, "tritonserver", "--model-repository=/models", *arguments]
+        found = importlib.metadata.version("tensorrt_llm")
+        if found != version:
+            raise InputError(f"{engine_dir} is for TensorRT-LLM {version}, installed is {found}: build it again here")
+        prefix, models = ["env", f"PYTHONPATH={package.parent}"], models_dir
+        binary = "/opt/tritonserver/bin/tritonserver"
+    else:
+        if version not in TAGS:
+            raise InputError(
+                f"{engine_dir} is for TensorRT-LLM {version}, and which of NVIDIA's containers has that is not known "
+                "here: start this command where it is installed"
+            )
+        prefix = ["docker", "run", "--rm", "--gpus", "all", "--network", "host", "--shm-size", "2g"]
+        prefix += ["-v", f"{Path(engine_dir).resolve()}:/engine:ro", "-v", f"{models_dir.resolve()}:/models:ro"]
+        prefix += ["-v", f"{package}:/package/{package.name}:ro", "-e", "PYTHONPATH=/package"]
+        prefix.append(CONTAINER.format(TAGS[version]))
+    server = [binary, f"--model-repository={models}", *arguments]
+    if ranks == 1:
+        return [*prefix, *server]
+    command = [*prefix, "mpirun", "--allow-run-as-root"]
+    for rank in range(ranks):
+        alone = ["--model-control-mode=explicit", "--load-model=tensorrt_llm"] if rank else []
+        memory = f"--backend-config=python,shm-region-prefix-name=prefix{rank}_"
+        command += [*([":"] if rank else []), "-n", "1", *server, *alone, memory]
+    return command
 
 
 def _quoted(value: object) -> str:

@@ -1,7 +1,7 @@
 """One Triton request under the tensor names of NVIDIA's ``tensorrt_llm`` model: arrays in, checked values out.
 
-What TensorRT-LLM offers and this engine does not (beam search, log-probabilities ...) is accepted at its
-neutral value and refused by name at any other: nothing a client asks for is silently ignored.
+What TensorRT-LLM offers and this engine does not (beam search, logits ...) is accepted at its neutral value and refused
+by name at any other: nothing a client asks for is silently ignored. ``top_logprobs`` is this engine's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
 ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "early_stopping")
-ZERO = ("return_log_probs", "return_context_logits", "return_generation_logits")
+ZERO = ("return_context_logits", "return_generation_logits")
 NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
 
@@ -99,18 +99,43 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         repetition_penalty=float(scalar(arrays, "repetition_penalty", 1.0)),
         presence_penalty=float(scalar(arrays, "presence_penalty", 0.0)),
         frequency_penalty=float(scalar(arrays, "frequency_penalty", 0.0)),
-        banned=tuple(_words(arrays, "bad_words_list", "bans")),
+        min_p=float(scalar(arrays, "min_p", 0.0)),
+        logit_bias=_bias(arrays),
+        bad_words=tuple(map(tuple, _words(arrays, "bad_words_list"))),
+        logprobs=_logprobs(arrays),
+        prompt_logprobs=bool(scalar(arrays, "return_prompt_log_probs", False)),
     )
+
+
+def _bias(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, float], ...]:
+    """What ``embedding_bias`` ``[1, vocab]`` adds to which ids."""
+    bias = arrays.get("embedding_bias", np.zeros(0, np.float32)).reshape(-1)
+    ids = np.flatnonzero(bias)
+    return tuple(zip(ids.tolist(), bias[ids].tolist()))
+
+
+def _logprobs(arrays: Mapping[str, np.ndarray]) -> int | None:
+    """How many of the most likely tokens are wanted beside each token's own log-probability; None: not even that."""
+    top = int(scalar(arrays, "top_logprobs", 0))
+    if scalar(arrays, "return_log_probs", False):
+        return top
+    for name in ("top_logprobs", "return_prompt_log_probs"):
+        if value := scalar(arrays, name, 0):
+            raise InputError(f"{name}={value} needs return_log_probs=true")
+    return None
 
 
 def _stop_ids(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     """``end_id`` and the words of ``stop_words_list``."""
     end_id = int(scalar(arrays, "end_id", -1))
-    return tuple(([end_id] if end_id >= 0 else []) + _words(arrays, "stop_words_list", "stops at"))
+    words = _words(arrays, "stop_words_list")
+    if any(len(word) != 1 for word in words):
+        raise InputError("stop_words_list: the native engine stops at words of one token only")
+    return (*([end_id] if end_id >= 0 else []), *(word[0] for word in words))
 
 
-def _words(arrays: Mapping[str, np.ndarray], name: str, what: str) -> list[int]:
-    """The one-token words of a list ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
+def _words(arrays: Mapping[str, np.ndarray], name: str) -> list[list[int]]:
+    """The words of a list ``[1, 2, n]``: flat ids over end offsets, -1 padded."""
     words = arrays.get(name)
     if words is None or not words.size:
         return []
@@ -118,6 +143,6 @@ def _words(arrays: Mapping[str, np.ndarray], name: str, what: str) -> list[int]:
         raise InputError(f"{name} must have shape [1, 2, n], got {list(words.shape)}")
     flat, offsets = words.reshape(2, -1)
     ends = [int(end) for end in offsets if end > 0]
-    if ends != list(range(1, len(ends) + 1)) or len(ends) > flat.size:
-        raise InputError(f"{name}: the native engine {what} words of one token only")
-    return flat[: len(ends)].tolist()
+    if ends != sorted(set(ends)) or max(ends, default=0) > flat.size:
+        raise InputError(f"{name} ends words at {ends}, which must rise and not pass its {flat.size} ids")
+    return [flat[start:end].tolist() for start, end in zip([0, *ends], ends)]

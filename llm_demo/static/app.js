@@ -1,4 +1,6 @@
 // The page's logic. Text from people and models reaches the document through textContent only.
+import { markdown } from "./markdown.js";
+
 const $ = (id) => document.getElementById(id);
 const UNREACHABLE = "This page cannot reach the demo. If it was stopped, start it again with ./scripts/demo.sh; the page then goes on by itself.";
 
@@ -46,18 +48,19 @@ async function watch() {
     : "not available";
   if ($("banner").textContent !== (up ? "" : server.message)) $("banner").textContent = up ? "" : server.message;
   $("banner").hidden = up;
+  offer();
   controls();
   setTimeout(watch, misses ? 1000 : 4000);
 }
 
-/** Stream a chat completion; calls `on(text, tokens so far)` for every piece. Resolves when the answer is complete. */
+/** Stream a chat completion; calls `on(text, tokens so far, usage)` for every piece. Resolves when it is complete. */
 async function complete(body, on, signal) {
   const stream_options = { include_usage: true, continuous_usage_stats: true };
   const response = await request("v1/chat/completions", {
     method: "POST", signal, body: JSON.stringify({ ...body, stream: true, stream_options }),
   });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let rest = "", pieces = 0;
   for (;;) {
     const part = await reader.read().catch((error) => {
       throw error.name === "AbortError" ? error : new Error(`The answer broke off. ${UNREACHABLE}`);
@@ -69,7 +72,9 @@ async function complete(body, on, signal) {
       if (line.slice(5).trim() === "[DONE]") return;
       const event = JSON.parse(line.slice(5));
       if (event.error) throw new Error(event.error.message);
-      if (event.usage) on(event.choices[0]?.delta.content ?? "", event.usage.completion_tokens);
+      const text = event.choices[0]?.delta.content ?? "";
+      if (text && !event.usage) pieces++; // a server that does not count along: a token a piece
+      if (text || event.usage) on(text, event.usage?.completion_tokens ?? pieces, event.usage);
     }
   }
 }
@@ -113,6 +118,7 @@ function sparkline(target, meter) {
   target.replaceChildren(
     svg("path", { class: "axis", d: "M0 31.5H160" }), ...line("engine", points, [1, 3, 156, 31], end - start, top * 1.1),
   );
+  target.setAttribute("role", "img");
   target.setAttribute("aria-label", `Speed over the answer, up to ${speed(top)} tokens a second`);
 }
 
@@ -147,7 +153,7 @@ function controls() {
   $("send").disabled = !up || !!racing;
   $("send").hidden = !!chatting;
   $("stop").hidden = !chatting;
-  $("start").disabled = !up || !!chatting || server.models.length < 2;
+  $("start").disabled = !up || !!chatting || lanes[0].model === lanes[1].model;
   $("start").hidden = !!racing;
   $("abort").hidden = !racing;
 }
@@ -157,47 +163,86 @@ function scroll(force) {
   if (force || log.scrollHeight - log.scrollTop - log.clientHeight < 90) log.scrollTop = log.scrollHeight;
 }
 
+const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens"];
+
 function options() {
   const body = { model: server.models[0] };
-  for (const name of ["temperature", "top_p", "seed", "max_tokens"]) if ($(name).value !== "") body[name] = Number($(name).value);
+  for (const name of SAMPLING) if ($(name).value !== "") body[name] = Number($(name).value);
   return body;
+}
+
+/** To the clipboard, also where a page has none because its address is not secure. */
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = el("textarea", { value: text });
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+function action(label, onclick) {
+  return el("button", { type: "button", textContent: label, onclick });
+}
+
+/** What can be done with an answer: copy it, and ask the last question again. */
+function actions(question, answer) {
+  const copying = action("Copy", async () => {
+    await copy(answer);
+    copying.textContent = "Copied";
+    setTimeout(() => { copying.textContent = "Copy"; }, 1500);
+  });
+  const again = action("Regenerate", () => {
+    if (chatting || $("send").disabled) return;
+    history.splice(-2);
+    for (const box of [...$("log").querySelectorAll(".message")].slice(-2)) box.remove();
+    $("prompt").focus();
+    say(question);
+  });
+  again.className = "again"; // the newest answer's alone is shown
+  return el("div", { className: "actions" }, copying, again);
 }
 
 async function say(question) {
   $("empty").hidden = true;
   $("log").append(el("div", { className: "message user" }, el("p", { textContent: question })));
-  const text = el("p"), meta = el("div", { className: "meta" });
+  const text = el("div", { className: "body" }), meta = el("div", { className: "meta" });
   const box = el("div", { className: "message assistant busy", ariaBusy: "true" }, text, meta);
-  const plot = svg("svg", { role: "img" });
-  const [ttft, rate, count] = [el("b"), el("b"), el("b")];
+  const plot = svg("svg", {});
+  const [ttft, rate, count, reused] = [el("b"), el("b"), el("b"), el("span", { className: "reused" })];
   $("log").append(box);
   scroll(true);
   chatting = new AbortController();
   controls();
   const system = $("system").value.trim(), meter = new Meter();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...history, { role: "user", content: question }];
-  let answer = "", failed = false;
+  let answer = "", failed = false, usage = null;
   const show = () => {
-    text.textContent = answer;
+    text.replaceChildren(...markdown(answer));
     if (meter.tokens && !meta.firstChild)
-      meta.append(el("span", {}, "first token ", ttft), el("span", {}, rate, " tok/s"), el("span", {}, count, " tokens"), plot);
+      meta.append(el("span", {}, "first token ", ttft), el("span", {}, rate, " tok/s"), el("span", {}, count, " tokens"), reused, plot);
     ttft.textContent = seconds(meter.ttft);
     rate.textContent = meter.rate ? speed(meter.rate) : "–";
     count.textContent = meter.tokens;
+    const cached = usage?.prompt_tokens_details?.cached_tokens;
+    reused.textContent = cached ? `${cached} of ${usage.prompt_tokens} prompt tokens reused` : "";
     sparkline(plot, meter);
     scroll(false);
   };
   const draw = painter(show);
   try {
-    await complete({ ...options(), messages }, (piece, tokens) => { answer += piece; meter.add(tokens); draw(); }, chatting.signal);
+    const on = (piece, tokens, told) => { answer += piece; usage = told ?? usage; meter.add(tokens); draw(); };
+    await complete({ ...options(), messages }, on, chatting.signal);
   } catch (error) {
     failed = !answer;
     if (error.name !== "AbortError") box.append(el("p", { className: "error", role: "alert", textContent: error.message }));
-    else if (!answer) text.textContent = "(stopped)";
+    else if (!answer) answer = "(stopped)";
   }
   show();
-  if (!failed) history.push({ role: "user", content: question }, { role: "assistant", content: answer });
-  else if (!$("prompt").value) $("prompt").value = question.slice(0, 4000);
+  if (!failed) {
+    history.push({ role: "user", content: question }, { role: "assistant", content: answer });
+    box.append(actions(question, answer));
+  } else if (!$("prompt").value) $("prompt").value = question.slice(0, 4000);
   box.classList.remove("busy");
   box.ariaBusy = "false";
   chatting = null;
@@ -249,13 +294,23 @@ $("key-form").onsubmit = (event) => {
 // ---- race ----------------------------------------------------------------------------------------------------------
 
 class Lane {
-  constructor(kind, title, what) {
+  constructor(kind) {
     this.kind = kind;
-    for (const part of ["speed", "times", "text"]) this[part] = el("p", { className: part });
-    this.bar = el("progress", { ariaLabel: `${title}: tokens made` });
-    const name = el("h2", { textContent: title }), about = el("p", { className: "what", textContent: what });
-    $("lanes").append(el("section", { className: `lane ${kind}` }, name, about, this.speed, this.times, this.bar, this.text));
+    for (const part of ["what", "speed", "times", "text"]) this[part] = el("p", { className: part });
+    this.bar = el("progress");
+    this.name = el("h2");
+    $("lanes").append(el("section", { className: `lane ${kind}` }, this.name, this.what, this.speed, this.times, this.bar, this.text));
     this.reset(1);
+  }
+  /** Which model runs in it. */
+  assign(model) {
+    const own = server.models[0], base = model === `${own}:baseline`;
+    this.model = model;
+    this.title = model === own ? "INT8 engine" : base ? "Baseline" : model;
+    this.name.textContent = this.title;
+    this.bar.ariaLabel = `${this.title}: tokens made`;
+    this.what.textContent = model === own ? "Triton Inference Server, paged KV cache"
+      : base ? "Hugging Face transformers, SDPA, 16-bit" : "another server, through this gateway";
   }
   reset(goal) { Object.assign(this, { goal, meter: new Meter(), answer: "" }); this.show(); }
   show() {
@@ -267,14 +322,23 @@ class Lane {
   }
   run(body, signal, draw) {
     this.meter = new Meter();
-    return complete(body, (piece, tokens) => { this.answer += piece; this.meter.add(tokens); draw(); }, signal);
+    return complete({ ...body, model: this.model }, (piece, tokens) => { this.answer += piece; this.meter.add(tokens); draw(); }, signal);
   }
 }
 
-const lanes = [
-  new Lane("engine", "INT8 engine", "Triton Inference Server, paged KV cache"),
-  new Lane("base", "Baseline", "Hugging Face transformers, SDPA, 16-bit"),
-];
+const lanes = [new Lane("engine"), new Lane("base")];
+
+/** Offer every model to both lanes, once the server has said which there are. */
+function offer() {
+  for (const [i, lane] of lanes.entries()) {
+    const choice = $(`lane-${i}`);
+    if (choice.options.length === server.models.length || racing) continue;
+    choice.replaceChildren(...server.models.map((name) => el("option", { textContent: name })));
+    choice.selectedIndex = Math.min(i, server.models.length - 1);
+    choice.onchange = () => { lane.assign(choice.value); lane.reset(1); controls(); };
+    choice.onchange();
+  }
+}
 
 function verdict(headline, kind, detail) {
   $("verdict").replaceChildren(el("b", { className: kind, textContent: headline }), detail);
@@ -291,11 +355,13 @@ async function race() {
   show();
   $("race-note").textContent = "";
   try {
-    verdict("On your marks", "", server.baseline_loaded ? "" : "Loading the baseline: this happens once.");
-    await request("baseline", { method: "POST", signal });
-    verdict("Go", "", turns ? "Each lane has the machine to itself, the engine first." : "Both lanes run at once and share this machine.");
-    const run = (each, i) => each.run({ model: server.models[i], messages, temperature: 0, max_tokens: goal }, signal, painter(show));
-    if (turns) for (const [i, each] of lanes.entries()) await run(each, i);
+    if (lanes.some((each) => each.model === `${server.models[0]}:baseline`)) {
+      verdict("On your marks", "", server.baseline_loaded ? "" : "Loading the baseline: this happens once.");
+      await request("baseline", { method: "POST", signal });
+    }
+    verdict("Go", "", turns ? "Each lane runs alone, lane one first." : "Both lanes run at once and share what machine they have.");
+    const run = (each) => each.run({ messages, temperature: 0, max_tokens: goal }, signal, painter(show));
+    if (turns) for (const each of lanes) await run(each);
     else await Promise.all(lanes.map(run));
     show();
     finish(turns, goal);
@@ -314,14 +380,14 @@ function finish(turns, goal) {
   const [engine, base] = lanes.map((each) => each.meter);
   if (!engine.tokens || !base.tokens) return verdict("No result", "base", "A lane made no tokens: try another prompt.");
   const ratio = base.total / base.tokens / (engine.total / engine.tokens);
-  const [winner, factor] = ratio >= 1 ? ["INT8 engine", ratio] : ["Baseline", 1 / ratio];
+  const [winner, factor] = ratio >= 1 ? [lanes[0].title, ratio] : [lanes[1].title, 1 / ratio];
   const early = [engine, base].some((meter) => meter.tokens < goal) ? " A lane's answer ended before the line, so time a token is compared." : "";
   verdict(
     `${winner}: ${factor.toFixed(1)}× faster`, ratio >= 1 ? "engine" : "base",
     `${engine.tokens} tokens in ${seconds(engine.total)} against ${base.tokens} in ${seconds(base.total)}; ` +
     `first token after ${seconds(engine.ttft)} against ${seconds(base.ttft)}.${early}`,
   );
-  $("race-note").textContent = (turns ? "One run each, one after the other" : "One run, both at once, so that the lanes shared this machine's cores") +
+  $("race-note").textContent = (turns ? "One run each, one after the other" : "One run, both at once, so that lanes on one machine shared its cores") +
     ", measured in this browser. The benchmark, with intervals and accuracy beside it, is in results/.";
 }
 

@@ -319,6 +319,30 @@ def test_flags_without_effect_are_refused(tiny_model, tmp_path, run_script, flag
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    ("seen", "flags", "arch", "said"),
+    [
+        ("sm90", [], "sm90", "layout column_major,"),
+        ("sm90", ["--target_arch", "auto"], "sm90", "layout column_major,"),
+        (None, [], "sm80", "no GPU is visible: packed for sm80"),
+        (None, ["--target_arch", "auto"], None, "the visible GPU is none at all: give --target_arch sm80 or"),
+        ("sm75", [], None, "the visible GPU is sm75: give --target_arch sm80 or"),
+        ("sm75", ["--quantize_at_build"], None, ""),
+    ],
+)
+def test_bytes_are_packed_for_the_gpu_that_is_seen_or_named(
+    tiny_model, tmp_path, run_script, monkeypatch, seen, flags, arch, said
+):
+    monkeypatch.setattr("llama_engine.checkpoint.packing.visible_arch", lambda: seen)
+    done = run_script(
+        "scripts/convert_checkpoint.py", "--model_dir", tiny_model, "--output_dir", tmp_path / "c", *flags
+    )
+    assert done.returncode == (2 if "give --target_arch" in said and not arch else 0)
+    assert said in done.stdout + done.stderr
+    if done.returncode == 0:
+        assert Checkpoint(tmp_path / "c").record["target_arch"] == arch
+
+
 def test_damaged_weights_leave_no_checkpoint(tmp_path):
     model = write_model(tmp_path / "m")
     path = model / "model.safetensors"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llama_engine.checkpoint.packing import LAYOUTS, check_packable, layout_for, pack, quantize, unpack
 from llama_engine.errors import InputError
 from llama_engine.model.weights import Linear
+from tests.golden import make_oracle
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "layouts.json").read_text())
 
@@ -19,18 +20,19 @@ def round_half_away(x: float) -> int:
     return int(math.copysign(math.floor(abs(x) + 0.5), x))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_quantize_follows_the_formula(dtype):
-    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    q, scale = quantize(weight)
+def test_quantize_follows_the_formula(dtype, bits):
+    weight, limit = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)).to(dtype), 2 ** (bits - 1)
+    q, scale = quantize(weight, bits)
     assert q.dtype == torch.int8
     assert scale.dtype == torch.float32
     for row, values, s in zip(q.tolist(), weight.float().tolist(), scale.tolist()):
-        assert s == max(abs(v) for v in values) / 128
+        assert s == max(abs(v) for v in values) / limit
         for got, value in zip(row, values):
             # Nearest float32 quotient, as the C++ computes it, then exact rounding in double.
             quotient = torch.tensor(value, dtype=torch.float32).div(torch.tensor(s, dtype=torch.float32)).item()
-            assert got == max(-128, min(127, round_half_away(quotient)))
+            assert got == max(-limit, min(limit - 1, round_half_away(quotient)))
 
 
 def test_halves_go_away_from_zero_and_the_maximum_is_clamped():
@@ -72,30 +74,45 @@ def golden_input(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", sorted(next(iter(GOLDEN.values()))))
 def test_layouts_match_digests_made_from_the_written_formulas(name, shape):
     rows, columns = map(int, shape.split("x"))
-    packed = pack(golden_input(rows, columns), LAYOUTS[name])
+    layout, bits = name.split("/")
+    packed = pack(golden_input(rows, columns) >> (8 - int(bits)), LAYOUTS[layout], int(bits))
     assert hashlib.sha256(packed.numpy().tobytes()).hexdigest() == GOLDEN[name][shape]
 
 
 def test_every_layout_has_golden_digests():
-    assert set(GOLDEN) == set(LAYOUTS)
+    assert set(GOLDEN) == {f"{layout}/{bits}" for layout in LAYOUTS for bits in (8, 4)}
 
 
-@given(st.sampled_from(sorted(LAYOUTS)), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
+def test_bytes_are_those_that_nvidias_own_code_was_seen_to_make():
+    kept = json.loads(make_oracle.FILE.read_text())
+    assert len(kept) == 48 + 20
+    assert {name: made for name, made in make_oracle.cases() if kept[name] != made} == {}
+
+
+@given(
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from([8, 4]),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.integers(0, 9999),
+)
 @settings(max_examples=80, deadline=None)
-def test_unpack_undoes_pack(name, n32, k64, seed):
-    n, k = 32 * n32, 64 * k64
-    q = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
-    packed = pack(q, LAYOUTS[name])
+def test_unpack_undoes_pack(name, bits, n32, k64, seed):
+    n, k, limit = 32 * n32, 64 * k64, 1 << (bits - 1)
+    q = torch.randint(-limit, limit, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    packed = pack(q, LAYOUTS[name], bits)
     assert packed.dtype == torch.int8
-    assert packed.numel() == n * k
-    assert torch.equal(unpack(packed.view(k, n), n, k, LAYOUTS[name]), q)
+    assert packed.numel() == n * k * bits // 8
+    assert torch.equal(unpack(packed.view(k, -1), n, k, LAYOUTS[name], bits), q)
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_an_even_range_of_rows_packs_to_its_own_bytes(name):
+def test_a_range_of_rows_packs_to_its_own_bytes(name):
     q = golden_input(128, 96)
     whole = pack(q, LAYOUTS[name])
     assert torch.equal(pack(q[10:34], LAYOUTS[name]), whole[10 * 128 : 34 * 128])
+    whole = pack(q >> 4, LAYOUTS[name], 4)
+    assert torch.equal(pack(q[12:36] >> 4, LAYOUTS[name], 4), whole[12 * 64 : 36 * 64])
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_alone_and_in_a_full_batch_gives_the_same_tokens(tiny_engine, kernels):
         SamplingParams(),
         SamplingParams(temperature=0.8, seed=3),
         SamplingParams(temperature=1.5, top_k=20, logprobs=2),
-        SamplingParams(**penalized, banned=(7,)),
+        SamplingParams(**penalized, bad_words=((7,),)),
         SamplingParams(temperature=0.9, top_p=0.9, min_p=0.01, **penalized),
         SamplingParams(temperature=2.0, logit_bias=((11, 4.0), (12, -3.0))),
     ]
@@ -183,17 +183,61 @@ def test_logprobs_come_with_the_tokens_that_ask_for_them(tiny_engine, kernels):
         sequence.append(token)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_bad_word_of_several_tokens_is_never_said(tiny_engine, kernels):
+    engine, prompt = load_engine(tiny_engine, device="cpu", kernels=kernels), [5, 9, 2]
+    free = generate(engine, prompt, 60)
+    words = ((free[9], free[10]), tuple(free[20:25]), tuple(prompt + free[:2]), (free[30] ^ 1, free[30]))
+    said = generate(engine, prompt, 60, params=SamplingParams(bad_words=words[:1]))
+    assert said[:10] == free[:10]
+    assert said[10] != free[10]
+    assert generate(engine, prompt, 60, params=SamplingParams(bad_words=words[3:])) == free
+    said = prompt + generate(engine, prompt, 60, params=SamplingParams(bad_words=words))
+    assert said[:4] == prompt + free[:1]
+    assert said[4] != free[1]  # its word begins in the prompt
+    assert not any(tuple(said[i : i + len(word)]) == word for word in words for i in range(63))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_prompt_is_scored_as_its_tokens_are_when_they_are_made(tiny_engine, kernels, monkeypatch):
+    """In chunks, beside others, with its prefix cached, and after a preemption half-way."""
+    monkeypatch.setattr("llama_engine.engine.scheduler.SCORED_TOKENS", 16)
+    engine = load_engine(tiny_engine, device="cpu", kernels=kernels, enable_prefix_cache=True)
+    engine.add_request([5, 9, 2], 50, params=SamplingParams(temperature=0.8, seed=4, logprobs=3))
+    made = [output for _ in range(60) for output in engine.step()]
+    text = [5, 9, 2, *(output.token_ids[0] for output in made)]
+    asking = SamplingParams(logprobs=3, prompt_logprobs=True)
+    for preempted in (False, True):
+        other = engine.add_request([7, 7], 30)
+        request = engine.add_request(text, 4, params=asking)
+        outputs = engine.step() + engine.step()
+        if preempted:
+            engine.scheduler._preempt(engine.scheduler.running[-1])
+        while engine.has_unfinished:
+            outputs += engine.step()
+        assert all(output.prompt_logprobs is None for output in outputs if output.request_id == other)
+        first, *rest = (output for output in outputs if output.request_id == request)
+        assert all(output.prompt_logprobs is None for output in rest)
+        assert len(first.prompt_logprobs) == len(text) - 1
+        for scored, output in zip(first.prompt_logprobs[2:], made):
+            assert scored.token == pytest.approx(output.logprobs[0].token, abs=1e-3)
+            assert dict(scored.top) == pytest.approx(dict(output.logprobs[0].top), abs=1e-3)
+    assert engine.add_request(text, 4) is not None
+    assert engine.step()[0].cached_tokens == 48  # which a prompt that is scored may not skip
+
+
 def test_a_token_that_does_not_exist_cannot_be_biased(tiny_engine):
     engine = load_engine(tiny_engine, device="cpu")
     with pytest.raises(InputError, match="names token 512, the vocabulary has 0 to 511"):
-        engine.add_request([1], 1, params=SamplingParams(banned=(512,)))
+        engine.add_request([1], 1, params=SamplingParams(bad_words=((512,),)))
 
 
 def test_preemption_recomputes_the_same_tokens(tiny_engine):
     prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
     roomy = load_engine(tiny_engine, device="cpu")
     repeating = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.5)  # depends on what has been said
-    params = [SamplingParams(), repeating, SamplingParams(temperature=0.8, seed=5, presence_penalty=1.0), repeating]
+    wordy = SamplingParams(1.0, seed=2, top_k=2, bad_words=tuple((i, j) for i in range(32) for j in range(8)))
+    params = [SamplingParams(), repeating, SamplingParams(temperature=0.8, seed=5, presence_penalty=1.0), wordy]
     expected = [roomy.add_request(prompt, 100, params=p) for prompt, p in zip(prompts, params)]
     expected_tokens = finish(roomy)
     tight = load_engine(tiny_engine, device="cpu", num_kv_blocks=18)

@@ -15,12 +15,13 @@ class Client:
     """Collects what a request's callback brings."""
 
     def __init__(self):
-        self.tokens, self.reason, self.done = [], None, threading.Event()
+        self.tokens, self.logprobs, self.reason, self.done = [], [], None, threading.Event()
 
-    def __call__(self, tokens, reason):
-        self.tokens += tokens
-        if reason:
-            self.reason = reason
+    def __call__(self, output):
+        self.tokens += output.token_ids
+        self.logprobs += output.logprobs or []
+        if output.finished:
+            self.reason = output.reason
             self.done.set()
 
     def wait(self):
@@ -48,6 +49,17 @@ def test_many_threads_get_the_answers_they_would_get_alone(tiny_engine, loop):
         assert client.wait() == expected
         assert client.reason == "length"
     assert loop.stats()["requests"] == 0
+
+
+def test_log_probabilities_come_to_those_who_ask(loop):
+    params = SamplingParams(1.0, seed=3, logprobs=2), SamplingParams(1.0, seed=3)
+    asking, other = clients = Client(), Client()
+    for client, p in zip(clients, params):
+        loop.submit([1, 2], 20, params=p, on_tokens=client)
+    assert asking.wait() == other.wait()
+    assert len(asking.logprobs) == 20
+    assert all(entry.top[0][1] >= entry.token for entry in asking.logprobs)
+    assert other.logprobs == []
 
 
 def test_garbage_is_not_searched_for_in_what_was_there_before(tiny_engine):
@@ -107,7 +119,7 @@ def test_timeout_ends_a_request(loop):
 
 
 def test_a_raising_callback_leaves_the_others_alone(loop):
-    def broken(tokens, reason):
+    def broken(output):
         raise ValueError("client bug")
 
     good = Client()

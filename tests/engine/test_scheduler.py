@@ -102,6 +102,9 @@ class FailingHandle:
         self.executor.broken = False
         raise Failure
 
+    def scored(self):
+        return {}
+
 
 def make_engine(*, num_blocks=24, asynchronous=False, failures=0.0, **changes):
     options = {"max_batch_size": 4, "max_seq_len": 64, "max_num_tokens": 16, "enable_prefix_cache": True} | changes

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.sampler import sample
 from llama_engine.model.weights import Linear, random_weights
-from llama_engine.sampling import SamplingParams, count_tokens
+from llama_engine.sampling import SamplingParams, count_tokens, recent_tokens
 from tests import overflow
 
 pytest.importorskip("triton")
@@ -183,16 +184,17 @@ def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_slot_draws_what_its_parameters_define(graphs):
     fused, _ = _pair(graphs=graphs)
+    words = ((1,), (2,), (6, 6, 7, 7), *((i, 7) for i in range(TINY.vocab_size) if i % 2))
     params = [
         SamplingParams(0.7, top_p=0.9, seed=5, repetition_penalty=1.5, frequency_penalty=1.0, logprobs=3),
         SamplingParams(),
-        SamplingParams(presence_penalty=-2.0, logit_bias=((7, 1.5),), banned=(1, 2)),
+        SamplingParams(presence_penalty=-2.0, logit_bias=((7, 1.5),), bad_words=words),
         SamplingParams(1.5, top_k=30, min_p=0.01, seed=2**64 - 1, logprobs=0),
     ]
     prompts = [[5, 9, 33], [1], [8, 8, 4, 2], [70, 3]]
     outputs = [[], [9], [6, 6, 7], []]  # as after a preemption
     for slot, p in enumerate(params):
-        fused.bind(slot, SamplingParams(banned=(0,), temperature=2.0))  # of a request that is gone
+        fused.bind(slot, SamplingParams(bad_words=((0,), (1, 2)), temperature=2.0))  # of a request that is gone
         fused.bind(slot, p, prompts[slot], outputs[slot])
         fused.set_block_table(slot, _blocks(slot))
     lengths = [len(prompts[slot] + outputs[slot]) for slot in range(4)]
@@ -210,7 +212,8 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
             if not params[s].penalized:
                 counts[row] = 0
         positions = [chunk.start + chunk.length for chunk in step.chunks]
-        assert tokens == sample(logits, [params[s] for s in slots], positions, counts).tolist()
+        recent = np.stack([recent_tokens(prompts[s], outputs[s]) for s in slots])
+        assert tokens == sample(logits, [params[s] for s in slots], positions, counts, recent).tolist()
         for row, (s, token) in enumerate(zip(slots, tokens)):
             outputs[s].append(token)
             expected = torch.log_softmax(logits[row], 0)
@@ -221,6 +224,24 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
             top = expected.topk(params[s].logprobs)
             assert [i for i, _ in scores[row].top] == top.indices.tolist()
             assert [value for _, value in scores[row].top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_prompt_is_scored_beside_a_decode(graphs):
+    fused, _ = _pair(graphs=graphs)
+    for slot, params in enumerate((SamplingParams(), SamplingParams(logprobs=2, prompt_logprobs=True))):
+        fused.bind(slot, params)
+        fused.set_block_table(slot, _blocks(slot))
+    fused.submit(Step((Chunk(0, 0, [5, 9, 33]),))).tokens()
+    prompt = [70, 3, 8, 8]
+    chunks = (Chunk(0, 3), Chunk(1, 0, prompt))
+    scored = fused.submit(Step(chunks, scored={1: prompt[1:]})).scored()
+    logits = fused.submit(Step((Chunk(1, 0, prompt),), "all")).logits()
+    expected = torch.log_softmax(logits, -1)
+    assert [*scored] == [1]
+    for row, (entry, token) in enumerate(zip(scored[1], prompt[1:], strict=True)):
+        assert entry.token == pytest.approx(expected[row, token].item(), abs=1e-3)
+        assert [i for i, _ in entry.top] == expected[row].topk(2).indices.tolist()
 
 
 def test_no_memory_for_a_cache_is_one_clear_line():

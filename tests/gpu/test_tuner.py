@@ -32,7 +32,7 @@ def read_back(model, result, folder):
 
     (folder / tiles.TUNING_FILE).write_text(json.dumps(result))
     stored = tiles.Tiles(tiles.load_tuning(folder), tiles.gpu_name(model.device))
-    return asdict(stored.get("qkv", model.linears("qkv")[0], 5))
+    return asdict(stored.get("qkv", model.linears.named("qkv")[0], 5))
 
 
 @pytest.mark.gpu
@@ -54,7 +54,7 @@ def test_each_tile_is_timed_in_a_step_that_runs_it_beside_the_chosen_ones(model,
     if model.device.type != "cpu":
         pytest.skip("where there is a real clock the test above uses it")
     product, steps = gemm.gemm, []
-    name_of = {model.linears(name)[0].weight.data_ptr(): name for name in NAMES}
+    name_of = {model.linears.named(name)[0].weight.data_ptr(): name for name in NAMES}
 
     def observed(a, a_scale, linear, out, rows, epilogue, tile, *more, **options):
         name = name_of.get(linear.weight.data_ptr())

@@ -11,19 +11,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama_engine.kernels import gemm
+from llama_engine.kernels import gemm, gemm_kernel
 
 
 def shared_bytes(capability: int, k: int, tile: gemm.Tile) -> int:
-    values = {"K": k, "INT8": True, "SCALED": True, "STEP": None, "EPILOGUE": gemm.STORE, "REUSED": False, "PDL": False}
+    values = {
+        "K": k,
+        "INT8": True,
+        "SCALED": True,
+        "STEP": None,
+        "EPILOGUE": gemm_kernel.STORE,
+        "REUSED": False,
+        "PDL": False,
+    }
     values |= {"BM": tile.m, "BN": tile.n, "BK": tile.k, "SPLIT": tile.split, "SWAP": tile.swap}
     types = ["*i8", "*fp32", "*i8", "*fp32", "*fp16", None, None, "*i32", "*i32", "i32", "i32", "i32"]
-    names = gemm._gemm.arg_names
+    names = gemm_kernel.gemm_kernel.arg_names
     values |= {name: None for name, kind in zip(names, types) if kind is None}
     signature = {name: "constexpr" if name in values else kind for name, kind in zip(names, types)}
     signature |= {name: "constexpr" for name in names if name in values}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in values and name != "M"}
-    source = ASTSource(fn=gemm._gemm, signature=signature, constexprs=values, attrs=aligned)
+    source = ASTSource(fn=gemm_kernel.gemm_kernel, signature=signature, constexprs=values, attrs=aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 

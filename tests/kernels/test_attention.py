@@ -23,7 +23,7 @@ def _setup(device, heads, kv_heads, head_size, contexts, tokens_per_block=16, ma
 
 def _reference(config, attention, kv, qkv, slot, start):
     """Attention in float32 over what the cache holds, after writing the new tokens into a copy of it."""
-    n, tpb = qkv.shape[0], attention.engine.tokens_per_block
+    n, tpb = qkv.shape[0], attention.engine_config.tokens_per_block
     q, k, v = (
         p.unflatten(-1, (-1, config.head_size)) for p in qkv.split((config.q_size, config.kv_size, config.kv_size), -1)
     )
@@ -63,7 +63,9 @@ def test_decode_over_the_block_table(device, heads, kv_heads, head_size, tokens_
 
 @pytest.mark.parametrize("tokens_per_block", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 128), (9, 3, 64), (4, 2, 48)])
-@pytest.mark.parametrize("shape", [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}, {"keys": 16, "part": 32, "programs": 64}]
+)
 def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block, shape):
     from llama_engine.kernels.attention import PrefillShape
 
@@ -108,6 +110,33 @@ def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size,
     bound = 0.0 if device.type == "cuda" else 1e-3 * want.abs().max()
     assert (chunked.float() - whole.float()).abs().max() <= bound
     assert torch.equal(chunked_cache, cache)
+
+
+@pytest.mark.parametrize("start", [0, 60, 64, 100])
+def test_a_context_in_parts_gives_the_same_bits_whoever_walks_them(device, start):
+    from llama_engine.kernels.attention import PagedAttention, PrefillShape
+
+    # Rows 60 to 67 lie on both sides of a part's end.
+    config, kv, attention = _setup(device, 8, 2, 64, [start], 16, max_seq_len=128)
+    qkv = torch.randn(8, config.qkv_size, device=device).half()
+    slots = torch.zeros(8, dtype=torch.int32, device=device)
+    positions = torch.arange(start, start + 8, dtype=torch.int32, device=device)
+
+    def run(**shape):
+        one = PagedAttention(
+            config, attention.engine_config, attention.block_tables, prefill_shape=PrefillShape(keys=16, **shape)
+        )
+        tiles = torch.tensor([*one.tiles(0, start, 8, 0), (0, 0, 0, 0)], dtype=torch.int32, device=device)
+        out = torch.full((8, config.q_size), float("nan"), dtype=torch.float16, device=device)
+        one.prefill(qkv.clone(), kv.clone(), slots, positions, tiles, out, 8)
+        return out
+
+    alone = run(part=32, programs=0, split_tiles=0)
+    assert torch.equal(run(part=32, programs=1000), alone)
+    assert torch.equal(run(part=32, programs=6 if device.type != "cuda" else 1), alone)
+    want = _reference(config, attention, kv.clone(), qkv, 0, start)
+    assert (alone.float() - want).abs().max() < 4e-3 * want.abs().max()
+    assert (run().float() - want).abs().max() < 4e-3 * want.abs().max()
 
 
 def test_quantized_output_has_the_documented_scale(device):

@@ -93,7 +93,8 @@ def test_norm_adds_what_its_rows_still_lack(device):
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("scheme", [FP8, FP16], ids=lambda scheme: scheme.name)
 def test_gemm_with_every_epilogue(device, scheme, split, swap):
-    from llama_engine.kernels.gemm import RESIDUAL, SILU_MUL, STORE, Tile, Workspace, fit, gemm
+    from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
+    from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
 
     m, n, k = 17, 96, 192
     linear, a, a_scale, want = _problem(device, scheme, m, n, k)
@@ -119,7 +120,8 @@ def test_gemm_with_every_epilogue(device, scheme, split, swap):
 
 
 def test_activations_of_another_scheme_are_refused(device):
-    from llama_engine.kernels.gemm import STORE, Tile, Workspace, gemm
+    from llama_engine.kernels.gemm import Tile, Workspace, gemm
+    from llama_engine.kernels.gemm_kernel import STORE
 
     linear, a, a_scale, _ = _problem(device, FP8, 5, 64, 64)
     out = torch.empty((5, 64), device=device)
@@ -158,7 +160,8 @@ def test_decode_attention_leaves_the_form_of_its_output(device, form):
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 128])
 def test_real_shapes_in_triton_and_in_the_library(n, k, m, scheme):
     from llama_engine.kernels import library
-    from llama_engine.kernels.gemm import STORE, Workspace, fit, gemm
+    from llama_engine.kernels.gemm import Workspace, fit, gemm
+    from llama_engine.kernels.gemm_kernel import STORE
     from llama_engine.kernels.tiles import default_tile
 
     device = torch.device("cuda")

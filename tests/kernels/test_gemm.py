@@ -32,7 +32,8 @@ def _problem(device, m, n, k):
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 96, 192), (17, 64, 64)])
 def test_int8_gemm_is_exact_and_adds_the_residual(device, m, n, k, split, swap):
-    from llama_engine.kernels.gemm import RESIDUAL, STORE, Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.gemm_kernel import RESIDUAL, STORE
 
     linear, x, a, a_scale, digits, scale = _problem(device, m, n, k)
     tile = fit(Tile(m=16, n=64, k=64, split=split, swap=swap), linear, m)
@@ -52,7 +53,8 @@ def test_int8_gemm_is_exact_and_adds_the_residual(device, m, n, k, split, swap):
 
 @pytest.mark.parametrize("swap", [True, False])
 def test_a_row_does_not_depend_on_its_batch_or_the_tiling(device, swap):
-    from llama_engine.kernels.gemm import STORE, Tile, Workspace, gemm
+    from llama_engine.kernels.gemm import Tile, Workspace, gemm
+    from llama_engine.kernels.gemm_kernel import STORE
 
     linear, _, a, a_scale, _, _ = _problem(device, 33, 128, 192)
     workspace = Workspace(device)
@@ -71,7 +73,8 @@ def test_a_row_does_not_depend_on_its_batch_or_the_tiling(device, swap):
 
 @pytest.mark.parametrize("swap", [True, False])
 def test_silu_mul_over_stacked_rows(device, swap):
-    from llama_engine.kernels.gemm import SILU_MUL, Tile, Workspace, gemm, gemm_reference
+    from llama_engine.kernels.gemm import Tile, Workspace, gemm, gemm_reference
+    from llama_engine.kernels.gemm_kernel import SILU_MUL
 
     linear, _, a, a_scale, digits, scale = _problem(device, 6, 2 * 48, 64)
     out = torch.full((6, 48), float("nan"), device=device)
@@ -83,7 +86,8 @@ def test_silu_mul_over_stacked_rows(device, swap):
 
 @pytest.mark.parametrize("int8", [True, False])
 def test_logits_argmax_and_slot_state(device, int8):
-    from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm, gemm_reference
+    from llama_engine.kernels.gemm import Tile, Workspace, gemm, gemm_reference
+    from llama_engine.kernels.gemm_kernel import LOGITS
     from llama_engine.kernels.greedy import greedy
 
     m, n, k = 3, 200, 64
@@ -116,7 +120,8 @@ def test_logits_argmax_and_slot_state(device, int8):
 
 @pytest.mark.parametrize("swap", [True, False])
 def test_a_maximum_that_is_not_finite_is_no_token_and_the_slot_still_holds_an_id(device, swap):
-    from llama_engine.kernels.gemm import LOGITS, Tile, Workspace, gemm
+    from llama_engine.kernels.gemm import Tile, Workspace, gemm
+    from llama_engine.kernels.gemm_kernel import LOGITS
     from llama_engine.kernels.greedy import greedy
 
     m, n, k = 6, 200, 64
@@ -169,7 +174,8 @@ def test_tiles_shrink_until_they_fit_a_smaller_gpu(monkeypatch):
 
 
 def test_misfit_operands_are_refused(device):
-    from llama_engine.kernels.gemm import STORE, Tile, Workspace, fit, gemm
+    from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
+    from llama_engine.kernels.gemm_kernel import STORE
 
     linear, _, a, a_scale, _, _ = _problem(device, 5, 64, 64)
     with pytest.raises(InputError, match="do not fit"):
@@ -182,7 +188,8 @@ def test_misfit_operands_are_refused(device):
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (960, 576), (576, 1536)])
 @pytest.mark.parametrize("m", [1, 8, 33, 64, 1000])
 def test_real_shapes_against_the_dequantized_reference(n, k, m):
-    from llama_engine.kernels.gemm import STORE, Workspace, fit, gemm
+    from llama_engine.kernels.gemm import Workspace, fit, gemm
+    from llama_engine.kernels.gemm_kernel import STORE
     from llama_engine.kernels.tiles import default_tile
 
     device = torch.device("cuda")
@@ -198,7 +205,8 @@ def test_real_shapes_against_the_dequantized_reference(n, k, m):
 
 @pytest.mark.gpu
 def test_logits_of_a_row_do_not_depend_on_how_many_rows_there_are():
-    from llama_engine.kernels.gemm import LOGITS, Workspace, fit, gemm
+    from llama_engine.kernels.gemm import Workspace, fit, gemm
+    from llama_engine.kernels.gemm_kernel import LOGITS
     from llama_engine.kernels.tiles import default_tile
 
     device, n, k = torch.device("cuda"), 128256, 4096

@@ -1,77 +1,18 @@
 """The kernels' draws against :func:`llama_engine.model.sampler.sample`: the same token, always."""
 
-import inspect
 import math
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_engine.cpu import fused
-from llama_engine.model.sampler import sample
 from llama_engine.native import load_engine
-from llama_engine.sampling import NOT_FINITE, SamplingParams, count_tokens
+from llama_engine.sampling import NOT_FINITE, SamplingParams
+from tests.kernels.samplers import assert_equal, on_cpu, on_gpu, reference
 
 INF = math.inf
 VOCAB = 700
-
-
-@pytest.fixture(scope="module")
-def cpu_sampler(tmp_path_factory):
-    library = fused.compile_library(tmp_path_factory.mktemp("kernels"))
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return fused.CpuSampler(library)
-
-
-def on_cpu(sampler, logits, params, positions, histories):
-    """The tokens, and what became of the counts."""
-    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
-    views = [fused.SampleView.of(p, count if p.penalized else None) for p, count in zip(params, counts)]
-    return sampler.sample(logits.clone(), views, positions), counts
-
-
-def on_gpu(logits, params, positions, histories, device):
-    from llama_engine.kernels.sampler import Sampler
-
-    rows, vocab = logits.shape
-    logits = logits.to(device)
-    sampler = Sampler(rows + 2, rows + 1, vocab, device)
-    slots = [rows - row for row in range(rows)] + [rows + 2]  # any order, and a row of padding
-    for slot, p, history in zip(slots, params, histories):
-        for target, values in sampler.updates(slot, p, *history):
-            target[: values.size].copy_(torch.from_numpy(values.ravel()))
-    sampled = torch.cat([logits.argmax(-1), torch.tensor([5], device=device)]).int()
-    last_token = torch.full((rows + 3,), 77, dtype=torch.int32, device=device)
-    position = torch.zeros(rows + 3, dtype=torch.int32, device=device)
-    position[slots[:-1]] = torch.tensor(positions, dtype=torch.int32, device=device)
-    logits = torch.cat([logits, torch.zeros_like(logits[:1])])
-    sampler.launch(
-        logits, sampled, torch.tensor(slots, dtype=torch.int32, device=device), last_token, position, rows + 1
-    )
-    tokens = sampled.tolist()
-    assert tokens.pop() == 5
-    assert last_token[rows + 2] == 77
-    for slot, token, p in zip(slots, tokens, params):
-        assert last_token[slot] == (max(token, 0) if p.mode else 77)
-    return tokens, sampler.counts[slots[:-1]].cpu()
-
-
-def reference(logits, params, positions, histories):
-    counts = torch.from_numpy(np.stack([count_tokens(*history, logits.shape[1]) for history in histories]))
-    for row, p in enumerate(params):
-        if not p.penalized:
-            counts[row] = 0
-    tokens = sample(logits, params, positions, counts).tolist()
-    for row, token in enumerate(tokens):
-        if params[row].penalized and token >= 0:
-            counts[row, token] += 2
-    return tokens, counts
 
 
 def row_of(kind):
@@ -114,7 +55,9 @@ FILTERS = [
     {"temperature": 0.0},
     {"temperature": 0.0, "repetition_penalty": 1.7, "logit_bias": ((5, 2.5), (6, -1.0))},
     {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": -0.7, "top_p": 0.9},
-    {"banned": (0, 2, 600), "top_k": 5},
+    {"bad_words": ((0,), (2,), (600,)), "top_k": 5},
+    {"bad_words": tuple((8, 0, i) for i in range(0, VOCAB, 9)), "top_p": 0.95},  # more than are tried together
+    {"temperature": 0.0, "bad_words": ((8, 8, 8, 0, 600), (1, 5, 5, 600, 2, 5, 8, 8, 8, 0, 0), (0, 0, 601), (8, 602))},
 ]
 HISTORY = ([1, 5, 5, 600, 2], [5, 8, 8, 8, 0])
 BROKEN = [[0.0, math.nan, 1.0], [math.nan, 0.0, 9.0], [0.0, -math.nan, 2.0], [1.0, INF, 0.0], [-INF, -INF, -INF]]
@@ -122,7 +65,7 @@ BROKEN = [[0.0, math.nan, 1.0], [math.nan, 0.0, 9.0], [0.0, -math.nan, 2.0], [1.
 
 def cases(kind):
     params = [SamplingParams(**({"temperature": 0.8, "seed": 2**63 + 7 * i} | f)) for i, f in enumerate(FILTERS)]
-    positions = [31 * i for i in range(len(params))]
+    positions = [10 if p.phrases else 31 * i for i, p in enumerate(params)]
     logits = row_of(kind).expand(len(params), VOCAB).contiguous()
     return logits, params, positions, [HISTORY] * len(params)
 
@@ -130,11 +73,7 @@ def cases(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cpu_kernel_is_the_reference(cpu_sampler, kind):
     arguments = cases(kind)
-    tokens, counts = on_cpu(cpu_sampler, *arguments)
-    expected, expected_counts = reference(*arguments)
-    assert tokens == expected
-    for p, got, want in zip(arguments[1], counts, expected_counts):
-        assert not p.penalized or torch.equal(got, want)
+    assert_equal(arguments[1], on_cpu(cpu_sampler, *arguments), reference(*arguments))
 
 
 def test_the_threads_of_an_engine_share_the_rows(cpu_sampler, tiny_engine):
@@ -142,10 +81,8 @@ def test_the_threads_of_an_engine_share_the_rows(cpu_sampler, tiny_engine):
     for kind in KINDS[:4]:
         arguments = cases(kind)
         for _ in range(20):
-            tokens, counts = on_cpu(executor._model.sampler, *arguments)
-            alone, expected = on_cpu(cpu_sampler, *arguments)
-            assert tokens == alone
-            assert torch.equal(counts, expected)
+            alone = on_cpu(cpu_sampler, *arguments)
+            assert_equal(arguments[1], on_cpu(executor._model.sampler, *arguments), alone)
     one_row = [part[:1] for part in cases("normal")]
     assert on_cpu(executor._model.sampler, *one_row)[0] == reference(*one_row)[0]
 
@@ -162,56 +99,7 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
     if device.type == "cpu":  # interpreted, a row takes a second: each kind and filter meet in one of the two widths
         half = slice((KINDS.index(kind) + narrow) % 2, None, 2)
         arguments = tuple(part[half] for part in arguments)
-    tokens, counts = on_gpu(*arguments, device)
-    expected, expected_counts = reference(*arguments)
-    mode = [p.mode for p in arguments[1]]
-    assert [t for t, m in zip(tokens, mode) if m] == [t for t, m in zip(expected, mode) if m]
-    for p, got, want in zip(arguments[1], counts, expected_counts):
-        assert not p.penalized or torch.equal(got, want)
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Sets how many programs share a row. Triton's interpreter runs programs one after another: here each has a thread,
-    and goes on alone until it comes to an atomic operation."""
-    from llama_engine.kernels import sampler
-
-    monkeypatch.setattr(sampler, "WARPS", 1)
-    monkeypatch.setattr(sampler, "PARTS", 4)
-    monkeypatch.setattr(sampler, "CANDIDATES", 32)
-    if torch.cuda.is_available():
-        return lambda programs: monkeypatch.setattr(sampler, "SPLITS", programs)
-    from triton.runtime import interpreter
-
-    monkeypatch.setitem(globals(), "tl", sampler.tl)  # the interpreter looks for it beside the kernel
-    running, atomic = threading.Lock(), interpreter.interpreter_builder.create_atomic_rmw
-
-    def switch(*arguments):
-        running.release()
-        time.sleep(1e-6)
-        running.acquire()
-        return atomic(*arguments)
-
-    def concurrent(self, fn, *rest):
-        waiting = []
-
-        def program(**arguments):
-            waiting.append(pool.submit(alone, arguments))
-            if len(waiting) == math.prod(self.grid):
-                [done.result(timeout=300) for done in waiting]
-
-        def alone(arguments):
-            with running:
-                fn(**arguments)
-
-        pool = ThreadPoolExecutor(math.prod(rest[1]))
-        program.__signature__, program.__annotations__ = inspect.signature(fn), fn.__annotations__
-        start(self, program, *rest)
-
-    start = interpreter.GridExecutor.__init__
-    monkeypatch.setattr(interpreter.GridExecutor, "__init__", concurrent)
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_atomic_rmw", switch)
-    return lambda programs: monkeypatch.setattr(sampler, "programs_per_row", lambda *_: programs)
+    assert_equal(arguments[1], on_gpu(*arguments, device), reference(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -222,11 +110,7 @@ def test_a_row_in_pieces_is_the_reference(device, split, kind, programs):
     logits, params, positions, histories = cases(kind)
     some = range(programs % 3, len(params), 3)
     arguments = logits[some], [params[i] for i in some], [positions[i] for i in some], histories[: len(some)]
-    tokens, counts = on_gpu(*arguments, device)
-    expected, expected_counts = reference(*arguments)
-    for row, p in enumerate(arguments[1]):
-        assert not p.mode or tokens[row] == expected[row]
-        assert not p.penalized or torch.equal(counts[row], expected_counts[row])
+    assert_equal(arguments[1], on_gpu(*arguments, device), reference(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, in the interpreter
@@ -261,21 +145,21 @@ PARAMS = st.builds(
     frequency_penalty=st.floats(-2, 2),
     presence_penalty=st.floats(-2, 2),
     logit_bias=st.lists(st.tuples(st.integers(0, VOCAB - 1), st.floats(-100, 100)), max_size=5).map(tuple),
-    banned=st.lists(st.integers(0, VOCAB - 1), max_size=5).map(tuple),
+    bad_words=st.lists(st.lists(st.sampled_from([8, 0, 5, 600, 3]), min_size=1, max_size=4).map(tuple)).map(tuple),
 )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PARAMS, st.sampled_from(KINDS[:7]), st.integers(0, 2**31 - 1))
 def test_the_cpu_kernel_for_any_parameters(cpu_sampler, params, kind, position):
-    arguments = row_of(kind)[None].clone(), [params], [position], [HISTORY]
+    arguments = row_of(kind)[None].clone(), [params], [10 if params.phrases else position], [HISTORY]
     assert on_cpu(cpu_sampler, *arguments)[0] == reference(*arguments)[0]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PARAMS, st.sampled_from(KINDS[:7]), st.integers(0, 2**31 - 1))
 def test_the_gpu_kernel_for_any_parameters(device, params, kind, position):
-    arguments = row_of(kind)[None].clone(), [params], [position], [HISTORY]
+    arguments = row_of(kind)[None].clone(), [params], [10 if params.phrases else position], [HISTORY]
     assert on_gpu(*arguments, device)[0] == reference(*arguments)[0]
 
 

@@ -54,7 +54,8 @@ def hopper():
 @pytest.mark.parametrize("rows", [1, 4, 8, 13, 16, 31, 32])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_equals_triton_to_the_bit_and_the_reference(hopper, geometry, rows):
-    from llama_engine.kernels.gemm import SILU_MUL, Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm, gemm_reference
+    from llama_engine.kernels.gemm_kernel import SILU_MUL
     from llama_engine.kernels.quant import quantize_reference
     from llama_engine.kernels.stream import StreamGemm
 

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from llama_engine import runner
 from llama_engine.serving import client
 from llama_engine.tokenizer import ChatTokenizer
-from llm_demo.gateway import Gateway, create_app
+from llm_demo.app import create_app
+from llm_demo.gateway import Gateway
 from tests.tokenizers_small import SHAPES
 
 ENDS = [400, 401, 402]  # no tokens of the small tokenizers, so that text would show what is not cut
@@ -55,6 +56,8 @@ def ids(directory, text):
 
 
 def chat(engine, fake, model, content="Hi", **options):
+    """The gateway's answer where ``fake`` makes the tokens."""
+
     async def go():
         gateway = Gateway(engine, "127.0.0.1:1", model_dir=engine, device="cpu")
         app = create_app(gateway, api_key=None, local_only=False)

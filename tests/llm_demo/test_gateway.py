@@ -17,14 +17,17 @@ from llama_engine.errors import ErrorCode, RunError, with_code
 from llama_engine.serving.client import RequestFailed
 from llama_engine.serving.server import free_port
 from llama_engine.tokenizer import ChatTokenizer
-from llm_demo.api import ApiError
-from llm_demo.gateway import Gateway, create_app
+from llm_demo.app import create_app
+from llm_demo.errors import ApiError
+from llm_demo.gateway import Gateway
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 
 PARIS = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
 STORY = [{"role": "user", "content": "Write a long story about a fox."}]
 NAME = "SmolLM2-135M-Instruct"
+VLLM_NEUTRAL = {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "min_tokens": 0, "stop_token_ids": []}
+VLLM_NEUTRAL |= {"ignore_eos": False, "add_generation_prompt": True, "skip_special_tokens": True, "length_penalty": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +96,21 @@ def test_stop_and_bare_completions(client, smollm2_model):
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, 400, "top_p", "greater than 0"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
-        ({"n": 2}, 400, "n", "not supported"),
-        ({"presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
-        ({"n": True}, 400, "n", "not supported"),
-        ({"logprobs": 0}, 400, "logprobs", "not supported"),
-        ({"frequency_penalty": False}, 400, "frequency_penalty", "not supported"),
+        ({"n": True}, 400, "n", "valid integer"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1"),
+        ({"presence_penalty": 2.5}, 400, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": False}, 400, "frequency_penalty", "valid number"),
+        ({"logit_bias": {"49152": 1}}, 400, "logit_bias", "vocabulary has 0 to 49151"),
+        ({"extra_body": {"logit_bias": {"x": 1}}}, 400, "logit_bias.x", "match pattern"),
         ({"extra_body": {"echo": 0}}, 400, "echo", "not supported"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "max_tokens", "give one of them"),
+        ({"extra_body": {"min_tokens": 3}}, 400, "min_tokens", "together with ignore_eos"),
+        ({"extra_body": {"stream": "yes"}}, 400, "stream", "valid boolean"),
+        ({"reasoning_effort": "high"}, 400, "reasoning_effort", "not supported"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, 400, None, "may not set chat_template"),
+        ({"logprobs": 0}, 400, "logprobs", "valid boolean"),
+        ({"top_logprobs": 0}, 400, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
         ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
         ({"max_tokens": "8"}, 400, "max_tokens", "valid integer"),
         ({"temperature": True}, 400, "temperature", "valid number"),
@@ -112,6 +124,15 @@ def test_stop_and_bare_completions(client, smollm2_model):
         ({"extra_body": {"best_guess": 1}}, 400, "best_guess", "not permitted"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "'user'"),
+        ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content", "valid string"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0", "content is missing"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0", "needs tool_call_id"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content.0.type",
+            "'text'",
+        ),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages", "context is 2048 tokens"),
         ({"max_tokens": 2040}, 400, "messages", "context is 2048 tokens"),
     ],
@@ -128,7 +149,7 @@ def test_refusals_are_openai_errors(client, change, status, param, said, stream)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("logprobs", 0), ("n", True), ("best_of", True), ("prompt", [True, False])]
+    ("name", "value"), [("n", True), ("best_of", True), ("prompt", [True, False]), ("prompt", []), ("max_tokens", "2")]
 )
 def test_bare_completions_tell_numbers_from_booleans(client, name, value):
     with pytest.raises(openai.BadRequestError) as caught:
@@ -138,6 +159,14 @@ def test_bare_completions_tell_numbers_from_booleans(client, name, value):
 
 def test_neutral_values_of_either_kind_of_number_pass(client):
     neutral = {"frequency_penalty": 0.0, "presence_penalty": 0, "n": 1, "logprobs": False, "temperature": 0}
+    neutral |= {
+        "logit_bias": {},
+        "modalities": ["text"],
+        "response_format": {"type": "text"},
+        "tools": [],
+        "stop": None,
+    }
+    neutral |= {"verbosity": "medium", "parallel_tool_calls": True, "user": "me", "extra_body": VLLM_NEUTRAL}
     assert client.chat.completions.create(model=NAME, messages=PARIS, max_tokens=1, **neutral).choices
 
 
@@ -146,7 +175,10 @@ def test_other_paths_and_bodies_are_openai_errors_too(gateway):
     assert httpx.get(f"{gateway}/v1/chat/completions").status_code == 405
     bad = httpx.post(f"{gateway}/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert bad.status_code == 400
-    assert "error" in bad.json()
+    assert bad.json()["error"]["param"] is None
+    assert "not valid JSON" in bad.json()["error"]["message"]
+    foreign = httpx.post(f"{gateway}/v1/completions", json={}, headers={"Host": "evil.example"})
+    assert "evil.example" in foreign.json()["error"]["message"]
     assert httpx.post(f"{gateway}/baseline", headers={"Origin": "https://evil.example"}).status_code == 403
 
 

@@ -12,7 +12,8 @@ import uvicorn
 
 from llama_engine.serving.server import free_port
 from llm_demo import guard
-from llm_demo.gateway import Gateway, create_app
+from llm_demo.app import create_app
+from llm_demo.gateway import Gateway
 
 KEY = {"Authorization": "Bearer sesame"}
 JSON = {"Content-Type": "application/json"}

@@ -107,10 +107,11 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     ("script", "flags", "message"),
     [
         ("benchmarks/benchmark_triton.py", ["--rate", "nan"], "--timeout must be positive"),
-        ("benchmarks/benchmark_triton.py", ["--input-tokens", "16:8"], "LOW:HIGH with 1 <= LOW <= HIGH, got '16:8'"),
+        ("benchmarks/benchmark_triton.py", ["--input-tokens", "16:8"], "1 <= LOW <= HIGH, got '16:8'"),
         ("benchmarks/benchmark_triton.py", ["--output_tokens", "9:225"], "--output-tokens: 32 prompt tokens + 225 new"),
         ("benchmarks/benchmark_triton.py", ["--slo", "ttft_ms:1.2.3"], "--slo takes ttft_ms:MS"),
         ("benchmarks/benchmark_triton.py", ["--output", "results", "--force"], "results is a directory"),
+        ("benchmarks/benchmark_triton.py", ["--model-dir", "x", "--url", "y"], "--model-dir takes the place of"),
         ("scripts/serve_triton.py", ["--drain-s", "nan"], "must be finite and not negative"),
         ("scripts/serve_triton.py", ["--http-port", 8001], "ports must differ, got 8001, 8001, 8002"),
         pytest.param("scripts/serve_triton.py", ["--device", "cuda"], "no CUDA GPU is visible", marks=NO_GPU),

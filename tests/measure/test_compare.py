@@ -3,6 +3,8 @@ import shutil
 
 import pytest
 
+from llama_engine.measure.compare import judge_again
+from llama_engine.measure.result import load_folder
 from tests.results import ENVIRONMENT, write_folder
 
 
@@ -55,3 +57,17 @@ def test_compare_leaves_out_levels_that_cannot_be_compared(folder, run_script, e
     assert done.returncode == 0
     assert "left out: optimized-native, 2 at once:" in done.stdout
     assert reason in " ".join(done.stdout.split())
+
+
+def test_a_pair_that_is_judged_again_gets_its_ratios_or_loses_them(folder):
+    results = load_folder(folder)
+    assert judge_again(results) == []
+    ratios = results["comparison"]["speedup"]
+    results["baseline"]["checks"] = {"failed_requests": 1}
+    assert judge_again(results) == ["baseline", "comparison"]
+    assert results["comparison"]["speedup"] == {}
+    assert results["comparison"]["validity"]["reasons"] == ["baseline: 1 requests failed"]
+    results["baseline"]["checks"] = {}
+    assert judge_again(results) == ["baseline", "comparison"]
+    assert results["comparison"]["speedup"].keys() == ratios.keys()
+    assert results["comparison"]["speedup"]["latency"] == ratios["latency"]

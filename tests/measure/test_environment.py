@@ -80,6 +80,7 @@ def test_telemetry_reads_nvml(monkeypatch):
     assert result["gpu_utilization_pct"] == {"mean": 97, "max": 97, "min": 97}
     assert result["gpu_power_w"]["mean"] == 500
     assert result["gpu_energy_j"] == pytest.approx(1.0)
+    assert result["gpu_sm_clock_mhz"] == {"mean": 1980, "max": 1980, "min": 1980, "drift": 0}
     assert result["throttle_share"]["sw_power_cap"] == 1
     assert result["throttle_share"]["hw_slowdown"] == 0
     assert result["other_processes"] == 2

@@ -11,7 +11,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.measure import generation, protocol
 from llama_engine.measure.cost import Cost
 from llama_engine.measure.generation import GenerationRun
-from llama_engine.measure.stacks import RunnerStack, TransformersStack
+from llama_engine.measure.stacks import TensorRTStack, TransformersStack
 from llama_engine.measure.telemetry import Telemetry
 
 
@@ -106,20 +106,14 @@ def test_runs_are_interleaved_after_warmup():
         generation.run_interleaved([FakeStack("a", log, 0)], [1], 2, warmup=0, runs=1, telemetry=telemetry)
 
 
-def test_runner_stack_counts_only_new_tokens():
-    def generate(prompts, **options):
-        assert options["end_id"] == -1
-        for length in (4, 4, 6):  # a step may bring nothing, or several tokens
-            yield {
-                "output_ids": torch.arange(10).reshape(1, 1, 10),
-                "sequence_lengths": torch.tensor([[length]]),
-            }
+def test_an_executors_tokens_are_stamped_as_they_come():
+    def stream(prompt, new_tokens):
+        yield from ([3], [4, 5])  # a step may bring several tokens
 
-    stack = RunnerStack(SimpleNamespace(generate=generate), Cost(1, 1, 1.0), {"backend": "x"})
-    assert stack.name == "x"
+    stack = TensorRTStack(SimpleNamespace(stream=stream), Cost(1, 1, 1.0), {})
     run = stack.generate([0, 1, 2], 3)
     assert run.token_ids == [3, 4, 5]
-    assert len(run.token_times) == 3
+    assert run.token_times[0] < run.token_times[1] == run.token_times[2]
 
 
 def test_prompts_have_the_exact_length_and_differ(model_dir):

@@ -1,14 +1,14 @@
 """The NVTX scripts without a GPU: every step is marked, and the fallback profile says what it cannot know."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from llama_engine.measure import nsight, profile
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.stacks import EngineStack, RunnerStack, TransformersStack
+from llama_engine.measure.stacks import EngineStack, TensorRTStack, TransformersStack
 from llama_engine.native import load_engine
-from llama_engine.runner import ModelRunner
 
 
 @pytest.fixture
@@ -40,15 +40,18 @@ def test_engine_steps_are_marked(ranges, tiny_engine):
     assert "step" not in vars(stack.engine)
 
 
-def test_steps_behind_a_runner_are_marked(ranges, tiny_engine):
-    """As with TensorRT-LLM, of which no more is seen than what its iterator yields."""
-    runner = ModelRunner.from_dir(tiny_engine, device="cpu", kernels="torch")
-    stack = RunnerStack(runner, Cost(1, 1, 1.0), {"backend": "x"})
+def test_steps_of_an_executor_are_marked(ranges):
+    """As with TensorRT-LLM, of which no more is seen than when its tokens come."""
+
+    def stream(prompt, new_tokens):
+        yield from ([i] for i in range(new_tokens))
+
+    stack = TensorRTStack(SimpleNamespace(stream=stream), Cost(1, 1, 1.0), {})
     with stack.marked(profile.mark):
         marked = stack.generate(list(range(70)), 5)
     assert ranges == ["prefill"] + ["decode"] * 4
     assert stack.generate(list(range(70)), 5).token_ids == marked.token_ids
-    assert len(ranges) == 5  # the runner is as it was
+    assert len(ranges) == 5  # the stack is as it was
 
 
 def test_baseline_steps_and_phases_are_marked(ranges, tiny_model):

@@ -47,3 +47,18 @@ def test_bad_samples(a, b):
 )
 def test_verdict(low, high, expected):
     assert stats.verdict(low, high) == expected
+
+
+def test_drift_is_between_quarters_of_the_run_and_not_between_samples():
+    assert stats.drift([100] * 8) == 0
+    assert stats.drift([100, 90] * 8) == 0  # quarters of four: as many of each
+    assert stats.drift([110, 110, 100, 100, 100, 100, 90, 90]) == pytest.approx(0.2)
+    assert stats.drift([100, 100, 80, 80, 110, 110, 110, 110]) == pytest.approx(0.3)  # a dip that has passed
+    assert stats.drift([90, 110]) == pytest.approx(0.2)
+
+
+def test_the_interval_of_a_share():
+    low, high = stats.wilson(5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert stats.wilson(0, 64) == [0.0, pytest.approx(0.0566, abs=1e-4)]
+    assert stats.wilson(64, 64)[1] == 1.0

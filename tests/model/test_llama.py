@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_engine.config import EngineConfig
+from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu import fused
 from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.rope import rope_frequencies
-from llama_engine.model.weights import load_weights
+from llama_engine.model.schemes import INT4
+from llama_engine.model.weights import load_weights, random_weights
 from tests import overflow
 
 BLOCK = 16
@@ -47,15 +48,18 @@ def dequantized_transformers(model_dir, engine_dir):
 
 
 def make_models(engine_dir, tmp_path, threads=(1, 2, 3)):
-    info = load_engine_json(engine_dir)
-    weights = load_weights(engine_dir, info.model, "cpu")
+    config = load_engine_json(engine_dir).model
+    return config, *models_of(config, load_weights(engine_dir, config, "cpu"), tmp_path, threads)
+
+
+def models_of(config, weights, tmp_path, threads):
     engine = EngineConfig(2, max_seq_len=768, max_num_tokens=640, tokens_per_block=BLOCK, num_kv_blocks=64)
-    reference = TorchModel(info.model, engine, weights)
+    reference = TorchModel(config, engine, weights)
     library = fused.compile_library(tmp_path)
     if library is None:
         pytest.skip("no C++ compiler on this machine")
-    models = [fused.CpuModel(library, info.model, engine, weights, count) for count in threads]
-    return info.model, reference, models
+    assert fused.supported(config, engine, weights)
+    return reference, [fused.CpuModel(library, config, engine, weights, count) for count in threads]
 
 
 def run(model, config, spans):
@@ -99,6 +103,23 @@ def test_fused_kernel_gives_the_same_bits_alone_chunked_and_in_a_batch(tiny_engi
     assert torch.equal(whole, parts)
     mixed = run(models[2], config, [(1, 0, 9), (0, 0, 600)])
     assert torch.equal(whole, mixed[9:])
+
+
+@pytest.mark.parametrize("hidden", [192, 256])  # groups of 64 with a half block at the end of a row, and of 128
+def test_fused_int4_matches_reference_and_gives_the_same_bits_in_any_batch(hidden, tmp_path):
+    config = ModelConfig(512, hidden, 384, 2, hidden // 32, 2, 32, 1024)
+    weights = random_weights(config, "cpu", scheme=INT4)
+    assert weights.layers[0].qkv.group == (64 if hidden == 192 else 128)
+    for linear in (weights.layers[0].o, weights.layers[1].down):
+        linear.scale.neg_()
+    reference, models = models_of(config, weights, tmp_path, (1, 2, 3))
+    spans = [(0, 0, 300), (1, 0, 33)]
+    expected = run(reference, config, spans)
+    results = [run(model, config, spans) for model in models]
+    assert (results[0] - expected).abs().max() <= 2e-3 * expected.abs().max()
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+    alone = [run(models[0], config, [(0, start, count)]) for start, count in ((0, 7), (7, 1), (8, 292))]
+    assert torch.equal(torch.cat(alone), results[0][:300])
 
 
 def test_unsupported_geometry_falls_back(tiny_engine):

@@ -78,6 +78,8 @@ def test_invalid_runs_give_no_ratio(folder, edit_json):
     invalid = {"status": "INVALID", "reasons": ["1 requests failed"]}
     for name in ("comparison", "triton-native"):
         edit_json(folder / f"{name}.json", {"validity": invalid})
+    levels = json.loads((folder / "triton-native.json").read_text())["levels"]
+    edit_json(folder / "triton-native.json", {"levels": [level | {"validity": invalid} for level in levels]})
     text = page(folder)
     assert "2.00x" not in text
     assert "of linear" not in text
@@ -140,7 +142,7 @@ def test_noise_is_named_beside_the_ratio(folder, edit_json):
     caution = {"status": "VALID", "reasons": [], "cautions": ["latency spread (p75 - p25) / p50 is 30%"]}
     edit_json(folder / "baseline.json", {"validity": caution})
     text = page(folder)
-    assert "**Noisy** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
+    assert "**Caution** baseline.json: latency spread (p75 - p25) / p50 is 30%." in text
     assert "**2.00x** [2.00, 2.00] faster" in text
 
 
@@ -160,3 +162,11 @@ def test_peers_stand_on_the_page_of_the_machine_they_were_measured_on(folder, ed
     text, _ = render.render(Story.load(folder), headline=True, peers=peers)
     assert ", **INVALID**\\* | 16.0 |" in text
     assert "\n\\* INVALID in this engine's run: too hot.\n" in text
+
+
+def test_what_company_changes_stands_beside_tokens_per_second(folder):
+    text = page(folder)
+    assert "\n| 8 at once | auto | 1.6% [0.3%, 8.3%] | 64 | 99 |\n" in text
+    assert "\n| kernels auto over streaming, 1 at once | 1.100x [1.100, 1.100] faster |\n" in text
+    (folder / "determinism-native.json").unlink()
+    assert "company" not in page(folder)

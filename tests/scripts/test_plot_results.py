@@ -39,6 +39,13 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coars
     assert "executive_summary.png" in stale(run_script(*check))  # a copy of what is above
     run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
     assert run_script(*check).returncode == 0
+    measured = (folder / "triton-native.json").read_bytes()
+    edit_json(folder / "triton-native.json", {"validity": {"status": "INVALID", "reasons": ["by an older rule"]}})
+    assert "triton-native.json (its verdict)" in stale(run_script(*check))
+    done = run_script("scripts/plot_results.py", "--root", root, "--headline", "box", "--judge")
+    assert f"judged again: {folder / 'triton-native.json'}\n" in done.stdout
+    assert (folder / "triton-native.json").read_bytes() == measured
+    assert run_script(*check).returncode == 0
     edit_json(folder / "baseline.json", {"environment": ENVIRONMENT | {"command": "other.py"}})
     assert {"PERFORMANCE_REPORT.md", "roofline.png"} <= set(stale(run_script(*check)))
 

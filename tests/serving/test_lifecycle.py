@@ -22,11 +22,15 @@ import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 
 from llama_engine.errors import InputError, RunError
-from llama_engine.measure.load import Generator, Length
+from llama_engine.measure.lengths import Length
+from llama_engine.measure.load import Generator
+from llama_engine.measure.text import RandomIds, Text
+from llama_engine.measure.traffic import Traffic
 from llama_engine.serving import server as server_module
-from llama_engine.serving.client import KEY_VARIABLE, connect
+from llama_engine.serving.client import KEY_VARIABLE
 from llama_engine.serving.repository import ServeConfig, render
 from llama_engine.serving.server import TritonServer, free_port
+from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import ChatTokenizer
 from tests.conftest import ROOT
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors
@@ -82,12 +86,12 @@ def test_error_inside_one_request_leaves_the_others(faulty, tiny_engine):
 
 def test_kill_9_under_load_is_reported_and_a_restart_serves(faulty, tiny_engine):
     async def load():
-        client = connect("grpc", faulty.grpc_url)
+        target = TritonTarget("grpc", faulty.grpc_url)
         kill = lambda load: faulty.alive and len(load.runs) > 8 and faulty.kill()  # noqa: E731
-        lengths = Length(8, 8), Length(100, 100)
-        generator = Generator(client, lambda n: [7] * n, *lengths, timeout_s=10, on_progress=kill)
+        traffic = Traffic(input_tokens=Length(8, 8), output_tokens=Length(100, 100))
+        generator = Generator(target, traffic, Text(RandomIds(512)), timeout_s=10, on_progress=kill)
         made = await generator.closed(8, requests=40)
-        await client.close()
+        await target.close()
         return made
 
     made = asyncio.run(load())

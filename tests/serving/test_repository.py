@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from llama_engine import trtllm
 from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError
+from llama_engine.runner import ModelRunner
 from llama_engine.serving import repository
 from llama_engine.serving import server as server_module
 from llama_engine.serving.repository import ServeConfig
@@ -150,6 +151,11 @@ def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
     assert values["gpt_model_type"] == "inflight_fused_batching"
     assert values["gpt_model_path"] == "/engine"
     assert values["kv_cache_free_gpu_mem_fraction"] == "0.9"
+    # As the engine is opened in this process, so that both are one engine.
+    ModelRunner.from_dir(trt_engine)
+    opened = sys.modules["tensorrt_llm.runtime"].ModelRunnerCpp.loaded[-1]
+    assert values["max_tokens_in_paged_kv_cache"] == str(opened["max_tokens_in_paged_kv_cache"]) == "16384"
+    assert values["cuda_graph_mode"] == str(opened["cuda_graph_mode"]).lower()
     assert values["exclude_input_in_output"] == "true"
     assert "max_batch_size: 8" in text
     assert "decoupled: false" in text
@@ -207,7 +213,10 @@ def test_the_script_prints_a_container_command_and_starts_nothing(trt_engine, tm
     assert f"{trt_engine}:/engine:ro" in words
     assert {f"{ROOT / 'llama_engine'}:/package/llama_engine:ro", "PYTHONPATH=/package"} < {*words}
     assert f"{tmp_path / 'run' / 'models'}:/models:ro" in words
-    assert words[words.index(repository.CONTAINER) + 1 :][:2] == ["tritonserver", "--model-repository=/models"]
+    assert words[words.index(repository.CONTAINER.format("24.11")) + 1 :][:2] == [
+        "tritonserver",
+        "--model-repository=/models",
+    ]
     assert "--http-address=127.0.0.1" in words
     assert {path.name for path in (tmp_path / "run" / "models").iterdir()} == {
         "tensorrt_llm",
@@ -230,3 +239,32 @@ def test_the_printed_command_names_the_secret_and_does_not_hold_it(trt_engine, t
 def test_a_native_engine_is_refused_for_the_cpp_backend(tiny_engine, tmp_path):
     with pytest.raises(InputError, match=r"scripts/build_engine\.sh --backend tensorrt_llm"):
         repository.render(tiny_engine, tmp_path / "models", ServeConfig(), "tensorrt_llm")
+
+
+def changed(engine, edit_json, **changes):
+    data = json.loads((engine / "engine.json").read_text())["tensorrt_llm"]
+    edit_json(engine / "engine.json", {"tensorrt_llm": data | changes})
+
+
+def test_the_container_is_that_of_the_engines_release(trt_engine, tmp_path, edit_json, monkeypatch):
+    changed(trt_engine, edit_json, version="0.21.0")
+    command = repository.serve_command(trt_engine, tmp_path, [])
+    assert "nvcr.io/nvidia/tritonserver:25.08-trtllm-python-py3" in command
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "BACKEND", tmp_path)  # as inside a container, whose release is another
+        with pytest.raises(InputError, match=r"is for TensorRT-LLM 0\.21\.0, installed is 0\.15\.0"):
+            repository.serve_command(trt_engine, tmp_path, [])
+    changed(trt_engine, edit_json, version="1.2.1")
+    with pytest.raises(InputError, match=r"TensorRT-LLM 1\.2\.1, and which of NVIDIA's containers has that is not"):
+        repository.serve_command(trt_engine, tmp_path, [])
+
+
+def test_an_engine_of_several_ranks_is_one_server_a_rank(trt_engine, tmp_path, edit_json):
+    changed(trt_engine, edit_json, ranks=2)
+    words = repository.serve_command(trt_engine, tmp_path, ["--http-port=1"])
+    first, second = " ".join(words[words.index("mpirun") :]).split(" : ")
+    assert first.startswith("mpirun --allow-run-as-root -n 1 tritonserver --model-repository=/models --http-port=1")
+    assert second.startswith("-n 1 tritonserver --model-repository=/models")
+    assert "--load-model=tensorrt_llm" in second  # and not in the first, which loads the text models too
+    assert "--load-model" not in first
+    assert {first.split("prefix-name=")[1], second.split("prefix-name=")[1]} == {"prefix0_", "prefix1_"}

@@ -44,13 +44,20 @@ def test_sampling_inputs_ask_for_a_draw():
 
 
 def test_penalties_and_bad_words():
-    words = np.array([[[11, 12, -1], [1, 2, -1]]], np.int32)
+    words = np.array([[[11, 12, 13, 14, 15, -1], [1, 3, 5, -1, -1, -1]]], np.int32)
     penalties = {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 2.0}
     inputs = {name: one(value, np.float32) for name, value in penalties.items()}
     params = parse(arrays(**inputs, bad_words_list=words)).params
     assert params.greedy
     assert {name: getattr(params, name) for name in penalties} == penalties
-    assert params.banned == (11, 12)
+    assert params.bad_words == ((11,), (12, 13), (14, 15))
+
+
+def test_log_probabilities():
+    asked = {"return_log_probs": one(True, np.bool_)}
+    assert parse(arrays()).params.logprobs is None
+    assert parse(arrays(**asked)).params.logprobs == 0
+    assert parse(arrays(**asked, top_logprobs=one(20))).params.logprobs == 20
 
 
 def test_end_id_and_one_token_stop_words():
@@ -85,14 +92,20 @@ def test_neutral_values_of_missing_features_are_accepted():
         ({"repetition_penalty": one(-1.2, np.float32)}, "repetition_penalty"),
         ({"presence_penalty": one(2.5, np.float32)}, "presence_penalty"),
         ({"frequency_penalty": one(np.nan, np.float32)}, "frequency_penalty"),
-        ({"return_log_probs": one(True, np.bool_)}, "return_log_probs"),
+        ({"top_logprobs": one(2)}, "top_logprobs=2 needs return_log_probs=true"),
+        (
+            {"return_log_probs": one(True, np.bool_), "top_logprobs": one(21)},
+            r"logprobs must be an integer in \[0, 20\]",
+        ),
         ({"temperature": one(np.nan, np.float32)}, "temperature"),
         ({"temperature": one(-1, np.float32)}, "temperature"),
         ({"runtime_top_p": one(1.5, np.float32)}, "top_p"),
         ({"runtime_top_k": one(-3)}, "top_k"),
         ({"stop_words_list": np.array([[[11, 12], [2, -1]]], np.int32)}, "one token only"),
         ({"stop_words_list": np.zeros((1, 3, 2), np.int32)}, "shape"),
-        ({"bad_words_list": np.array([[[11, 12], [2, -1]]], np.int32)}, "bad_words_list.*bans words of one token only"),
+        ({"bad_words_list": np.array([[[11, 12], [2, 1]]], np.int32)}, r"bad_words_list ends words at \[2, 1\]"),
+        ({"bad_words_list": np.array([[[11, 12], [1, 3]]], np.int32)}, "not pass its 2 ids"),
+        ({"bad_words_list": np.array([[[11, -1], [2, -1]]], np.int32)[..., :1]}, "not pass its 1 ids"),
         ({"bad_words_list": np.zeros((1, 3, 2), np.int32)}, "bad_words_list must have shape"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import random
 import socket
@@ -14,13 +15,22 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
+from llama_engine import trtllm
+from llama_engine.config import EngineConfig
 from llama_engine.errors import ErrorCode
-from llama_engine.measure.load import Generator, Length
+from llama_engine.measure.lengths import Length
+from llama_engine.measure.load import Generator
+from llama_engine.measure.text import RandomIds, Text
+from llama_engine.measure.traffic import Traffic
+from llama_engine.native import load_engine
+from llama_engine.sampling import SamplingParams
 from llama_engine.serving.client import RequestFailed, connect
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.server import TritonServer
+from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
+from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
@@ -75,6 +85,82 @@ def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
     assert first == again != other
     greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
     assert ask(server, [[1, 2, 3]], 20, end_id=greedy[5])[0] == greedy[: greedy.index(greedy[5]) + 1]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_log_probabilities_reach_the_client(server, tiny_engine, protocol, streaming):
+    prompt, options = [1, 2, 3], {"temperature": 1.0, "random_seed": 5}
+
+    async def ask_both():
+        client = connect(protocol, url(server, protocol))
+        asked = {}, {"return_log_probs": True}, {"return_log_probs": True, "top_logprobs": 3}
+        answers = []
+        for more in asked:
+            responses = client.generate(prompt, 9, streaming=streaming, **options, **more)
+            answers.append([response async for response in responses])
+        await client.close()
+        return answers
+
+    plain, chosen, top = asyncio.run(ask_both())
+    assert all(response.logprobs is None for response in plain)
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    engine.add_request(prompt, 9, params=SamplingParams(1.0, seed=5, logprobs=3))
+    outputs = [output for _ in range(9) for output in engine.step()]
+    for answer, n in ((chosen, 0), (top, 3)):
+        assert [token for response in answer for token in response] == [o.token_ids[0] for o in outputs]
+        given = [entry for response in answer for entry in response.logprobs]
+        assert [entry.token for entry in given] == pytest.approx([o.logprobs[0].token for o in outputs], abs=1e-3)
+        assert [len(entry.top) for entry in given] == [n] * 9
+        expected = [dict(o.logprobs[0].top[:n]) for o in outputs]
+        assert [dict(entry.top) for entry in given] == [pytest.approx(top, abs=1e-3) for top in expected]
+
+
+@pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
+def test_the_first_response_tells_of_the_prompt(server, tiny_engine, protocol, streaming):
+    prompt = list(range(200, 240))
+    params = SamplingParams(logprobs=2, prompt_logprobs=True)
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    engine.add_request(prompt, 3, params=params)
+    expected = engine.step()[0].prompt_logprobs
+
+    async def ask_twice():
+        client = connect(protocol, url(server, protocol))
+        scored = {"return_log_probs": True, "top_logprobs": 2, "return_prompt_log_probs": True}
+        answers = []
+        for more in (scored, {}):
+            responses = client.generate(prompt, 3, streaming=streaming, **more)
+            answers.append([response async for response in responses])
+        await client.close()
+        return answers
+
+    (first, *others), again = asyncio.run(ask_twice())
+    assert first.cached_tokens == 0  # nothing may be skipped
+    assert again[0].cached_tokens == 32
+    assert [entry.token for entry in first.prompt_logprobs] == pytest.approx([e.token for e in expected], abs=1e-3)
+    assert [dict(e.top) for e in first.prompt_logprobs] == [pytest.approx(dict(e.top), abs=1e-3) for e in expected]
+    for response in (*others, *again[1:]):
+        assert (response.prompt_logprobs, response.cached_tokens) == (None, None)
+
+
+def test_log_probabilities_have_the_names_and_shapes_of_tensorrt_llm(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    inputs = tensors(grpc_client, [1, 2, 3], 5)
+    for name, value, kind in (("return_log_probs", True, "BOOL"), ("top_logprobs", 2, "INT32")):
+        inputs.append(grpc_client.InferInput(name, [1, 1], kind))
+        inputs[-1].set_data_from_numpy(np.array([[value]], np.bool_ if kind == "BOOL" else np.int32))
+    found, done = [], threading.Event()
+    client.start_stream(lambda result, error: (found.append(error or result), done.set()))
+    client.async_stream_infer("tensorrt_llm", inputs)
+    assert done.wait(20)
+    client.stop_stream()
+    shapes = {output.name: tuple(output.shape) for output in found[0].get_response().outputs}
+    assert shapes == {
+        **{"output_ids": (1, 1, 8), "sequence_length": (1, 1)},  # the prompt too, of which nothing is said
+        **{"output_log_probs": (1, 1, 5), "cum_log_probs": (1, 1)},
+        **{"output_top_ids": (1, 1, 5, 2), "output_top_log_probs": (1, 1, 5, 2), "cached_tokens": (1, 1)},
+    }
+    total = found[0].as_numpy("output_log_probs").sum()
+    assert found[0].as_numpy("cum_log_probs").item() == pytest.approx(total, abs=1e-5)
 
 
 BAD = [
@@ -251,10 +337,11 @@ def test_impatient_clients_do_not_disturb_patient_ones(server, tiny_engine):
     prompts = some_prompts(12, seed=5)
 
     async def both():
-        client = connect("grpc", server.grpc_url)
-        hasty = Generator(client, lambda n: [7] * n, Length(8, 8), Length(200, 200), timeout_s=0.02)
+        target = TritonTarget("grpc", server.grpc_url)
+        traffic = Traffic(input_tokens=Length(8, 8), output_tokens=Length(200, 200))
+        hasty = Generator(target, traffic, Text(RandomIds(512)), timeout_s=0.02)
         load, answers = await asyncio.gather(hasty.closed(6, requests=40), asyncio.to_thread(ask, server, prompts, 40))
-        await client.close()
+        await target.close()
         return load, answers
 
     load, answers = asyncio.run(both())
@@ -298,7 +385,7 @@ def test_listens_on_loopback_only(server):
     assert addresses == {"0100007F"}
 
 
-def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings, monkeypatch):
+def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
     output = tmp_path / "triton-native.json"
     flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
     where = ["--url", server.grpc_url, "--metrics-url", f"{server.host}:{server.metrics_port}"]
@@ -315,14 +402,71 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert all(level["checks"]["prefix_cache_hit_tokens"] == 0 for level in result["levels"])
     assert run_script(*command).returncode == 2
     assert run_script(*command, "--force", "--concurrency", 0).returncode == 2
-    lowest = lambda self, low, high=None: 7 if high is None else low  # noqa: E731  every token is 7
-    monkeypatch.setattr(random.Random, "randrange", lowest)
+    assert not result["workload"]["traffic"]["prefix_cache_can_help"]
+    alike = tmp_path / "alike.json"
+    alike.write_text('{"input_tokens": 8, "output_tokens": 8, "prefix_groups": 1, "prefix_tokens": 64}')
     for asked in ([], ["--prefix-cache"]):
-        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, *asked)
+        run_script(*command, "--force", "--concurrency", 1, "--rate", "--requests", 5, "--workload", alike, *asked)
         result = json.loads(output.read_text())
+        assert result["workload"]["traffic"]["prefix_cache_can_help"]
+        assert result["workload"]["traffic"]["shared_prompt_share"] == 4 * 64 / (5 * 72)
         assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] > 0
         assert result["workload"]["prefix_cache"] == bool(asked)
         assert any("prefix cache" in reason for reason in result["validity"]["reasons"]) == (not asked)
+
+
+NVIDIA_METRICS = """# TYPE nv_inference_request_success counter
+nv_inference_request_success{model="tensorrt_llm",version="1"} 12
+# TYPE nv_trt_llm_kv_cache_block_metrics gauge
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per",model="tensorrt_llm",version="1"} 64
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
+"""
+
+
+@pytest.fixture
+def nvidia_page():
+    """HOST:PORT of a metrics page as NVIDIA's backend has it, without any of the native engine's rows."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(NVIDIA_METRICS.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{page.server_port}"
+        page.shutdown()
+
+
+def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
+    server, tiny_model, trt_engine, nvidia_page, run_script, tmp_path, small_ceilings
+):
+    """The requests go to the native engine; what is known of it is what is known of NVIDIA's."""
+    metrics, script = f"{server.host}:{server.metrics_port}", "benchmarks/benchmark_triton.py"
+    load = ["--url", server.grpc_url, "--concurrency", 2, "--requests", 6, "--output-tokens", 8, "--metrics-url"]
+    results = []
+    for name, known in (("with", ["--engine-dir", trt_engine]), ("without", ["--model-dir", tiny_model])):
+        output = ["--output", tmp_path / f"{name}.json"]
+        done = run_script(script, *known, *output, *load, nvidia_page)
+        assert done.returncode in (0, 1), done.stderr
+        results.append(json.loads(output[1].read_text()))
+        assert results[-1]["backend"] == results[-1]["engine"]["backend"] == "tensorrt_llm"
+        assert results[-1]["model"]["name"] == "synthetic-tiny"
+        assert results[-1]["levels"][0]["samples"]["output_tokens"] == [8] * 6
+        refused = run_script(script, *known, *output, "--force", *load, metrics)
+        assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
+    assert results[0]["levels"][0]["summary"]["mbu"] > 0
+    assert "mbu" not in results[1]["levels"][0]["summary"]
+
+
+@pytest.fixture
+def trt_engine(installed, tiny_checkpoint, tmp_path):  # noqa: F811
+    trtllm.build(tiny_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=4, max_seq_len=64), FLAGS)
+    return tmp_path / "e"
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

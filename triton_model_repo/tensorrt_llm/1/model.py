@@ -12,6 +12,8 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 # The backend's stub ignores PYTHONPATH; without a virtual environment the package is found only through it.
@@ -21,10 +23,11 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from llama_engine.engine.engine import FinishReason
+from llama_engine.engine.engine import FinishReason, Output
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError, with_code
 from llama_engine.native import load_engine
+from llama_engine.sampling import Logprobs
 from llama_engine.serving.request import GenerationRequest, parse, scalar
 
 # Triton's own code of each kind of error; a gRPC stream loses it, so that the message starts with ours.
@@ -58,7 +61,8 @@ COUNTERS = {
 
 class Live:
     """A :class:`GenerationRequest` between ``execute`` and its final response, with what Triton answers it through and
-    what has come of it. ``ids`` only grows; ``sent`` of them are answered.
+    what has come of it. ``ids`` only grows; ``sent`` of them are answered. ``logprobs``, if the request asks for them,
+    are those of the ids after the first ``prompted``, and are there before their ids.
 
     ``lock`` guards ``sender``: Triton frees what ``is_cancelled`` reads when the final response is sent.
     """
@@ -68,7 +72,13 @@ class Live:
         self.lock = threading.Lock()
         self.id = -1
         self.ids: list[int] = [] if request.streaming or request.exclude_input else request.prompt + request.output
+        self.prompted = len(self.ids)
+        self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] | None = None  # until sent
+        self.cached_tokens = 0
+        self.told = False  # how many they are
         self.sent = 0
+        self.total_logprob = 0.0  # of what is sent
         self.reason: FinishReason | RunError | None = None
 
 
@@ -124,10 +134,13 @@ class TritonPythonModel:
         live = Live(wanted, sender, name)
         timeout_us = request.timeout()
 
-        def on_tokens(ids: list[int], reason: FinishReason | RunError | None) -> None:
-            live.ids.extend(ids)
-            live.reason = reason
-            if reason or wanted.streaming:
+        def on_tokens(output: Output) -> None:
+            live.logprobs += output.logprobs or []
+            live.prompt_logprobs = output.prompt_logprobs or live.prompt_logprobs
+            live.cached_tokens = output.cached_tokens
+            live.ids.extend(output.token_ids)
+            live.reason = output.reason
+            if output.finished or wanted.streaming:
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
@@ -155,11 +168,22 @@ class TritonPythonModel:
     def _answer(self, live: Live) -> None:
         """Send what is new, if anything: the outbox holds a request once a step, and one answer takes all there is."""
         reason = live.reason  # read before the ids: once it is set they are complete
-        ids = live.ids[live.sent :]
+        first, ids = live.sent, live.ids[live.sent :]
         live.sent += len(ids)
+        tensors = {}
+        if not live.told and (ids or reason):
+            tensors["cached_tokens"] = torch.tensor([[live.cached_tokens]], dtype=torch.int32)
+            live.told = True
+        if live.request.params.logprobs is not None:
+            scored = live.logprobs[max(0, first - live.prompted) : live.sent - live.prompted]
+            live.total_logprob += sum(entry.token for entry in scored)
+            tensors |= _scores("output", scored) | {"cum_log_probs": torch.tensor([[live.total_logprob]])}
+            if (ids or reason) and live.prompt_logprobs:
+                tensors |= _scores("prompt", live.prompt_logprobs)
+                live.prompt_logprobs = None
         if reason is None:
             if ids:
-                live.sender.send(_response(ids))
+                live.sender.send(_response(ids, tensors))
             return
         with live.lock:
             sender, live.sender = live.sender, None
@@ -167,7 +191,7 @@ class TritonPythonModel:
         if isinstance(reason, RunError):
             _refuse(sender, reason)
         else:
-            sender.send(_response(ids), flags=FINAL)
+            sender.send(_response(ids, tensors), flags=FINAL)
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
@@ -203,13 +227,24 @@ def _array(tensor: Any) -> np.ndarray:
     return torch.from_dlpack(tensor.to_dlpack()).numpy()
 
 
-def _response(ids: list[int]) -> Any:
-    """output_ids ``[1, beams=1, seq]`` and sequence_length ``[1, 1]``."""
-    output = torch.tensor(ids, dtype=torch.int32).view(1, 1, -1)
-    length = torch.tensor([[len(ids)]], dtype=torch.int32)
-    return pb_utils.InferenceResponse(
-        [pb_utils.Tensor.from_dlpack("output_ids", output), pb_utils.Tensor.from_dlpack("sequence_length", length)]
-    )
+def _response(ids: list[int], more: Mapping[str, torch.Tensor] = MappingProxyType({})) -> Any:
+    """output_ids ``[1, beams=1, seq]``, sequence_length ``[1, 1]`` and ``more``."""
+    tensors = {
+        "output_ids": torch.tensor(ids, dtype=torch.int32).view(1, 1, -1),
+        "sequence_length": torch.tensor([[len(ids)]], dtype=torch.int32),
+        **more,
+    }
+    return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack(*item) for item in tensors.items()])
+
+
+def _scores(what: str, scored: list[Logprobs]) -> dict[str, torch.Tensor]:
+    """Log-probabilities of tokens ``[1, 1, tokens]``, and of the most likely if asked for, ``[1, 1, tokens, n]``."""
+    tensors = {f"{what}_log_probs": torch.tensor([entry.token for entry in scored]).view(1, 1, -1)}
+    if scored and (n := len(scored[0].top)):
+        top, shape = [pair for entry in scored for pair in entry.top], (1, 1, len(scored), n)
+        tensors[f"{what}_top_ids"] = torch.tensor([token for token, _ in top], dtype=torch.int32).view(shape)
+        tensors[f"{what}_top_log_probs"] = torch.tensor([value for _, value in top]).view(shape)
+    return tensors
 
 
 def _refuse(sender: Any, error: InputError | RunError) -> None:

@@ -1,4 +1,4 @@
-"""``ModelRunnerCpp`` with the keywords, types and output shapes of release 0.15.0 over a toy next-token rule."""
+"""``ModelRunnerCpp`` with the keywords, types and output shapes of release 0.15.0, around the executor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+
+from tensorrt_llm.bindings import executor
 
 # Keywords of from_dir and of generate at 0.15.0, with the types that the bindings take.
 _FROM_DIR = {
@@ -76,8 +78,9 @@ def _check(function: str, given: dict, allowed: dict) -> None:
 class ModelRunnerCpp:
     loaded: list[dict] = []  # noqa: RUF012 (what from_dir was called with, for tests)
 
-    def __init__(self, build_config: dict, max_batch_size: int) -> None:
-        self.max_batch_size, self.max_seq_len = max_batch_size, build_config["max_seq_len"]
+    def __init__(self, session, max_batch_size: int, max_input_len: int, max_seq_len: int) -> None:
+        self.session, self.max_batch_size = session, max_batch_size
+        self.max_input_len, self.max_seq_len = max_input_len, max_seq_len
 
     @classmethod
     def from_dir(cls, engine_dir, **options):
@@ -88,8 +91,14 @@ class ModelRunnerCpp:
         limit = options.get("max_batch_size", build_config["max_batch_size"])
         assert limit <= build_config["max_batch_size"]
         assert options.get("rank", 0) == 0
+        session = executor.Executor(
+            engine_dir,
+            free_gpu_memory_fraction=options.get("kv_cache_free_gpu_memory_fraction", 0.9),
+            max_tokens=options.get("max_tokens_in_paged_kv_cache"),
+        )
         cls.loaded.append(options)
-        return cls(build_config, limit)
+        max_input_len = options.get("max_input_len", build_config["max_input_len"])
+        return cls(session, limit, max_input_len, build_config["max_seq_len"])
 
     def generate(self, batch_input_ids, **options):
         _check("generate", options, _GENERATE)
@@ -97,35 +106,53 @@ class ModelRunnerCpp:
             raise TypeError("batch_input_ids must be 1-D int32 tensors")
         new_tokens, end_id = options.get("max_new_tokens", 1), options["end_id"]
         longest = max(len(ids) for ids in batch_input_ids)
-        if len(batch_input_ids) > self.max_batch_size or longest + new_tokens > self.max_seq_len:
-            raise RuntimeError("exceeds the engine or specified limit")
-        words = options.get("stop_words_list") or [[] for _ in batch_input_ids]
-        if len(words) != len(batch_input_ids) or any(
-            type(token) is not int for row in words for word in row for token in word
+        for what, value, most in (
+            ("Input batch size", len(batch_input_ids), self.max_batch_size),
+            ("Maximum input length", longest, self.max_input_len),
+            ("Maximum input length + maximum new tokens", longest + new_tokens, self.max_seq_len),
         ):
+            if value > most:
+                raise RuntimeError(f"{what} ({value}) exceeds the engine or specified limit ({most})")
+        words = options.get("stop_words_list") or [[] for _ in batch_input_ids]
+        if len(words) != len(batch_input_ids):
             raise TypeError("stop_words_list must hold for each prompt a list of words, each a list of ids")
-        rows = [ids.tolist() for ids in batch_input_ids]
-        steps = self._steps(rows, new_tokens, end_id, words, options)
-        if options.get("streaming", False):
-            return steps
-        return list(steps)[-1]
+        streaming, rows = options.get("streaming", False), [ids.tolist() for ids in batch_input_ids]
+        requests = [
+            executor.Request(
+                input_token_ids=[*row],
+                max_tokens=new_tokens,
+                streaming=streaming,
+                end_id=end_id,
+                pad_id=options["pad_id"],
+                stop_words=stop,
+            )
+            for row, stop in zip(rows, words)
+        ]
+        numbers = self.session.enqueue_requests(requests)
+        if streaming:
+            return self._stream(numbers, rows, options)
+        responses = [response for group in self.session.await_responses(numbers) for response in group]
+        return self._filled(responses, numbers, [[] for _ in rows], options)
 
-    def _steps(self, rows, new_tokens, end_id, words, options):
-        finished = [False] * len(rows)
-        for _ in range(new_tokens):
-            for i, row in enumerate(rows):
-                if not finished[i]:
-                    row.append((7 * row[-1] + 3) % 509)
-                    finished[i] = row[-1] == end_id or any(row[-len(word) :] == word for word in words[i])
-            output_ids = torch.full((len(rows), 1, self.max_seq_len), end_id, dtype=torch.int32)
-            for i, row in enumerate(rows):
-                output_ids[i, 0, : len(row)] = torch.tensor(row, dtype=torch.int32)
-            if options.get("return_dict", False):
-                result = {"output_ids": output_ids}
-                if options.get("output_sequence_lengths", False):
-                    result["sequence_lengths"] = torch.tensor([[len(row)] for row in rows], dtype=torch.int32)
-                yield result
-            else:
-                yield output_ids
-            if all(finished):
-                return
+    def _stream(self, numbers, rows, options):
+        finished = 0
+        while finished < len(numbers):
+            responses = self.session.await_responses()
+            finished += sum(response.has_error() or response.result.is_final for response in responses)
+            yield self._filled(responses, numbers, rows, options)
+
+    def _filled(self, responses, numbers, rows, options):
+        """Whole sequences, copied and padded to the engine's max_seq_len at each step."""
+        for response in responses:
+            if response.has_error():
+                raise RuntimeError(response.error_msg)
+            rows[numbers.index(response.request_id)] += response.result.output_token_ids[0]
+        output_ids = torch.full((len(rows), 1, self.max_seq_len), options["end_id"], dtype=torch.int32)
+        for i, row in enumerate(rows):
+            output_ids[i, 0, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        if not options.get("return_dict", False):
+            return output_ids
+        lengths = torch.tensor([[len(row)] for row in rows], dtype=torch.int32)
+        return {"output_ids": output_ids} | (
+            {"sequence_lengths": lengths} if options.get("output_sequence_lengths", False) else {}
+        )
