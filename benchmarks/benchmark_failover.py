@@ -1,0 +1,245 @@
+r"""Kill a replica under load, and measure what its users see of it.
+
+Purpose: that no answer is lost, doubled or wrong when a server dies; how long users wait; how throughput comes back.
+Method:  replicas of one engine, each a Triton Inference Server of its own, on GPUs one a card, behind the gateway's
+         router. --concurrency users a replica ask greedy and sampled requests for --duration, three times: of one
+         replica, of all, and of all while, at a moment drawn from --seed, one is killed (kill -9) and started again.
+         Every answer must be the one that the same request had before.
+Output:  results/local/failover.json: throughput of one and of all, answers lost, duplicated and wrong, the longest gap,
+         the dip, and the time until throughput, and all replicas, are back.
+
+    python benchmarks/benchmark_failover.py --engine-dir engines/smollm2-135m-instruct
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llama_engine.config import check_length
+from llama_engine.device import pick_device
+from llama_engine.engine_dir import EngineInfo, load_engine_json
+from llama_engine.errors import InputError, RunError, run_cli
+from llama_engine.flags import Parser
+from llama_engine.measure import failover
+from llama_engine.measure.environment import fingerprint
+from llama_engine.measure.failover import Phase, Request
+from llama_engine.measure.result import Result, check_output, new_result, write_result
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.router import Router
+from llama_engine.serving.server import TritonServer, supervise
+
+console = Console(stderr=True)
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, default=4, help="users a replica (default: 4)")
+    parser.add_argument("--input-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--duration", type=float, default=30, help="seconds of each of the three runs (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests, the moment and the victim")
+    parser.add_argument("--output", type=Path, default=Path("results/local/failover.json"))
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    if args.replicas < 2 or args.concurrency < 1 or not 1 <= args.duration < 3600:
+        raise InputError("--replicas must be at least 2, --concurrency at least 1, --duration 1 to 3600 s")
+    info = load_engine_json(args.engine_dir, backend="native")
+    check_length(info.engine, args.input_tokens, args.output_tokens, "--output-tokens")
+    output = check_output(args.output, args.force, args.engine_dir)
+    asked = Asked(args.replicas, args.concurrency, args.input_tokens, args.output_tokens, args.duration, args.seed)
+    device = pick_device(args.device).type
+    with replicas(args.engine_dir, asked.replicas, device) as fleet:
+        result = asyncio.run(measure(asked, fleet, info, fingerprint(device)))
+    write_result(output, result, force=args.force)
+    for line in lines(result):
+        console.print(line)
+    print(f"wrote {output}")
+    return 0 if result["validity"]["status"] == "VALID" else 1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the users do, and when they are disturbed."""
+
+    replicas: int
+    concurrency: int
+    input_tokens: int
+    output_tokens: int
+    duration: float
+    seed: int
+
+    @property
+    def kill_s(self) -> float:
+        """After the begin of the disturbed run."""
+        return self.duration * random.Random(self.seed).uniform(0.25, 0.4)
+
+    @property
+    def victim(self) -> int:
+        return random.Random(self.seed + 1).randrange(self.replicas)
+
+
+@dataclass
+class Fleet:
+    servers: list[TritonServer]
+    said: list[str] = field(default_factory=list)  # by their supervisors
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.grpc_url for server in self.servers]
+
+
+@contextlib.contextmanager
+def replicas(engine_dir: Path, count: int, device: str) -> Iterator[Fleet]:
+    """Servers, each kept running by a thread of its own; on GPUs one a card, in turn."""
+    cards = torch.cuda.device_count() if device == "cuda" else 0
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    config, ended = ServeConfig(device=device, drain_s=1), threading.Event()
+    with contextlib.ExitStack() as stack, console.status(f"starting {count} servers"):
+        servers = [
+            TritonServer(
+                engine_dir,
+                config,
+                http=False,
+                env=threads | ({"CUDA_VISIBLE_DEVICES": str(i % cards)} if cards else {}),
+            )
+            for i in range(count)
+        ]
+        starting = [threading.Thread(target=server.start) for server in servers]
+        for server in servers:
+            stack.callback(server.stop)
+        for thread in starting:
+            thread.start()
+        for thread in starting:
+            thread.join()
+        if dead := [server for server in servers if not server.alive]:
+            raise RunError(f"a replica did not start: see {dead[0].log}")
+        fleet = Fleet(servers)
+        watching = [threading.Thread(target=supervise, args=(server, fleet.said.append, ended)) for server in servers]
+        for thread in watching:
+            thread.start()
+        try:
+            yield fleet
+        finally:
+            ended.set()
+            for thread in watching:
+                thread.join()
+
+
+async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dict[str, Any]) -> Result:
+    """One replica, all of them, and all of them disturbed."""
+    users = asked.concurrency * asked.replicas
+    requests = Request.some(4 * users, asked.input_tokens, info.model.vocab_size, asked.seed)
+
+    async def run(urls: list[str], users: int, what: str, kill: bool = False) -> tuple[Phase, Router, list[float]]:
+        router, times = Router.of(info, urls), []
+        with console.status(what):
+            await failover.closed_loop(router, requests[: 2 * users], 8, users, 0)  # warm
+            disturbing = asyncio.create_task(disturb(router, times)) if kill else None
+            phase = await failover.closed_loop(router, requests, asked.output_tokens, users, asked.duration)
+            if disturbing:
+                await disturbing
+        await router.close()
+        return phase, router, times
+
+    async def disturb(router: Router, times: list[float]) -> None:
+        await asyncio.sleep(asked.kill_s)
+        victim = fleet.servers[asked.victim]
+        times.append(time.perf_counter())
+        victim.process.kill()  # its supervisor ends what is left, and starts it again
+        while router.replicas[victim.grpc_url].up:
+            await asyncio.sleep(0.005)
+        deadline = time.perf_counter() + max(60.0, asked.duration)
+        while not router.replicas[victim.grpc_url].up and time.perf_counter() < deadline:
+            await asyncio.sleep(0.005)
+        if router.replicas[victim.grpc_url].up:
+            times.append(time.perf_counter())
+
+    alone, _, _ = await run(fleet.urls[:1], asked.concurrency, "one replica")
+    calm, _, _ = await run(fleet.urls, users, f"{asked.replicas} replicas")
+    phase, router, times = await run(fleet.urls, users, f"{asked.replicas} replicas, one of which is killed", kill=True)
+    right, unstable = failover.right_answers(calm)
+    counts = failover.compare(phase, right, asked.output_tokens)
+    found = failover.disturbance(phase, times[0], times[1] if len(times) > 1 else None, asked.duration)
+    rates = [part.rate(part.start + 1, part.start + asked.duration) for part in (alone, calm)]
+    return new_result(
+        "failover",
+        info.backend,
+        model=info.identity,
+        engine={"config": info.engine.to_dict(), "weights_sha256": info.weights_sha256},
+        workload={
+            "input_tokens": asked.input_tokens,
+            "output_tokens": asked.output_tokens,
+            "concurrency": users,
+            "replicas": asked.replicas,
+            "duration_s": asked.duration,
+            "seed": asked.seed,
+            "prefix_cache": True,
+        },
+        environment=environment,
+        summary=failover.summarize_phase(phase),
+        failover={
+            "killed": "tritonserver, kill -9",
+            "killed_after_s": asked.kill_s,
+            "victim": asked.victim,
+            **counts,
+            "moved": router.counts["requests_moved_total"],
+            "resumed": router.counts["answers_resumed_total"],
+            "requests_without_one_right_answer": unstable,
+            **found,
+        },
+        scaling={
+            "one_tokens_per_s": rates[0],
+            "all_tokens_per_s": rates[1],
+            "ratio": rates[1] / rates[0],
+        },
+        checks={
+            "failed_requests": counts["lost"] + sum(bool(x.error) for part in (alone, calm) for x in part.answers),
+            "duplicated_answers": counts["duplicated"],
+            "wrong_answers": counts["wrong"],
+            "moved_requests": router.counts["requests_moved_total"],
+            "client_lag_p99_ms": failover.lag_p99_ms([alone, calm, phase]),
+        },
+    )
+
+
+def lines(result: Result) -> Iterator[str]:
+    """What a terminal shows."""
+    seen, scaling = result["failover"], result["scaling"]
+    yield (
+        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong; "
+        f"{seen['moved']} moved, {seen['resumed']} of them in mid-answer"
+    )
+    yield f"longest gap {seen['longest_gap_s']:.2f} s (before the kill: {seen['usual_gap_s']:.2f} s)"
+    back = {
+        name: "not within the run" if seen[name] is None else f"{seen[name]:.1f} s"
+        for name in ("recovery_s", "full_strength_s")
+    }
+    yield (
+        f"{seen['before_tokens_per_s']:,.0f} tokens/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; "
+        f"throughput back after {back['recovery_s']}, all replicas after {back['full_strength_s']}"
+    )
+    yield (
+        f"one replica {scaling['one_tokens_per_s']:,.0f} tokens/s, all {scaling['all_tokens_per_s']:,.0f}: "
+        f"{scaling['ratio']:.2f} times"
+    )
+    verdict = result["validity"]
+    yield f"{verdict['status']}{': ' + '; '.join(verdict['reasons']) if verdict['reasons'] else ''}"
+
+
+if __name__ == "__main__":
+    run_cli(main)
