@@ -36,6 +36,7 @@ from llama_engine.measure import failover
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.failover import Phase, Request
 from llama_engine.measure.result import Result, check_output, new_result, write_result
+from llama_engine.report.show import show
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.router import Router
 from llama_engine.serving.server import TritonServer, supervise
@@ -66,8 +67,7 @@ def main() -> int:
     with replicas(args.engine_dir, asked.replicas, device) as fleet:
         result = asyncio.run(measure(asked, fleet, info, fingerprint(device)))
     write_result(output, result, force=args.force)
-    for line in lines(result):
-        console.print(line)
+    show([result])
     print(f"wrote {output}")
     return 0 if result["validity"]["status"] == "VALID" else 1
 
@@ -215,30 +215,6 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
             "client_lag_p99_ms": failover.lag_p99_ms([alone, calm, phase]),
         },
     )
-
-
-def lines(result: Result) -> Iterator[str]:
-    """What a terminal shows."""
-    seen, scaling = result["failover"], result["scaling"]
-    yield (
-        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong; "
-        f"{seen['moved']} moved, {seen['resumed']} of them in mid-answer"
-    )
-    yield f"longest gap {seen['longest_gap_s']:.2f} s (before the kill: {seen['usual_gap_s']:.2f} s)"
-    back = {
-        name: "not within the run" if seen[name] is None else f"{seen[name]:.1f} s"
-        for name in ("recovery_s", "full_strength_s")
-    }
-    yield (
-        f"{seen['before_tokens_per_s']:,.0f} tokens/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; "
-        f"throughput back after {back['recovery_s']}, all replicas after {back['full_strength_s']}"
-    )
-    yield (
-        f"one replica {scaling['one_tokens_per_s']:,.0f} tokens/s, all {scaling['all_tokens_per_s']:,.0f}: "
-        f"{scaling['ratio']:.2f} times"
-    )
-    verdict = result["validity"]
-    yield f"{verdict['status']}{': ' + '; '.join(verdict['reasons']) if verdict['reasons'] else ''}"
 
 
 if __name__ == "__main__":

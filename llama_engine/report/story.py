@@ -85,6 +85,7 @@ class Story:
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
             "determinism": f"determinism-{self.backend}.json",
+            "failover": "failover.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
         }

@@ -84,7 +84,7 @@ def test_a_run_over_two_servers(tiny_engine, run_script, tmp_path):
     assert seen["full_strength_s"] > 0
     assert result["checks"]["moved_requests"] == seen["moved"] >= seen["resumed"] > 0
     assert all(a["s"] < b["s"] for a, b in itertools.pairwise(seen["timeline"]))
-    assert f"{seen['answers']} answers: 0 lost, 0 duplicated, 0 wrong" in done.stderr
+    assert f"{seen['answers']} answers: 0 lost, 0 duplicated, 0 wrong" in done.stdout
     assert json.loads(output.read_text())["workload"]["replicas"] == 2
     refused = run_script("benchmarks/benchmark_failover.py", *flags, "--replicas", 1)
     assert refused.returncode == 2
