@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--input-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--duration", type=float, default=30, help="seconds of each of the three runs (default: 30)")
+    parser.add_argument("--stream-interval", type=int, default=1, help="of the servers: tokens a response (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests, the moment and the victim")
     parser.add_argument("--output", type=Path, default=Path("results/local/failover.json"))
     parser.add_argument("--force", action="store_true")
@@ -62,9 +63,17 @@ def main() -> int:
     info = load_engine_json(args.engine_dir, backend="native")
     check_length(info.engine, args.input_tokens, args.output_tokens, "--output-tokens")
     output = check_output(args.output, args.force, args.engine_dir)
-    asked = Asked(args.replicas, args.concurrency, args.input_tokens, args.output_tokens, args.duration, args.seed)
+    asked = Asked(
+        args.replicas,
+        args.concurrency,
+        args.input_tokens,
+        args.output_tokens,
+        args.duration,
+        args.seed,
+        args.stream_interval,
+    )
     device = pick_device(args.device).type
-    with replicas(args.engine_dir, asked.replicas, device) as fleet:
+    with replicas(args.engine_dir, asked.replicas, device, asked.stream_interval) as fleet:
         result = asyncio.run(measure(asked, fleet, info, fingerprint(device)))
     write_result(output, result, force=args.force)
     show([result])
@@ -82,6 +91,7 @@ class Asked:
     output_tokens: int
     duration: float
     seed: int
+    stream_interval: int
 
     @property
     def kill_s(self) -> float:
@@ -104,11 +114,11 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def replicas(engine_dir: Path, count: int, device: str) -> Iterator[Fleet]:
+def replicas(engine_dir: Path, count: int, device: str, stream_interval: int) -> Iterator[Fleet]:
     """Servers, each kept running by a thread of its own; on GPUs one a card, in turn."""
     cards = torch.cuda.device_count() if device == "cuda" else 0
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    config, ended = ServeConfig(device=device, drain_s=1), threading.Event()
+    config, ended = ServeConfig(device=device, drain_s=1, stream_interval=stream_interval), threading.Event()
     with contextlib.ExitStack() as stack, console.status(f"starting {count} servers"):
         servers = [
             TritonServer(
@@ -188,6 +198,7 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
             "replicas": asked.replicas,
             "duration_s": asked.duration,
             "seed": asked.seed,
+            "stream_interval": asked.stream_interval,
             "prefix_cache": True,
         },
         environment=environment,

@@ -34,13 +34,18 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, required=True, help="at the same path on every machine")
     parser.add_argument("--replicas", default="auto", help="how many; auto: one a GPU, else one; 0: a gateway alone")
-    parser.add_argument("--address", help="HOST:PORT of a Ray cluster (default: one of this machine alone)")
+    parser.add_argument(
+        "--address", help="HOST:PORT of the Ray cluster that this machine has joined (default: one of its own)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cpus", type=float, help="cores a replica (default: 1 beside a GPU, else an equal share)")
     parser.add_argument("--resource", action="append", default=[], metavar="NAME=AMOUNT", help="what else each needs")
     parser.add_argument("--host", default="127.0.0.1", help="the gateway's address (default: this machine only)")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--api-key", default=os.environ.get("LLM_DEMO_API_KEY"), help="or $LLM_DEMO_API_KEY")
+    parser.add_argument(
+        "--stream-interval", type=int, default=1, help="tokens a response, after the first (default: 1)"
+    )
     parser.add_argument("--drain-s", type=float, default=600, help="seconds to end, when a replica is replaced")
     parser.add_argument("--replace", action="store_true", help="give the replicas at --address this engine, one by one")
     parser.add_argument("--stop", action="store_true", help="end the replicas at --address")
@@ -48,28 +53,32 @@ def main() -> None:
     if (args.replace or args.stop) and not args.address:
         raise InputError("--replace and --stop need the --address of the cluster whose replicas they mean")
     load_engine_json(args.engine_dir, backend="native")
-    wanted = resources_of(args.resource)
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
-    console, config = Console(highlight=False, soft_wrap=True), ServeConfig(device=args.device)
+    wanted, number = resources_of(args.resource), count_of(args.replicas)
+    console, config = (
+        Console(highlight=False, soft_wrap=True),
+        ServeConfig(device=args.device, stream_interval=args.stream_interval),
+    )
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         door = None if args.replace or args.stop else stack.enter_context(listen(args.host, args.port))
         with console.status("starting Ray"):
             cluster = stack.enter_context(Cluster(args.address))
+        for stop in (signal.SIGINT, signal.SIGTERM):  # Ray took them for itself
+            signal.signal(stop, signal.default_int_handler)
         if args.stop:
             return cluster.stop()
         have = cluster.resources()
         on_gpu = args.device == "cuda" or (args.device == "auto" and have.get("GPU", 0) > 0)
         if not args.address:
             pick_device(args.device)
-        count = count_of(args.replicas, int(have.get("GPU", 0)) if on_gpu else 1)
+        count = (int(have.get("GPU", 0)) if on_gpu else 1) if number is None else number
         share = args.cpus or (1 if on_gpu else max(1, have.get("CPU", 1) // max(count, 1)))
         each = {"CPU": share, "GPU": float(on_gpu)} | wanted
-        for name, amount in each.items():
-            if amount * count > have.get(name, 0):
-                raise InputError(
-                    f"{count} replicas need {amount * count:g} {name}, the cluster has {have.get(name, 0):g}"
-                )
+        lacking = {name: n * count for name, n in each.items() if n * count > have.get(name, 0)}
+        for name, amount in lacking.items():
+            text = f"{count} replicas need {amount:g} {name}, the cluster has {have.get(name, 0):g}"
+            if not args.address:
+                raise InputError(text)
+            console.print(f"note: {text}: some will wait for more machines")
         if args.replace:
             return cluster.replace(args.engine_dir, config, resources=each, drain_s=args.drain_s, say=console.print)
         cluster.deploy(args.engine_dir, config, count, resources=each)
@@ -82,9 +91,10 @@ def main() -> None:
     console.print("stopped")
 
 
-def count_of(text: str, auto: int) -> int:
+def count_of(text: str) -> int | None:
+    """None for auto. Raises :class:`InputError`."""
     if text == "auto":
-        return auto
+        return None
     if not text.isdecimal():
         raise InputError(f"--replicas takes a number or auto, got {text!r}")
     return int(text)

@@ -10,6 +10,7 @@ import pytest
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
 from llama_engine.serving import client as client_module
+from llama_engine.serving.client import GrpcClient
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.router import Router
 from llama_engine.serving.server import TritonServer
@@ -35,7 +36,7 @@ ASKED = list(zip(some_prompts(12, seed=3), SAMPLINGS * 3))
 
 @pytest.fixture(scope="module")
 def replicas(tiny_engine):
-    config = ServeConfig(drain_s=0)
+    config = ServeConfig(drain_s=0, stream_interval=3)
     options = {"env": {"OMP_NUM_THREADS": "1"}, "http": False}
     with TritonServer(tiny_engine, config, **options) as first, TritonServer(tiny_engine, config, **options) as second:
         yield first, second
@@ -46,6 +47,20 @@ def right(tiny_engine):
     """Each answer as an engine gives it that is never disturbed."""
     engine = load_engine(tiny_engine, device="cpu", threads=1)
     return [generate(engine, prompt, NEW, params=params) for prompt, (_, params) in ASKED]
+
+
+def test_responses_hold_as_many_tokens_as_asked_for_after_the_first(replicas, right):
+    async def go():
+        client = GrpcClient(replicas[0].grpc_url)
+        prompt, (options, _) = ASKED[0]
+        parts = [part async for part in client.generate(prompt, NEW, streaming=True, **options)]
+        await client.close()
+        return parts
+
+    parts = asyncio.run(go())
+    assert [token for part in parts for token in part] == right[0]
+    assert min(map(len, parts[1:-1])) >= 3
+    assert len(parts) > 3
 
 
 DISTURBANCES = {
