@@ -143,8 +143,9 @@ def disturbance(phase: Phase, killed_at: float, back_at: float | None, duration_
         for start, end in itertools.pairwise([answer.run.t0, *answer.run.token_times]):
             gaps[end > killed_at].append(end - start)
     steps = [killed_at + i * BUCKET_S / 5 for i in range(int((ended - SETTLED_S - killed_at) / BUCKET_S * 5))]
-    settled = (at for at in steps if phase.rate(at, at + SETTLED_S) >= SETTLED_SHARE * before)
-    settled_at = next(settled, None)
+    enough = [phase.rate(at, at + SETTLED_S) >= SETTLED_SHARE * before for at in steps]
+    dipped = next((i for i, well in enumerate(enough) if not well), 0)
+    settled_at = next((at for at, well in zip(steps[dipped:], enough[dipped:]) if well), None)
     return {
         "before_tokens_per_s": before,
         "lowest_tokens_per_s": min(x["tokens_per_s"] for x in timeline if x["s"] >= -BUCKET_S / 2),

@@ -118,7 +118,8 @@ class Cluster:
         if self.address and not inference_key():
             raise InputError(f"replicas of a cluster are open to its network: set {KEY_VARIABLE} to a secret first")
         for number in range(count):
-            self._start(f"replica-{number}", engine_dir, config, resources)
+            if f"replica-{number}" not in self._actors:
+                self._start(f"replica-{number}", engine_dir, config, resources)
 
     def _start(self, name: str, engine_dir: Path, config: ServeConfig, resources: Mapping[str, float]) -> None:
         import ray
