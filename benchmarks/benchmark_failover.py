@@ -2,8 +2,8 @@ r"""Kill a replica under load, and measure what its users see of it.
 
 Purpose: that no answer is lost, doubled or wrong when a server dies; how long users wait; how throughput comes back.
 Method:  replicas of one engine, each a Triton Inference Server of its own, on GPUs one a card, behind the gateway's
-         router. --concurrency users a replica ask greedy and sampled requests for --duration, three times: of one
-         replica, of all, and of all while, at a moment drawn from --seed, one is killed (kill -9) and started again.
+         router. --concurrency users a replica ask greedy and sampled requests for --duration, of one replica and of
+         all; then of all while, at a moment drawn from --seed, one is killed (kill -9) and started again.
          Every answer must be the one that the same request had before.
 Output:  results/local/failover.json: throughput of one and of all, answers lost, duplicated and wrong, the longest gap,
          the dip, and the time until throughput, and all replicas, are back.
@@ -41,6 +41,7 @@ from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.router import Router
 from llama_engine.serving.server import TritonServer, supervise
 
+SETTLING_S = 1.0  # of a run's begin that its throughput leaves out
 console = Console(stderr=True)
 
 
@@ -49,16 +50,18 @@ def main() -> int:
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--concurrency", type=int, default=4, help="users a replica (default: 4)")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[4], help="users a replica; killed at the last (default: 4)"
+    )
     parser.add_argument("--input-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--duration", type=float, default=30, help="seconds of each of the three runs (default: 30)")
+    parser.add_argument("--duration", type=float, default=30, help="seconds of each run (default: 30)")
     parser.add_argument("--stream-interval", type=int, default=1, help="of the servers: tokens a response (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests, the moment and the victim")
     parser.add_argument("--output", type=Path, default=Path("results/local/failover.json"))
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
-    if args.replicas < 2 or args.concurrency < 1 or not 1 <= args.duration < 3600:
+    if args.replicas < 2 or min(args.concurrency) < 1 or not 1 <= args.duration < 3600:
         raise InputError("--replicas must be at least 2, --concurrency at least 1, --duration 1 to 3600 s")
     info = load_engine_json(args.engine_dir, backend="native")
     check_length(info.engine, args.input_tokens, args.output_tokens, "--output-tokens")
@@ -86,7 +89,7 @@ class Asked:
     """What the users do, and when they are disturbed."""
 
     replicas: int
-    concurrency: int
+    concurrency: list[int]
     input_tokens: int
     output_tokens: int
     duration: float
@@ -151,19 +154,23 @@ def replicas(engine_dir: Path, count: int, device: str, stream_interval: int) ->
 
 
 async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dict[str, Any]) -> Result:
-    """One replica, all of them, and all of them disturbed."""
-    users = asked.concurrency * asked.replicas
+    """One replica and all of them at each load, then all of them disturbed."""
+    users = asked.concurrency[-1] * asked.replicas
     requests = Request.some(4 * users, asked.input_tokens, info.model.vocab_size, asked.seed)
+    scaling, phases = [], []
 
     async def run(urls: list[str], users: int, what: str, kill: bool = False) -> tuple[Phase, Router, list[float]]:
         router, times = Router.of(info, urls), []
         with console.status(what):
-            await failover.closed_loop(router, requests[: 2 * users], 8, users, 0)  # warm
+            while not all(replica.up for replica in router.replicas.values()):
+                await asyncio.sleep(0.01)
+            await failover.closed_loop(router, requests[:users], 8, users, 0)  # warm
             disturbing = asyncio.create_task(disturb(router, times)) if kill else None
             phase = await failover.closed_loop(router, requests, asked.output_tokens, users, asked.duration)
             if disturbing:
                 await disturbing
         await router.close()
+        phases.append(phase)
         return phase, router, times
 
     async def disturb(router: Router, times: list[float]) -> None:
@@ -179,13 +186,16 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
         if router.replicas[victim.grpc_url].up:
             times.append(time.perf_counter())
 
-    alone, _, _ = await run(fleet.urls[:1], asked.concurrency, "one replica")
-    calm, _, _ = await run(fleet.urls, users, f"{asked.replicas} replicas")
+    for each in asked.concurrency:
+        one, _, _ = await run(fleet.urls[:1], each, f"one replica, {each} users")
+        calm, _, _ = await run(fleet.urls, each * asked.replicas, f"{asked.replicas} replicas, {each} users each")
+        rates = [part.rate(part.start + SETTLING_S, part.start + asked.duration) for part in (one, calm)]
+        named = dict(zip(("one_tokens_per_s", "all_tokens_per_s"), rates))
+        scaling.append({"concurrency": each} | named | {"ratio": rates[1] / rates[0]})
     phase, router, times = await run(fleet.urls, users, f"{asked.replicas} replicas, one of which is killed", kill=True)
     right, unstable = failover.right_answers(calm)
     counts = failover.compare(phase, right, asked.output_tokens)
     found = failover.disturbance(phase, times[0], times[1] if len(times) > 1 else None, asked.duration)
-    rates = [part.rate(part.start + 1, part.start + asked.duration) for part in (alone, calm)]
     return new_result(
         "failover",
         info.backend,
@@ -213,17 +223,13 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
             "requests_without_one_right_answer": unstable,
             **found,
         },
-        scaling={
-            "one_tokens_per_s": rates[0],
-            "all_tokens_per_s": rates[1],
-            "ratio": rates[1] / rates[0],
-        },
+        scaling=scaling,
         checks={
-            "failed_requests": counts["lost"] + sum(bool(x.error) for part in (alone, calm) for x in part.answers),
+            "failed_requests": counts["lost"] + sum(bool(x.error) for part in phases[:-1] for x in part.answers),
             "duplicated_answers": counts["duplicated"],
             "wrong_answers": counts["wrong"],
             "moved_requests": router.counts["requests_moved_total"],
-            "client_lag_p99_ms": failover.lag_p99_ms([alone, calm, phase]),
+            "client_lag_p99_ms": failover.lag_p99_ms(phases),
         },
     )
 

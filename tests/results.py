@@ -62,7 +62,7 @@ def write_folder(root):
               "requests_without_one_right_answer": 0, "longest_gap_s": 0.4, "usual_gap_s": 0.1,
               "before_tokens_per_s": 90.0, "lowest_tokens_per_s": 0.0, "recovery_s": 1.5, "full_strength_s": 3.0,
               "timeline": times}  # fmt: skip
-    scaling = {"one_tokens_per_s": 46.0, "all_tokens_per_s": 91.0, "ratio": 91 / 46}
+    scaling = [{"concurrency": 4, "one_tokens_per_s": 46.0, "all_tokens_per_s": 91.0, "ratio": 91 / 46}]
     died = measurement("failover", "native", [1.0] * 5, failover=broken, scaling=scaling)
     died["workload"] |= {"replicas": 2, "concurrency": 8}
     died["samples"] = {}

@@ -104,8 +104,11 @@ def _show_failover(out: Console, result: Result) -> None:
         f"longest gap {seen['longest_gap_s']:.2f} s (before the kill {seen['usual_gap_s']:.2f} s)",
         f"{seen['before_tokens_per_s']:,.0f} tok/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; throughput back "
         f"{back['recovery_s']}, all replicas {back['full_strength_s']}",
-        f"one replica {scaling['one_tokens_per_s']:,.0f} tok/s, {result['workload']['replicas']} replicas "
-        f"{scaling['all_tokens_per_s']:,.0f}: {scaling['ratio']:.2f}x",
+        *(
+            f"{x['concurrency']} users a replica: one {x['one_tokens_per_s']:,.0f} tok/s, all "
+            f"{result['workload']['replicas']} {x['all_tokens_per_s']:,.0f}, {x['ratio']:.2f}x"
+            for x in scaling
+        ),
     ):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
