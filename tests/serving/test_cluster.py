@@ -29,7 +29,13 @@ PROMPTS = some_prompts(24, seed=5)
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_engine):
+def nodes():
+    """The second node, once it is there; the last test ends it."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_engine, nodes):
     """One replica on a node of its own, one on the head: a node has one core for one."""
     with Cluster(cpus=1) as cluster:
         import ray
@@ -40,12 +46,18 @@ def cluster(tiny_engine):
         address = ray.get_runtime_context().gcs_address
         params = RayParams(gcs_address=address, num_cpus=1, object_store_memory=80 << 20, include_log_monitor=False)
         params.node_ip_address = "127.0.0.1"
-        second = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=False)
+        nodes.append(Node(params, head=False, shutdown_at_exit=True, spawn_reaper=False))
         cluster.deploy(tiny_engine, CONFIG, 2, resources=EACH)
         cluster.wait(2, 240)
         yield cluster
         cluster.stop()
-        second.kill_all_processes(check_alive=False, allow_graceful=False)
+        end(nodes)
+
+
+def end(nodes):
+    """Everything of the second node at once, as when a machine loses its power."""
+    while nodes:
+        nodes.pop().kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +127,9 @@ def test_nothing_of_it_listens_beyond_the_loopback(cluster):
     assert connections
     assert {c.laddr.ip.removeprefix("::ffff:") for c in connections} == {"127.0.0.1"}
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_node_that_dies_takes_no_answer_with_it(cluster, nodes, tiny_engine, right):
+    """The last: its replica finds no other core."""
+    rounds, _ = answers(cluster, tiny_engine, lambda: end(nodes))
+    assert all(made == right for made in rounds)
