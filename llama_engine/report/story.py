@@ -97,6 +97,7 @@ class Story:
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
             "determinism": f"determinism-{self.backend}.json",
+            "failover": "failover.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
             **{name.removesuffix(".json"): name for name in self.files if name.startswith(("ladder-", "ablation-"))},
