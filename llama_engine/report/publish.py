@@ -14,6 +14,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
 from llama_engine.measure.compare import judge_again
 from llama_engine.measure.result import load_folder, result_files, write_result
+from llama_engine.report.page import PAGE, render_page, source_of_page
 from llama_engine.report.plots import PICTURES, draw_all
 from llama_engine.report.render import readme_block, render, replace_block
 from llama_engine.report.story import Story
@@ -21,12 +22,12 @@ from llama_engine.report.story import Story
 REPORT, SOURCES = "PERFORMANCE_REPORT.md", "PERFORMANCE_REPORT.sources.json"
 
 
-def draw(folder: Path) -> list[Path]:
-    """Write report, sources and pictures beside the JSON of one machine; returns their paths."""
-    story = Story.load(folder)
-    for name, text in zip((REPORT, SOURCES), render(story)):
+def draw(folder: Path, price_per_hour: float | None = None) -> list[Path]:
+    """Write report, sources, page and pictures beside the JSON of one machine; returns their paths."""
+    story = Story.load(folder, price_per_hour)
+    for name, text in zip((REPORT, SOURCES, PAGE), (*render(story), render_page(story))):
         write_text(folder / name, text)
-    return [folder / REPORT, folder / SOURCES, *draw_all(story, folder)]
+    return [folder / REPORT, folder / SOURCES, folder / PAGE, *draw_all(story, folder)]
 
 
 def judge(folder: Path) -> list[Path]:
@@ -44,6 +45,7 @@ def publish(results: Path, readme: Path, headline: str) -> list[Path]:
         write_text(path, text)
     for folder, story in folders(results, stories).items():
         draw_all(story, folder)
+        write_text(folder / PAGE, render_page(story))
     for path in copies(results, headline):
         path.unlink()
     return list(wanted)
@@ -65,6 +67,9 @@ def check(results: Path, readme: Path) -> str:
         shown = {folder / name for name in re.findall(r"\((\w+\.png)\)", wanted[folder / REPORT])}
         pictures = sorted(shown.union(folder.glob("*.png")))
         stale += [path for path in pictures if not path.exists() or source_of(path) != story.sha256]
+        page = folder / PAGE
+        if not page.exists() or source_of_page(page.read_text(encoding="utf-8")) != story.sha256:
+            stale.append(page)
     for story in stories:
         judged = load_folder(results / story.name)
         stale += [results / story.name / f"{name}.json (its verdict)" for name in judge_again(judged)]
@@ -98,7 +103,7 @@ def folders(results: Path, stories: list[Story]) -> dict[Path, Story]:
 
 def copies(results: Path, headline: str) -> list[Path]:
     """What the headline's own folder holds of a report, as ``draw`` leaves it there."""
-    paths = [results / headline / name for name in (REPORT, SOURCES, *PICTURES)]
+    paths = [results / headline / name for name in (REPORT, SOURCES, PAGE, *PICTURES)]
     return [path for path in paths if path.exists()]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llama_engine.config import DEFAULT_MODEL
+from llama_engine.report.ladder import rungs
+from llama_engine.report.pareto import Point, loads, points
 from llama_engine.report.show import CONDITIONS
 from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_points, waterfall_steps
 from llama_engine.report.tournaments import Table, tables
@@ -102,6 +104,21 @@ class Page:
             place = f"{load.at}.summary.output_tokens_per_s.p50"
             rate = self.story.at(place)
             yield load.name, Derived(rate and 1e6 / rate, (place,)), f"{load.at}.summary.energy_j_per_token"
+
+    @property
+    def has_points(self) -> bool:
+        """Whether there is a picture of what a GPU gives against what a user sees."""
+        return any(loads(self.story))
+
+    def dollars(self) -> Iterator[tuple[Point, str, str, str]]:
+        """(load, tokens/s a user sees, tokens/s of the GPU, $ per million tokens) at the price that was given."""
+        for x in points(self.story):
+            file, _, path = x.at.partition(":")
+            places = [f"{self.folder}{file}:{path}{'.' * bool(path)}{key}" for key in ("summary", "samples")]
+            spans = ((x.per_user, x.per_user_ci, ",.1f"), (x.per_gpu, x.per_gpu_ci, ",.1f"))
+            spans += ((x.dollars, x.dollars_ci, ",.3f"),)
+            cells = (f"{value:{form}} [{low:{form}}, {high:{form}}]" for value, (low, high), form in spans)
+            yield (x, *(self._cite(cell, places) for cell in cells))
 
     def scaling(self) -> tuple[int, int, Derived, Derived] | None:
         """(fewest, most requests, growth of tokens/s, its share of linear growth) of the served loads that count."""
@@ -203,6 +220,7 @@ def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()
     steps = waterfall_steps(story)
     values = {"page": page, "story": story, "figure": page.figure, "headline": headline, "others": more}
     values |= {"roofline": roofline_points(story), "waterfall": steps if len(steps) > 1 else []}
+    values["ladder"] = rungs(story)
     text, sources = _fill("report.md.j2", page.cited, **values)
     return text, json.dumps(sources, indent=1, ensure_ascii=False) + "\n"
 
