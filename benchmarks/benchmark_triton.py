@@ -113,7 +113,7 @@ class Served:
     def cost(self) -> Cost | None:
         """Of a TensorRT engine, whose server's metrics do not tell."""
         built = self.info and self.info.tensorrt_llm
-        return Cost.of(self.model, built.step_nbytes, self.model.kv_nbytes()) if built else None
+        return Cost.of(self.model, built.step_nbytes, self.model.kv_nbytes(2)) if built else None
 
 
 def served_by(engine_dir: Path | None, model_dir: Path | None, url: str | None) -> Served:
