@@ -27,13 +27,14 @@ from llama_engine.device import pick_device
 from llama_engine.errors import InputError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.measure import served
+from llama_engine.measure.contestants import Cell, Contestant, ServedContestant, StackContestant
 from llama_engine.measure.demand import Demand
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.peers import KINDS
 from llama_engine.measure.result import check_output, write_result
 from llama_engine.measure.telemetry import Nvml
 from llama_engine.measure.text import Text, codec_of
-from llama_engine.measure.tournament import Cell, Contestant, ServedContestant, StackContestant, Tournament, play
+from llama_engine.measure.tournament import Tournament, play
 from llama_engine.measure.traffic import Traffic
 from llama_engine.report.show import show_tournament
 from llama_engine.serving.openai_target import OpenAITarget

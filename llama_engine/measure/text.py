@@ -137,11 +137,10 @@ class Prefixes:
 
     def add(self, ids: Sequence[int]) -> int:
         """How many leading tokens of this prompt were sent before in another."""
-        chain, shared, known = 0, 0, True
+        chain, shared = 0, 0
         for start in range(0, len(ids) - self.BLOCK + 1, self.BLOCK):
             chain = hash((chain, *ids[start : start + self.BLOCK]))
-            known = known and chain in self._seen
-            shared += self.BLOCK * known
+            shared += self.BLOCK * (chain in self._seen)
             self._seen.add(chain)
         self.prompt_tokens += len(ids)
         self.shared_tokens += shared

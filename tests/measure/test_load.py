@@ -3,8 +3,9 @@ import time
 
 import pytest
 
+from llama_engine.measure.answers import ServedRun, apportion, settle
 from llama_engine.measure.lengths import Length
-from llama_engine.measure.load import Generator, Load, ServedRun, apportion, level, settle
+from llama_engine.measure.load import Generator, Load, level
 from llama_engine.measure.slo import Limits
 from llama_engine.measure.text import Pieces, RandomIds, Text
 from llama_engine.measure.traffic import Traffic

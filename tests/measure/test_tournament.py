@@ -5,12 +5,14 @@ import asyncio
 import pytest
 
 from llama_engine.errors import RunError
+from llama_engine.measure.answers import ServedRun
+from llama_engine.measure.contestants import Cell, Contestant, batch
 from llama_engine.measure.lengths import Length
-from llama_engine.measure.load import Load, ServedRun
+from llama_engine.measure.load import Load
 from llama_engine.measure.result import load_result, validate
 from llama_engine.measure.stack_worker import StackProcess
 from llama_engine.measure.text import RandomIds, Text
-from llama_engine.measure.tournament import METRICS, Cell, Contestant, Tournament, batch, play, ratios
+from llama_engine.measure.tournament import METRICS, Tournament, play, ratios
 from llama_engine.measure.traffic import Traffic
 from tests.results import ENVIRONMENT
 
