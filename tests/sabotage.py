@@ -100,8 +100,8 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ),
     (
         "llama_engine/measure/others.py",
-        "last - due, run[\"prompt_tokens\"]",
-        "times[\"request_end\"] - due, run[\"prompt_tokens\"]",
+        'last - due, run["prompt_tokens"]',
+        'times["request_end"] - due, run["prompt_tokens"]',
         "tests/measure/test_others.py",
     ),
     (
