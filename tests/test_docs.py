@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_rooms import BASE, ROOMS
 
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/USAGE.md", "docs/STRUCTURE.md", "docs/DESIGN.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/USAGE.md", "docs/STRUCTURE.md", "docs/DESIGN.md", "docs/SCALING.md")
 LIBRARY = ROOT / "llama_engine"
 ROOTS = [ROOT, ROOT / "scripts", LIBRARY, *(path for path in LIBRARY.iterdir() if path.is_dir())]
 FILE = re.compile(r"`([\w./-]+\.(?:py|sh|cpp|h|cu|cuh|md|j2|json))\b")

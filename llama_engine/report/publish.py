@@ -5,7 +5,6 @@ The headline machine's report and pictures lie in results/ itself, beside the fo
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from llama_engine.report.render import readme_block, render, replace_block
 from llama_engine.report.story import Story
 
 REPORT, SOURCES = "PERFORMANCE_REPORT.md", "PERFORMANCE_REPORT.sources.json"
-PEERS = Path(__file__).parents[2] / "benchmarks/data/peers.json"  # engines measured in other runs
 
 
 def draw(folder: Path, price_per_hour: float | None = None) -> list[Path]:
@@ -111,10 +109,10 @@ def copies(results: Path, headline: str) -> list[Path]:
 
 def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
     """Every report, its sources and the README, and what they should say."""
-    wanted, peers = {}, json.loads(PEERS.read_text(encoding="utf-8"))
+    wanted = {}
     for folder, story in folders(results, stories).items():
         headline = folder == results
-        texts = render(story, headline=headline, others=stories[1:] if headline else (), peers=peers)
+        texts = render(story, headline=headline, others=stories[1:] if headline else ())
         wanted |= {folder / name: text for name, text in zip((REPORT, SOURCES), texts)}
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     updated = replace_block(text, readme_block(stories))

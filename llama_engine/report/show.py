@@ -45,6 +45,8 @@ def show(results: Collection[Result]) -> None:
     for result in results:
         if result["benchmark"] == "determinism":
             _show_determinism(out, result)
+        if result["benchmark"] == "failover":
+            _show_failover(out, result)
     for result in results:
         name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
         for message in result["validity"]["reasons"]:
@@ -108,6 +110,28 @@ def _show_determinism(out: Console, result: Result) -> None:
             out.print(f"{what}: {load['ratio']:.3f}x  95 % [{low:.3f}, {high:.3f}]", markup=False)
 
 
+def _show_failover(out: Console, result: Result) -> None:
+    """What became of the answers, and of throughput, when a replica was killed."""
+    seen, scaling = result["failover"], result["scaling"]
+    back = {
+        name: "not within the run" if seen[name] is None else f"after {seen[name]:.1f} s"
+        for name in ("recovery_s", "full_strength_s")
+    }
+    for line in (
+        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong; "
+        f"{seen['moved']} moved, {seen['resumed']} of them in mid-answer",
+        f"longest gap {seen['longest_gap_s']:.2f} s (before the kill {seen['usual_gap_s']:.2f} s)",
+        f"{seen['before_tokens_per_s']:,.0f} tok/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; throughput back "
+        f"{back['recovery_s']}, all replicas {back['full_strength_s']}",
+        *(
+            f"{x['concurrency']} users a replica: one {x['one_tokens_per_s']:,.0f} tok/s, all "
+            f"{result['workload']['replicas']} {x['all_tokens_per_s']:,.0f}, {x['ratio']:.2f}x"
+            for x in scaling
+        ),
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
     def cell(key: str, form: str) -> str:
         return form.format(**summed[key]) if key in summed else ""
@@ -134,6 +158,9 @@ def show_tournament(result: Result) -> None:
             cells += [f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]", ratio["verdict"]]
         table.add_row(at[0], str(at[1]), level["contestant"], *cells)
     out.print(table)
+    for who in result["contestants"]:
+        if "failed" in who:
+            out.print(f"{who['name']} left: {who['failed']}", markup=False)
     for level in result["levels"]:
         where = f"{level['contestant']}, {level['workload']['traffic']['name']} at {level['concurrency']}"
         for message in level["validity"]["reasons"]:
