@@ -122,8 +122,11 @@ class Move:
 
 
 def compare(phase: Phase, right: dict[int, list[int]], new_tokens: int, moves: Sequence[Move] = ()) -> dict[str, int]:
-    """How many answers were lost, duplicated or wrong, of how many; and how many of those that were moved are right up
-    to there, and then went on otherwise: a GPU's attention rounds a prompt otherwise than the same tokens one by one."""
+    """How many answers were lost, duplicated or wrong, of how many.
+
+    ``diverged`` ones were moved, are right up to there, and then went on otherwise: a GPU's attention rounds a prompt
+    otherwise than the same tokens one by one.
+    """
     counts = {"answers": len(phase.answers), "lost": 0, "duplicated": 0, "wrong": 0, "diverged": 0}
     for answer in phase.answers:
         ids = answer.run.token_ids
