@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
-from llama_engine import trtllm
-from llama_engine.config import EngineConfig
 from llama_engine.errors import ErrorCode
 from llama_engine.measure.lengths import Length
 from llama_engine.measure.load import Generator
@@ -30,7 +28,6 @@ from llama_engine.serving.server import TritonServer
 from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
-from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
@@ -467,12 +464,6 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
         assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
     assert results[0]["levels"][0]["summary"]["mbu"] > 0
     assert "mbu" not in results[1]["levels"][0]["summary"]
-
-
-@pytest.fixture
-def trt_engine(installed, tiny_checkpoint, tmp_path):  # noqa: F811
-    trtllm.build(tiny_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=4, max_seq_len=64), FLAGS)
-    return tmp_path / "e"
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
