@@ -244,11 +244,13 @@ def test_logprobs_are_of_the_raw_logits():
     torch.testing.assert_close(values, expected[[1, 3]][None])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**31))
 def test_uniform_stays_in_range(seed, position):
     assert 0 <= uniform(seed, position) < 1
 
 
+@settings(deadline=None)
 @given(PARAMS, st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 @example(SamplingParams(1e-45), [0.0, 3.0, 1.0])
 @example(SamplingParams(1.0, top_p=1e-300), [0.0, 3.0, 1.0])
@@ -260,6 +262,7 @@ def test_any_accepted_parameters_pick_an_id_of_any_finite_logits(params, logits)
         assert logits[token] == max(logits)
 
 
+@settings(deadline=None)
 @given(PARAMS, st.sampled_from([[0.0, math.nan, 1.0], [0.0, math.inf], [-math.inf] * 3, [math.nan] * 2]))
 def test_logits_without_a_finite_maximum_pick_nothing(params, logits):
     assert sample(torch.tensor([logits]), [params], [5]).tolist() == [NOT_FINITE]

@@ -17,7 +17,7 @@ VOCAB = 300
 TEMPERATURE = math.log2(math.e)  # one logit less is half the weight
 MORE = 2**-30  # the least by which top_p can differ
 STEPS = {3: 0, 127: -1, 200: -2, 299: -2}
-LEVELS = {3: 0, 40: -1, 127: -1, 128: -1, 200: -1, 299: 0}
+LEVELS = {0: -1, 3: 0, 127: -1, 128: -1, 200: -1, 299: 0}
 HALVES = {i: -int(i % 3 != 1) for i in range(VOCAB)}  # 100 tokens, and 200 of half their weight
 EQUAL = dict.fromkeys(range(VOCAB), 5)
 EDGE = {3: 0, 128: -28, 299: -29}  # weights 2**28, 1 and 0
@@ -38,6 +38,7 @@ ENDS = {
     "top-p just after it": (EQUAL, {"top_p": 0.5 + MORE}),
     "top-p of what top-k keeps": (LEVELS, {"top_k": 4, "top_p": 2 / 3}),
     "min-p of a logit": (STEPS | {298: -3}, {"min_p": 0.25}),
+    "min-p at the end of top-k": (LEVELS, {"top_k": 4, "min_p": 0.5}),
     "min-p of the largest": (LEVELS, {"min_p": 1.0}),
     "min-p beside top-p": (STEPS, {"top_p": 0.75 + MORE, "min_p": 0.25}),
     "the smallest weight": (EDGE, {}),
