@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="also serve the model ensemble: text in, text out")
     parser.add_argument("--max-queue-size", type=int, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
+    parser.add_argument(
+        "--stream-interval", type=int, default=1, help="tokens a response, after the first (default: 1)"
+    )
     parser.add_argument("--drain-s", type=float, default=10, help="seconds running requests get at shutdown")
     parser.add_argument("--exclude-input-in-output", action="store_true", help="answer with new tokens only")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,6 +41,10 @@ class Linears:
         kept = [linear for name in ("o", "gate_up", "down") for linear in self.named(name) if library.runs(linear)]
         widest = max((linear.weight.shape[0] for linear in kept), default=0)
         self.product = torch.zeros(min(capacity, LIBRARY_ROWS) * widest, dtype=torch.float16, device=self.device)
+        packed = [math.prod(linear.shape) for name in LINEARS for linear in self.named(name) if linear.scheme is INT4]
+        on_gpu = self.device.type == "cuda" and capacity >= 512  # else no tile leaves such a matrix to cuBLAS
+        room = max(packed, default=0) if on_gpu else 0
+        self.scratch = torch.empty(room, dtype=torch.float16, device=self.device)
         best = torch.zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32, device=self.device)
         self.partials = best, torch.zeros_like(best, dtype=torch.int32)  # of lm_head's tiles
         self.workspace = gemm.Workspace(self.device)
@@ -49,17 +54,17 @@ class Linears:
         c = self.config
         widths = dict.fromkeys(("qkv", "gate_up", "lm_head"), c.hidden_size)
         widths |= {"o": c.q_size, "down": c.intermediate_size}
-        half = capacity * max(widths.values())
-        raw = torch.zeros(2 * half, dtype=torch.int8, device=self.device)
+        most = capacity * max(widths.values())
+        raw = torch.zeros(2 * most, dtype=torch.int8, device=self.device)
         buffers = {}
         for name, k in widths.items():
             whole = raw[: 2 * capacity * k]
             # Of FP8, down has a place of its own: it is written while gate_up's activations are still read.
-            one = raw[half:][: capacity * k] if name == "down" else raw[: capacity * k]
+            one = raw[most:][: capacity * k] if name == "down" else raw[: capacity * k]
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
-            buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
-            buffers["int4", name] = buffers["fp16", name]
+            half = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            buffers["fp16", name] = buffers["int4", name] = half
         buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 
@@ -99,7 +104,7 @@ class Linears:
             piece = slice(first, min(first + step, rows))
             count = piece.stop - first
             y = out[piece] if name == "qkv" else self.product[: count * n].view(count, n)
-            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y)
+            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y, self.scratch)
             if name == "gate_up":
                 scale = None if out_scale is None else out_scale[piece]
                 quant.quantize_rows(y, out[piece], scale, count, gated=True)
