@@ -34,7 +34,8 @@ from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.measure import failover
 from llama_engine.measure.environment import fingerprint
-from llama_engine.measure.failover import Phase, Request
+from llama_engine.measure.failover import Move, Phase, Request
+from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import Result, check_output, new_result, write_result
 from llama_engine.report.show import show
 from llama_engine.serving.repository import ServeConfig
@@ -49,6 +50,12 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "streaming", "tiled", "torch"],
+        default="auto",
+        help="of the engine (default: auto)",
+    )
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument(
         "--concurrency", type=int, nargs="+", default=[4], help="users a replica; killed at the last (default: 4)"
@@ -66,18 +73,11 @@ def main() -> int:
     info = load_engine_json(args.engine_dir, backend="native")
     check_length(info.engine, args.input_tokens, args.output_tokens, "--output-tokens")
     output = check_output(args.output, args.force, args.engine_dir)
-    asked = Asked(
-        args.replicas,
-        args.concurrency,
-        args.input_tokens,
-        args.output_tokens,
-        args.duration,
-        args.seed,
-        args.stream_interval,
-    )
+    asked = Asked(args.replicas, args.concurrency, args.input_tokens, args.output_tokens, args.duration, args.seed)
     device = pick_device(args.device).type
-    with replicas(args.engine_dir, asked.replicas, device, asked.stream_interval) as fleet:
-        result = asyncio.run(measure(asked, fleet, info, fingerprint(device)))
+    config = ServeConfig(device=device, kernels=args.kernels, drain_s=1, stream_interval=args.stream_interval)
+    with replicas(args.engine_dir, asked.replicas, config) as fleet:
+        result = asyncio.run(measure(asked, fleet, info, config, fingerprint(device)))
     write_result(output, result, force=args.force)
     show([result])
     print(f"wrote {output}")
@@ -94,7 +94,6 @@ class Asked:
     output_tokens: int
     duration: float
     seed: int
-    stream_interval: int
 
     @property
     def kill_s(self) -> float:
@@ -117,11 +116,11 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def replicas(engine_dir: Path, count: int, device: str, stream_interval: int) -> Iterator[Fleet]:
+def replicas(engine_dir: Path, count: int, config: ServeConfig) -> Iterator[Fleet]:
     """Servers, each kept running by a thread of its own; on GPUs one a card, in turn."""
-    cards = torch.cuda.device_count() if device == "cuda" else 0
+    cards = torch.cuda.device_count() if config.device == "cuda" else 0
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    config, ended = ServeConfig(device=device, drain_s=1, stream_interval=stream_interval), threading.Event()
+    ended = threading.Event()
     with contextlib.ExitStack() as stack, console.status(f"starting {count} servers"):
         servers = [
             TritonServer(
@@ -153,14 +152,18 @@ def replicas(engine_dir: Path, count: int, device: str, stream_interval: int) ->
                 thread.join()
 
 
-async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dict[str, Any]) -> Result:
+async def measure(
+    asked: Asked, fleet: Fleet, info: EngineInfo, config: ServeConfig, environment: dict[str, Any]
+) -> Result:
     """One replica and all of them at each load, then all of them disturbed."""
     users = asked.concurrency[-1] * asked.replicas
     requests = Request.some(4 * users, asked.input_tokens, info.model.vocab_size, asked.seed)
-    scaling, phases = [], []
+    number_of = {tuple(request.prompt): number for number, request in enumerate(requests)}
+    scaling, phases, moves = [], [], []
 
     async def run(urls: list[str], users: int, what: str, kill: bool = False) -> tuple[Phase, Router, list[float]]:
         router, times = Router.of(info, urls), []
+        router.on_move = lambda prompt, made: moves.append(Move(number_of[tuple(prompt)], time.perf_counter(), made))
         with console.status(what):
             while not all(replica.up for replica in router.replicas.values()):
                 await asyncio.sleep(0.01)
@@ -194,13 +197,13 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
         scaling.append({"concurrency": each} | named | {"ratio": rates[1] / rates[0]})
     phase, router, times = await run(fleet.urls, users, f"{asked.replicas} replicas, one of which is killed", kill=True)
     right, unstable = failover.right_answers(calm)
-    counts = failover.compare(phase, right, asked.output_tokens)
+    counts = failover.compare(phase, right, asked.output_tokens, moves)
     found = failover.disturbance(phase, times[0], times[1] if len(times) > 1 else None, asked.duration)
     return new_result(
         "failover",
         info.backend,
         model=info.identity,
-        engine={"config": info.engine.to_dict(), "weights_sha256": info.weights_sha256},
+        engine=describe(info, config.kernels),
         workload={
             "input_tokens": asked.input_tokens,
             "output_tokens": asked.output_tokens,
@@ -208,7 +211,7 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
             "replicas": asked.replicas,
             "duration_s": asked.duration,
             "seed": asked.seed,
-            "stream_interval": asked.stream_interval,
+            "stream_interval": config.stream_interval,
             "prefix_cache": True,
         },
         environment=environment,
@@ -227,7 +230,7 @@ async def measure(asked: Asked, fleet: Fleet, info: EngineInfo, environment: dic
         checks={
             "failed_requests": counts["lost"] + sum(bool(x.error) for part in phases[:-1] for x in part.answers),
             "duplicated_answers": counts["duplicated"],
-            "wrong_answers": counts["wrong"],
+            "wrong_answers": counts["wrong"] + (counts["diverged"] if config.device == "cpu" else 0),
             "moved_requests": router.counts["requests_moved_total"],
             "client_lag_p99_ms": failover.lag_p99_ms(phases),
         },

@@ -26,4 +26,5 @@ if [ -z "$engine" ]; then
   ./scripts/build_engine.sh --checkpoint_dir "$checkpoint" --output_dir "$engine" --backend native --max_batch_size 128 --force
 fi
 "$PY" benchmarks/benchmark_failover.py --engine-dir "$engine" --device cuda --replicas 2 --concurrency 64 128 \
-  --input-tokens 128 --output-tokens 256 --duration 20 --stream-interval 4 --output "results/$name/failover.json" --force
+  --input-tokens 128 --output-tokens 256 --duration 20 --stream-interval 4 --kernels streaming \
+  --output "results/$name/failover.json" --force

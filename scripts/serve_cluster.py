@@ -38,6 +38,12 @@ def main() -> None:
         "--address", help="HOST:PORT of the Ray cluster that this machine has joined (default: one of its own)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "streaming", "tiled", "torch"],
+        default="auto",
+        help="of the engine (default: auto)",
+    )
     parser.add_argument("--cpus", type=float, help="cores a replica (default: 1 beside a GPU, else an equal share)")
     parser.add_argument("--resource", action="append", default=[], metavar="NAME=AMOUNT", help="what else each needs")
     parser.add_argument("--host", default="127.0.0.1", help="the gateway's address (default: this machine only)")
@@ -56,7 +62,7 @@ def main() -> None:
     wanted, number = resources_of(args.resource), count_of(args.replicas)
     console, config = (
         Console(highlight=False, soft_wrap=True),
-        ServeConfig(device=args.device, stream_interval=args.stream_interval),
+        ServeConfig(device=args.device, kernels=args.kernels, stream_interval=args.stream_interval),
     )
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         door = None if args.replace or args.stop else stack.enter_context(listen(args.host, args.port))

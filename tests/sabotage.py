@@ -73,7 +73,7 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ),
     (
         "llama_engine/measure/failover.py",
-        "elif ids != right.get(answer.number, ids):",
+        "elif ids != (wanted := right.get(answer.number, ids)):",
         "elif False:",
         "tests/measure/test_failover.py",
     ),

@@ -112,17 +112,30 @@ async def closed_loop(
     return phase
 
 
-def compare(phase: Phase, right: dict[int, list[int]], new_tokens: int) -> dict[str, int]:
-    """How many answers were lost, duplicated or wrong, of how many."""
-    counts = {"answers": len(phase.answers), "lost": 0, "duplicated": 0, "wrong": 0}
+@dataclass(frozen=True)
+class Move:
+    """Request ``number`` went to another replica at ``at`` (``perf_counter``), with ``made`` tokens."""
+
+    number: int
+    at: float
+    made: int
+
+
+def compare(phase: Phase, right: dict[int, list[int]], new_tokens: int, moves: Sequence[Move] = ()) -> dict[str, int]:
+    """How many answers were lost, duplicated or wrong, of how many; and how many of those that were moved are right up
+    to there, and then went on otherwise: a GPU's attention rounds a prompt otherwise than the same tokens one by one."""
+    counts = {"answers": len(phase.answers), "lost": 0, "duplicated": 0, "wrong": 0, "diverged": 0}
     for answer in phase.answers:
         ids = answer.run.token_ids
         if answer.error or len(ids) < new_tokens:
             counts["lost"] += 1
         elif len(ids) > new_tokens:
             counts["duplicated"] += 1
-        elif ids != right.get(answer.number, ids):
-            counts["wrong"] += 1
+        elif ids != (wanted := right.get(answer.number, ids)):
+            during = [m for m in moves if answer.run.t0 < m.at < answer.run.token_times[-1]]
+            own = [move.made for move in during if move.number == answer.number]
+            resumed = bool(own) and ids[: own[0]] == wanted[: own[0]]
+            counts["diverged" if resumed and own[0] else "wrong"] += 1
     return counts
 
 

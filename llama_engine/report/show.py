@@ -118,8 +118,8 @@ def _show_failover(out: Console, result: Result) -> None:
         for name in ("recovery_s", "full_strength_s")
     }
     for line in (
-        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong; "
-        f"{seen['moved']} moved, {seen['resumed']} of them in mid-answer",
+        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong, "
+        f"{seen['diverged']} diverged; {seen['moved']} moved, {seen['resumed']} of them in mid-answer",
         f"longest gap {seen['longest_gap_s']:.2f} s (before the kill {seen['usual_gap_s']:.2f} s)",
         f"{seen['before_tokens_per_s']:,.0f} tok/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; throughput back "
         f"{back['recovery_s']}, all replicas {back['full_strength_s']}",

@@ -37,6 +37,7 @@ class ServeConfig:
     """
 
     device: str = "auto"
+    kernels: str = "auto"
     decoupled: bool = True
     max_queue_size: int = 256
     request_timeout_s: float = 0.0

@@ -92,6 +92,9 @@ class Router:
         self, urls: Iterable[str], *, block_tokens: int, limit: int, max_queue: int = 256, resumes: bool = True
     ) -> None:
         self.block_tokens, self.limit, self.max_queue, self.resumes = block_tokens, limit, max_queue, resumes
+        self.on_move: Callable[[list[int], int], None] = lambda prompt, made: (
+            None
+        )  # who is moved, after how many tokens
         self.counts: Counter[str] = Counter(requests_moved_total=0, answers_resumed_total=0)
         self.replicas: dict[str, Replica] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -252,6 +255,7 @@ class Router:
             raise error
         self.counts["requests_moved_total"] += 1
         self.counts["answers_resumed_total"] += bool(job.made)
+        self.on_move(job.prompt, len(job.made))
         return await self._wait(job, error)
 
     def _leave(self, replica: Replica, error: RequestFailed | None) -> None:

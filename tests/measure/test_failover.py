@@ -34,7 +34,22 @@ def test_every_answer_is_compared_with_what_was_right_before():
     seen = phase(
         (0, [1, 2], None), (0, [1, 2, 2], None), (0, [2, 1], None), (1, [3], None), (1, [3], "gone"), (2, [5, 9], None)
     )
-    assert failover.compare(seen, right, 2) == {"answers": 6, "lost": 2, "duplicated": 1, "wrong": 1}
+    assert failover.compare(seen, right, 2) == {"answers": 6, "lost": 2, "duplicated": 1, "wrong": 1, "diverged": 0}
+
+
+@pytest.mark.parametrize(
+    ("ids", "made", "at", "kind"),
+    [
+        ([1, 2, 9], 2, 0.5, "diverged"),
+        ([1, 9, 3], 2, 0.5, "wrong"),  # before it was moved
+        ([1, 2, 9], 0, 0.5, "wrong"),  # it began there anew
+        ([1, 2, 9], 2, 5.0, "wrong"),  # another answer to that request
+        ([1, 2, 3], 2, 0.5, None),
+    ],
+)
+def test_what_a_moved_answer_says_after_the_move_is_told_from_what_it_said_before(ids, made, at, kind):
+    seen = failover.compare(phase((0, ids, None)), {0: [1, 2, 3]}, 3, [failover.Move(0, at, made)])
+    assert [name for name in ("lost", "duplicated", "wrong", "diverged") if seen[name]] == ([kind] if kind else [])
 
 
 def test_a_dip_and_its_end_are_measured_from_the_kill():
@@ -80,7 +95,14 @@ def test_a_run_over_two_servers(tiny_engine, run_script, tmp_path):
     assert done.returncode == (result["validity"]["status"] != "VALID")
     seen = result["failover"]
     assert seen["answers"] >= 32
-    assert seen["lost"] == seen["duplicated"] == seen["wrong"] == seen["requests_without_one_right_answer"] == 0
+    assert (
+        seen["lost"]
+        == seen["duplicated"]
+        == seen["wrong"]
+        == seen["diverged"]
+        == seen["requests_without_one_right_answer"]
+        == 0
+    )
     assert seen["full_strength_s"] > 0
     assert result["checks"]["moved_requests"] == seen["moved"] >= max(1, seen["resumed"])
     assert all(a["s"] < b["s"] for a, b in itertools.pairwise(seen["timeline"]))

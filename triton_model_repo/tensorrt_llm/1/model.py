@@ -94,7 +94,9 @@ class TritonPythonModel:
         self.stream_interval = int(options["stream_interval"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
         reuse = options["enable_kv_cache_reuse"] == "true"
-        engine = load_engine(options["engine_dir"], device=options["device"], enable_prefix_cache=reuse)
+        engine = load_engine(
+            options["engine_dir"], device=options["device"], kernels=options["kernels"], enable_prefix_cache=reuse
+        )
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.grammars, self.engine_dir, self.vocab_size = {}, options["engine_dir"], engine.model_config.vocab_size
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
