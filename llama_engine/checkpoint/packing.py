@@ -100,13 +100,15 @@ def quantize_fp8(weight: torch.Tensor, clamp: tuple[float, float]) -> tuple[torc
     return (weight / scale[:, None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def check_packable(n: int, k: int, layout: Layout, name: str) -> None:
+def check_packable(n: int, k: int, layout: Layout, name: str, bits: int = 8) -> None:
     """Raise :class:`InputError` for a shape that TensorRT-LLM's preprocessing refuses."""
-    k_multiple = 64 if layout.interleaved else 32
-    if k % k_multiple or n % 32:
+    n_multiple = 256 // bits  # 32 bytes
+    k_multiple = 64 if layout.interleaved else n_multiple
+    if k % k_multiple or n % n_multiple:
+        advice = "convert with --quantize_at_build, which the native engine builds from"
         raise InputError(
-            f"{name} is {k} x {n} (in x out), but layout {layout.name} packs multiples of {k_multiple} x 32 alone: "
-            "convert with --quantize_at_build, which the native engine builds from"
+            f"{name} is {k} x {n} (in x out), but layout {layout.name} packs multiples of {k_multiple} x {n_multiple} "
+            f"alone: {'give --group_size' if bits == 4 else advice}"
         )
 
 

@@ -141,7 +141,7 @@ def tensor_specs(
             specs[scale_name(target.name)] = (scheme.scale_dtype, scale)
         elif target.linear and layout:
             n, k = target.shape
-            check_packable(n, k, layout, target.name)
+            check_packable(n, k, layout, target.name, bits)
             specs[target.name] = (torch.int8, (k, n * bits // 8))
             specs[scale_name(target.name)] = (dtype, (n,))
         if kv_cache == "fp8" and target.name.endswith(".qkv.weight"):

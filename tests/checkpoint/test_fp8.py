@@ -19,7 +19,6 @@ from llama_engine.model.schemes import FP8, FP8_ALL, FP8_ROWWISE, FP16, quantize
 from llama_engine.model.weights import LINEARS, load_weights
 from llama_engine.native import load_engine
 from tests.checkpoint.test_convert import read_rank, write_model
-from tests.test_trtllm import ENGINE, FLAGS, installed  # noqa: F401 (a fixture)
 
 SMALL = EngineConfig(max_batch_size=4, max_seq_len=128, tokens_per_block=16)
 MLP = ("fc", "gate", "proj")
@@ -170,23 +169,23 @@ def test_a_changed_recipe_is_noticed(deep_model, tmp_path, edit_json):
 
 
 def test_tensorrt_llm_gets_nvidias_recipe_alone_and_in_its_releases_words(
-    installed,  # noqa: F811
+    installed,
     deep_model,
     tmp_path,
     run_script,
 ):
     convert(deep_model, tmp_path / "ours", ConvertOptions(fp8="all"))
     with pytest.raises(InputError, match=r"FP8_PER_CHANNEL_PER_TOKEN_ALL.*--fp8_recipe nvidia"):
-        trtllm.build(tmp_path / "ours", tmp_path / "e", ENGINE, FLAGS)
+        trtllm.build(tmp_path / "ours", tmp_path / "e", SMALL, {})
     args = ("--checkpoint_dir", tmp_path / "ours", "--output_dir", tmp_path / "e")
     done = run_script("scripts/build_engine.py", *args, "--backend", "tensorrt_llm", "--dry-run")
     assert done.returncode == 2
     assert "FP8_PER_CHANNEL_PER_TOKEN_ALL" in done.stderr
     convert(deep_model, tmp_path / "later", ConvertOptions(fp8="nvidia", trtllm_version="0.16.0"))
     with pytest.raises(InputError, match=r"written for TensorRT-LLM 0\.16\.0.*--trtllm_version 0\.15\.0"):
-        trtllm.build(tmp_path / "later", tmp_path / "e", ENGINE, FLAGS)
+        trtllm.build(tmp_path / "later", tmp_path / "e", SMALL, {})
     convert(deep_model, tmp_path / "c", ConvertOptions(fp8="nvidia"))
-    trtllm.build(tmp_path / "c", tmp_path / "e", ENGINE, FLAGS)
+    trtllm.build(tmp_path / "c", tmp_path / "e", SMALL, {})
 
 
 def test_a_model_without_inner_layers_has_nothing_to_quantize(tiny_model, tmp_path):

@@ -24,7 +24,6 @@ from llama_engine.model.schemes import INT4, pack_int4
 from llama_engine.model.weights import LINEARS, Linear, load_weights
 from llama_engine.native import load_engine
 from tests.checkpoint.test_convert import read_rank
-from tests.test_trtllm import ENGINE, FLAGS, installed  # noqa: F401 (a fixture)
 
 SMALL = EngineConfig(max_batch_size=4, max_seq_len=128, tokens_per_block=16, num_kv_blocks=9)
 GROUPS = ConvertOptions(int4="group", calibration="")
@@ -175,10 +174,10 @@ def test_calibration_lowers_the_loss_of_a_model_with_strong_inputs(tiny_model, t
     assert error["awq"] < 0.7 * error["plain"]
 
 
-def test_tensorrt_llm_does_not_get_the_engines_groups(installed, tiny_model, tmp_path):  # noqa: F811
+def test_tensorrt_llm_does_not_get_the_engines_groups(installed, tiny_model, tmp_path):
     convert(tiny_model, tmp_path / "c", GROUPS)
     with pytest.raises(InputError, match=r"W4A16_GROUPWISE.*--weight_only_precision int4"):
-        trtllm.build(tmp_path / "c", tmp_path / "e", ENGINE, FLAGS)
+        trtllm.build(tmp_path / "c", tmp_path / "e", SMALL, {})
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_shapes_that_the_kernels_refuse_are_named():
     with pytest.raises(InputError, match=r"layers.0.*96 x 64.*multiples of 64 x 32"):
         check_packable(64, 96, LAYOUTS["column_major_interleaved"], "layers.0")
     check_packable(64, 96, LAYOUTS["column_major"], "layers.0")
+    with pytest.raises(InputError, match=r"64 x 96.*multiples of 64 x 64 alone: give --group_size"):
+        check_packable(96, 64, LAYOUTS["column_major"], "layers.0", 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,5 +1,6 @@
 """Clock arithmetic by hand, and the stacks on a tiny model."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,24 @@ def test_the_baseline_ignores_eos_and_gives_exactly_n_tokens(model_dir):
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
     tied_out = stack.model.get_input_embeddings().weight.nbytes
     assert stack.cost.weight_nbytes == sum(p.nbytes for p in stack.model.parameters()) - tied_out
+
+
+def test_the_compiled_baseline_gives_the_eager_ones_tokens_from_a_static_cache(tiny_model, monkeypatch):
+    compiled, eager = [], TransformersStack(tiny_model)
+
+    def compile_nothing(forward):
+        def counted(*args, **options):
+            compiled.append(type(options["past_key_values"]).__name__)
+            return forward(*args, **options)
+
+        counted.__signature__ = inspect.signature(forward)  # generate reads which inputs the model takes
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    stack = TransformersStack(tiny_model, compiled=True)
+    prompt = [5, 9, 33, 2, 70]
+    assert stack.generate(prompt, 6).token_ids == eager.generate(prompt, 6).token_ids
+    assert compiled == ["StaticCache"] * 6
 
 
 @pytest.mark.parametrize(
