@@ -123,6 +123,7 @@ def complete(
             "engine": engine_config.to_dict(),
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
+            "quant_algo": source.quant_algo,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
             "activation_losses": list(losses),
             **more,

@@ -117,6 +117,9 @@ def unlike(old: Result, new: Result) -> Iterator[str]:
     for path in SAME:
         if dig(old, path) != dig(new, path):
             yield f"{path} is {dig(old, path)} and {dig(new, path)}"
+    schemes = [dig(x, "engine.quantization") or "W8A16" for x in (old, new)]  # older results do not say, and were INT8
+    if schemes[0] != schemes[1]:
+        yield f"the engines are quantized otherwise: {schemes[0]} and {schemes[1]}"
 
 
 def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llama_engine.config import DEFAULT_MODEL
+from llama_engine.report.ladder import rungs
 from llama_engine.report.show import CONDITIONS
 from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_points, waterfall_steps
 
@@ -213,6 +214,7 @@ def render(
     steps = waterfall_steps(story)
     values = {"page": page, "story": story, "figure": page.figure, "headline": headline, "others": more}
     values |= {"roofline": roofline_points(story), "waterfall": steps if len(steps) > 1 else []}
+    values["ladder"] = rungs(story)
     text, sources = _fill("report.md.j2", page.cited, **values)
     return text, json.dumps(sources, indent=1, ensure_ascii=False) + "\n"
 

@@ -24,6 +24,14 @@ class _StackNames(dict[str, str]):
 STACK_NAMES = _StackNames(transformers="Baseline", native="Native INT8 engine", tensorrt_llm="TensorRT-LLM engine")
 
 
+# Between baseline and engine, where they were measured: each differs from the one before in what its name says.
+ABLATIONS = {
+    "ablation-compiled": "static cache,\ntorch.compile",
+    "ladder-fp16": "native engine,\n16-bit",
+    "ablation-int8": "INT8, a kernel\nan operation",
+}
+
+
 class Derived(NamedTuple):
     """A value computed from those at ``places``, each a file alias and a path: ``triton.levels.0.concurrency``."""
 
@@ -87,6 +95,7 @@ class Story:
             "determinism": f"determinism-{self.backend}.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
+            **{name.removesuffix(".json"): name for name in self.files if name.startswith(("ladder-", "ablation-"))},
         }
 
     @property
@@ -210,9 +219,15 @@ def best_load(loads: list[tuple[int, float, str]]) -> tuple[int, float, str]:
 
 
 def waterfall_steps(story: Story) -> list[WaterfallStep]:
-    """One request on each stack, then served; Triton only where its workload is the same."""
-    places = [(label, file, "summary.latency_s.p50") for file, label in story.stacks()]
+    """One request on each stack, one change further each time, then served; only what had the same workload."""
     shape = ("workload.input_tokens", "workload.output_tokens")
+    stacks = dict(story.stacks())
+    between = [(file, label) for file, label in ABLATIONS.items() if story.aliases.get(file) in story.files]
+    order = [*[(x, stacks[x]) for x in ("base",) if x in stacks], *between]
+    order += [(x, label) for x, label in stacks.items() if x != "base"]
+    first = order[0][0] if order else ""
+    same = [(file, label) for file, label in order if all(story.get(file, k) == story.get(first, k) for k in shape)]
+    places = [(label, file, "summary.latency_s.p50") for file, label in same]
     if all(story.get("engine", key) == story.get("triton", key) for key in shape):
         alone = [i for i, level in story.levels("triton") if level["concurrency"] == 1]
         places += [("through Triton", "triton", f"levels.{i}.summary.latency_s.p50") for i in alone[:1]]

@@ -138,7 +138,7 @@ def bad_not_an_engine(engine, edit_json):
 
 def bad_version(engine, edit_json):
     edit_json(engine / "engine.json", {"format_version": 99})
-    return "format_version 99, expected 2"
+    return "format_version 99, expected 3"
 
 
 def bad_key(engine, edit_json):
