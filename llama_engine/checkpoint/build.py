@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def complete(
             "format_version": FORMAT_VERSION,
             "backend": backend,
             "model": source.config.to_dict(),
-            "engine": engine_config.to_dict(),
+            "engine": replace(engine_config, kv_cache=source.kv_cache).to_dict(),
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
             "quant_algo": source.quant_algo,

@@ -31,6 +31,16 @@ def round_e4m3(x):
 
 
 @triton.jit
+def as_cached(x, kv_ptr):
+    """fp16 ``x`` as the KV cache at ``kv_ptr`` holds it: fp16, or the nearest e4m3."""
+    if kv_ptr.dtype.element_ty == tl.float8e4nv:
+        wide = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        return round_e4m3(wide).to(tl.float8e4nv)
+    else:
+        return x
+
+
+@triton.jit
 def store_row(x, out_ptr, scale_ptr, row, offs, mask, K, plane):
     """Store the row ``x`` (float32, zero where masked; element ``offs``) in the form that the type of ``out_ptr`` asks
     for: int8 takes digits and their scale, e4m3 values and their scale, any other the row as it is."""

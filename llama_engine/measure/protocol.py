@@ -107,7 +107,7 @@ def open_engine(
         engine = load_engine(engine_dir, device=device, kernels=kernels, threads=threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
     assert info.tensorrt_llm
-    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes())
+    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes(info.engine.kv_element_nbytes))
     return TensorRTStack(TensorRTBackend(engine_dir, sequences=1), cost, describe(info, info.backend))
 
 

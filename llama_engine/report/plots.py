@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
 from llama_engine.report.ladder import rungs
+from llama_engine.report.pareto import draw as draw_pareto
 from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
@@ -323,10 +324,40 @@ def ladder(story: Story) -> plt.Figure | None:
     return _finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
 
 
+def pareto(story: Story) -> plt.Figure | None:
+    """Tokens/s of a GPU, energy and price against what a user sees."""
+    drawn = draw_pareto(story)
+    return drawn and _finish(drawn[0], story, drawn[1])
+
+
+def failover(story: Story) -> plt.Figure | None:
+    """Tokens a second of all users before, while and after a replica is killed."""
+    seen = story.get("failover", "failover")
+    if not seen:
+        return None
+    figure, axes = plt.subplots(figsize=(12, 6.2))
+    seconds = [x["s"] for x in seen["timeline"]]
+    axes.step(seconds, [x["tokens_per_s"] for x in seen["timeline"]], where="post", color=TRITON, linewidth=2)
+    axes.axhline(seen["before_tokens_per_s"], color=IDEAL, linestyle="--", label="before the kill")
+    axes.axvline(0, color="black", linewidth=1.2, label="kill -9 of one replica")
+    for key, label in (("recovery_s", "throughput back"), ("full_strength_s", "all replicas back")):
+        if seen[key] is not None and seen[key] <= seconds[-1]:
+            colour = {"recovery_s": ENGINE, "full_strength_s": BASE}[key]
+            axes.axvline(seen[key], color=colour, linestyle=":", linewidth=2, label=f"{label}, {seen[key]:.1f} s")
+    users, replicas = (story.get("failover", f"workload.{key}") for key in ("concurrency", "replicas"))
+    axes.set(xlabel="seconds since the kill", ylabel="output tokens/s, all users", ylim=(0, None))
+    mark = "" if story.valid("failover") else "*"
+    axes.set_title(f"{users} users of {replicas} replicas; longest gap {seen['longest_gap_s']:.2f} s{mark}")
+    axes.legend(loc="lower right")
+    bad = seen["lost"] + seen["duplicated"] + seen["wrong"]
+    what = "all of them whole and right" if not bad else f"{bad} of them lost, duplicated or wrong"
+    return _finish(figure, story, f"One of {replicas} replicas dies: {seen['answers']} answers, {what}")
+
+
 PICTURES = {
     f"{draw.__name__}.png": draw
     for draw in (
         *(executive_summary, performance_comparison, triton_scaling, ttft_percentiles),
-        *(waterfall, roofline, ladder),
+        *(waterfall, roofline, ladder, pareto, failover),
     )
 }

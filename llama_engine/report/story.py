@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_engine.errors import InputError
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder, load_result, result_files
 from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 
 
@@ -59,21 +59,25 @@ class RooflinePoint(NamedTuple):
 
 @dataclass
 class Story:
-    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content."""
+    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content, ``tournaments``
+    those of its folder of that name, of which no picture is drawn."""
 
     name: str
     files: dict[str, Result]
     sha256: str
+    tournaments: dict[str, Result] = field(default_factory=dict)
+    price_per_hour: float | None = None  # of one GPU, or of the machine without one, in dollars
 
     @classmethod
-    def load(cls, folder: Path | str) -> Story:
+    def load(cls, folder: Path | str, price_per_hour: float | None = None) -> Story:
         """Read a results folder. Raises :class:`InputError` when it is empty or a file is broken."""
         folder = Path(folder)
         files = {f"{stem}.json": result for stem, result in load_folder(folder).items()}
         if not any(result["benchmark"] in MEASUREMENTS for result in files.values()):
             raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
-        return cls(folder.name, files, digest)
+        held = {path.name: load_result(path) for path in result_files(folder / "tournaments")}
+        return cls(folder.name, files, digest, held, price_per_hour)
 
     @cached_property
     def backend(self) -> str:
@@ -93,6 +97,7 @@ class Story:
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
             "determinism": f"determinism-{self.backend}.json",
+            "failover": "failover.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
             **{name.removesuffix(".json"): name for name in self.files if name.startswith(("ladder-", "ablation-"))},
