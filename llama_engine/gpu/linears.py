@@ -63,8 +63,8 @@ class Linears:
             one = raw[most:][: capacity * k] if name == "down" else raw[: capacity * k]
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
-            half = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
-            buffers["fp16", name] = buffers["int4", name] = half
+            buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            buffers["int4", name] = buffers["fp16", name]
         buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 

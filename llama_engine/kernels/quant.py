@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
-from llama_engine.model.schemes import DIGITS_MAX, group_size
+from llama_engine.model.schemes import DIGITS_MAX
 from llama_engine.model.weights import Linear
 
 _LIMIT = tl.constexpr(float(DIGITS_MAX))
@@ -192,9 +192,8 @@ def gather_rows(
 def widen(linear: Linear, out: torch.Tensor) -> None:
     """The INT4 matrix as fp16 ``[N, K]``, each value rounded once."""
     n, k = linear.shape
-    group = group_size(linear.weight, linear.scale)
     options = launch_options(out.device)
-    _widen_kernel[(n,)](linear.weight, linear.scale, out, k, GROUP=group, BLOCK=1024, num_warps=4, **options)
+    _widen_kernel[(n,)](linear.weight, linear.scale, out, k, GROUP=linear.group, BLOCK=1024, num_warps=4, **options)
 
 
 def norm(

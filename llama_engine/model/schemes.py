@@ -75,9 +75,7 @@ INT8 = Scheme("int8", torch.int8, "row", "16-bit fixed point, one scale per toke
 FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU, REFERENCE, FP8_ROWWISE)
 FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
 BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
-INT4 = Scheme(
-    "int4", torch.uint8, "group", "float16, on a CPU fixed point", EVERYWHERE, frozenset(), INT4_GROUPS, packed=2
-)
+INT4 = Scheme("int4", torch.uint8, "group", "float16 or fixed point", EVERYWHERE, frozenset(), INT4_GROUPS, packed=2)
 SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16, BF16)}
 GROUP_SIZES = (128, 64)
 DIGITS_MAX = 32512  # 127 * 256: the largest 16-bit fixed-point activation whose two digits both fit a signed byte
