@@ -42,8 +42,7 @@ class Linears:
         widest = max((linear.weight.shape[0] for linear in kept), default=0)
         self.product = torch.zeros(min(capacity, LIBRARY_ROWS) * widest, dtype=torch.float16, device=self.device)
         packed = [math.prod(linear.shape) for name in LINEARS for linear in self.named(name) if linear.scheme is INT4]
-        on_gpu = self.device.type == "cuda" and capacity >= 512  # else no tile leaves such a matrix to cuBLAS
-        room = max(packed, default=0) if on_gpu else 0
+        room = max(packed, default=0) if self.device.type == "cuda" else 0  # for cuBLAS, which has no such form
         self.scratch = torch.empty(room, dtype=torch.float16, device=self.device)
         best = torch.zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32, device=self.device)
         self.partials = best, torch.zeros_like(best, dtype=torch.int32)  # of lm_head's tiles
