@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from llm_demo.api import ChatRequest, Sampling
 from llm_demo.baseline import Baseline
 from llm_demo.choice import Choice, best, merged
 from llm_demo.errors import DOWN, ApiError
+from llm_demo.other import OtherServer
 from llm_demo.tools import ToolFormat
 
 
 class Gateway:
     """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
 
-    def __init__(self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str) -> None:
+    def __init__(
+        self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str, others: Sequence[str] = ()
+    ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
         self._grammars: Grammars | None = None  # the first that is asked for takes a second
@@ -36,6 +39,10 @@ class Gateway:
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
+        self.others = {other.name: other for other in map(OtherServer, others)}
+        if taken := self.others.keys() & set(self.models):
+            raise InputError(f"--other may not be named {taken.pop()}, which is a model of this gateway")
+        self.models += self.others
         self.counts: Counter[str] = Counter()
         self.running = 0
 
@@ -44,6 +51,8 @@ class Gateway:
         self.client = GrpcClient(self.triton_url)
         yield
         await self.client.close()
+        for other in self.others.values():
+            await other.http.aclose()
         if self.baseline:
             await self.baseline.close()
 

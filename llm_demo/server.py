@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--api-key", default=os.environ.get("LLM_DEMO_API_KEY"), help="or $LLM_DEMO_API_KEY")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=URL", help="OpenAI server to race")
     parser.add_argument("--triton-url", help="gRPC host:port of a running server (default: start one)")
     args = parser.parse_args()
     if args.model_dir and not (args.model_dir / "config.json").is_file():
@@ -55,7 +56,7 @@ def main() -> None:
             with console.status("starting Triton Inference Server"):
                 server = stack.enter_context(TritonServer(args.engine_dir, config, http=False))
         url = args.triton_url or server.grpc_url
-        gateway = Gateway(args.engine_dir, url, model_dir=args.model_dir, device=args.device)
+        gateway = Gateway(args.engine_dir, url, model_dir=args.model_dir, device=args.device, others=args.other)
         app = create_app(gateway, api_key=args.api_key, local_only=args.host in LOOPBACK)
         if args.host not in LOOPBACK and not args.api_key:
             console.print(f"note: {args.host} is open to others and no --api-key is set")

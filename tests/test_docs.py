@@ -12,7 +12,9 @@ LIBRARY = ROOT / "llama_engine"
 ROOTS = [ROOT, ROOT / "scripts", LIBRARY, *(path for path in LIBRARY.iterdir() if path.is_dir())]
 FILE = re.compile(r"`([\w./-]+\.(?:py|sh|cpp|h|cu|cuh|md|j2|json))\b")
 MADE = {"comparison.json", "baseline.json", "profile.json", "engine.json", "tuning.json", "PERFORMANCE_REPORT.md"}
-MADE |= {f"{name}-native.json" for name in ("optimized", "accuracy", "determinism", "triton")} | {"triton-native-whole.json"}
+MADE |= {f"{name}-native.json" for name in ("optimized", "accuracy", "determinism", "triton")} | {
+    "triton-native-whole.json"
+}
 MADE |= {"PERFORMANCE_REPORT.sources.json"}  # written by a run, so not in the source tree
 
 
