@@ -27,10 +27,10 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.measure import environment
-from llama_engine.model.schemes import FP8, FP16, INT8
+from llama_engine.model.schemes import FP8, FP16, INT4, INT8
 from llama_engine.model.weights import LINEARS, random_weights
 
-SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, FP16)}
+SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16)}
 
 
 def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable[[int], None], int]]:
@@ -52,9 +52,9 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
 
     runs = {
         "norm + quantize": (norm, rows * c.hidden_size * (2 + each)),
-        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
+        "attention": (attend, rows * (c.kv_nbytes(2) // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
     }
-    if scheme is not FP16:
+    if scheme not in (FP16, INT4):
 
         def quantize(i: int) -> None:
             quant.quantize_rows(model.linears.hidden, *model.linears.input_of("down", layers[i].down), rows)
@@ -63,7 +63,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     for name in (*LINEARS, "lm_head"):
         count = min(rows, LM_HEAD_ROWS) if name == "lm_head" else rows
         weights = model.linears.named(name)[0].nbytes
-        n, k = model.linears.named(name)[0].weight.shape
+        n, k = model.linears.named(name)[0].shape
         width = {"gate_up": 1, "lm_head": 4}.get(name, 2)
         run = lambda i, name=name, count=count: model.run_linear(name, i, count)  # noqa: E731
         runs[name] = (run, weights + count * (each * k + width * n))
@@ -161,7 +161,7 @@ def main() -> None:
         cells = (f"{1e3 * ms:.1f}", f"{nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{100 * rate / bandwidth:.0f}")
         table.add_row(name, str(rows), *cells)
 
-    kv_bytes = config.kv_nbytes()
+    kv_bytes = config.kv_nbytes(2)
     for rows in args.rows:
         model.position.fill_(args.context)
         for name, (run, nbytes) in kernel_runs(model, rows, args.context).items():

@@ -15,7 +15,8 @@ from llama_engine.config import check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.grammar import Grammars, json_grammar
-from llama_engine.serving.client import GrpcClient, NewTokens
+from llama_engine.serving.client import NewTokens
+from llama_engine.serving.router import Discover, Router
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.answers import Piece, Usage
 from llm_demo.api import ChatRequest, Sampling
@@ -27,15 +28,24 @@ from llm_demo.tools import ToolFormat
 
 
 class Gateway:
-    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
+    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`.
+
+    ``triton_urls`` are its replicas; ``discover`` tells, again and again, which there are now.
+    """
 
     def __init__(
-        self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str, others: Sequence[str] = ()
+        self,
+        engine_dir: Path,
+        *triton_urls: str,
+        model_dir: Path | None,
+        device: str,
+        discover: Discover | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
         self._grammars: Grammars | None = None  # the first that is asked for takes a second
-        self.triton_url = triton_url
+        self.triton_urls, self.discover = triton_urls, discover
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
@@ -48,7 +58,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.client = GrpcClient(self.triton_url)
+        self.client = Router.of(self.info, self.triton_urls, self.discover)
         yield
         await self.client.close()
         for other in self.others.values():
@@ -189,4 +199,5 @@ class Gateway:
 
     def metrics(self) -> str:
         rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        rows += [f"llm_demo_{name} {value:g}" for name, value in self.client.metrics().items()]
         return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])

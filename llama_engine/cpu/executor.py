@@ -35,7 +35,7 @@ class HostExecutor:
         self.kernels = model.name
         self.num_kv_blocks = engine.num_kv_blocks
         self.step_nbytes = weights.step_nbytes
-        self.kv_nbytes_per_token = config.kv_nbytes()
+        self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
         self._device = getattr(model, "device", torch.device("cpu"))
         slots = engine.max_batch_size
         self._last = [0] * slots

@@ -209,7 +209,7 @@ class Scheduler:
         self.blocks.grow(table, sequence.known)
         sequence.registered, sequence.computed, sequence.doubtful = cached, cached * size, False
         if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
             self.prefix_cache_hit_tokens += sequence.computed
             self.prefix_cache_query_tokens += sequence.known if self._config.enable_prefix_cache else 0
         return True

@@ -75,7 +75,7 @@ class CudaExecutor:
         self.engine_config = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
-        self.kv_nbytes_per_token = config.kv_nbytes()
+        self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
         self._params = [SamplingParams()] * engine.max_batch_size
         self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
@@ -85,7 +85,12 @@ class CudaExecutor:
         self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
         self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._persistent: persistent.PersistentDecode | None = None
-        if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
+        if (
+            kernels == "auto"
+            and self._cuda
+            and engine.kv_cache == "fp16"
+            and persistent.supported(config, model.weights)
+        ):
             try:
                 self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
             except RunError as error:

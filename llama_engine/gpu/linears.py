@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from llama_engine.kernels.gemm_kernel import LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as streaming_supported
 from llama_engine.kernels.tiles import Tiles
-from llama_engine.model.schemes import BF16, FP8, FP16
+from llama_engine.model.schemes import BF16, FP8, FP16, INT4
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
@@ -40,6 +41,10 @@ class Linears:
         kept = [linear for name in ("o", "gate_up", "down") for linear in self.named(name) if library.runs(linear)]
         widest = max((linear.weight.shape[0] for linear in kept), default=0)
         self.product = torch.zeros(min(capacity, LIBRARY_ROWS) * widest, dtype=torch.float16, device=self.device)
+        packed = [math.prod(linear.shape) for name in LINEARS for linear in self.named(name) if linear.scheme is INT4]
+        on_gpu = self.device.type == "cuda" and capacity >= 512  # else no tile leaves such a matrix to cuBLAS
+        room = max(packed, default=0) if on_gpu else 0
+        self.scratch = torch.empty(room, dtype=torch.float16, device=self.device)
         best = torch.zeros(LM_HEAD_ROWS * 8192, dtype=torch.float32, device=self.device)
         self.partials = best, torch.zeros_like(best, dtype=torch.int32)  # of lm_head's tiles
         self.workspace = gemm.Workspace(self.device)
@@ -49,23 +54,24 @@ class Linears:
         c = self.config
         widths = dict.fromkeys(("qkv", "gate_up", "lm_head"), c.hidden_size)
         widths |= {"o": c.q_size, "down": c.intermediate_size}
-        half = capacity * max(widths.values())
-        raw = torch.zeros(2 * half, dtype=torch.int8, device=self.device)
+        most = capacity * max(widths.values())
+        raw = torch.zeros(2 * most, dtype=torch.int8, device=self.device)
         buffers = {}
         for name, k in widths.items():
             whole = raw[: 2 * capacity * k]
             # Of FP8, down has a place of its own: it is written while gate_up's activations are still read.
-            one = raw[half:][: capacity * k] if name == "down" else raw[: capacity * k]
+            one = raw[most:][: capacity * k] if name == "down" else raw[: capacity * k]
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
-            buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            half = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
+            buffers["fp16", name] = buffers["int4", name] = half
         buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 
     def input_of(self, name: str, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The buffers that hold the activations of ``linear``, called ``name``, in the form that
         :func:`llama_engine.kernels.quant.norm` gives them: with their row scales, or fp16 and None."""
-        return self._inputs[linear.scheme.name, name], None if linear.scheme is FP16 else self.a_scale
+        return self._inputs[linear.scheme.name, name], None if linear.scheme in (FP16, INT4) else self.a_scale
 
     def run(
         self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None
@@ -98,7 +104,7 @@ class Linears:
             piece = slice(first, min(first + step, rows))
             count = piece.stop - first
             y = out[piece] if name == "qkv" else self.product[: count * n].view(count, n)
-            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y)
+            library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y, self.scratch)
             if name == "gate_up":
                 scale = None if out_scale is None else out_scale[piece]
                 quant.quantize_rows(y, out[piece], scale, count, gated=True)

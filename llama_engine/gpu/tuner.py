@@ -22,7 +22,7 @@ from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import library
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, Tile, fit
 from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
-from llama_engine.model.schemes import INT8
+from llama_engine.model.schemes import INT4, INT8
 from llama_engine.model.weights import Linear, load_weights
 
 
@@ -38,16 +38,18 @@ def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
         k = 128 // linear.scheme.weight_dtype.itemsize
         splits = (1,) if name == "gate_up" or bucket >= 1024 else (1, 2, 4) if bucket == 128 else (1, 2)
         shapes = [(64, 256, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)]
-        if linear.scheme is not INT8:
+        if linear.scheme not in (INT8, INT4):
             shapes += [(64, 256, 8, 4), (128, 256, 8, 3), (128, 256, 8, 4)]
-        tiles += [Tile(m, n, k, way, False, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
+        swap = linear.scheme is INT4
+        tiles += [Tile(m, n, k, way, swap, w, s) for (m, n, w, s), way in itertools.product(shapes, splits)]
         if bucket == 128:
             tiles += [Tile(m, n, k, way) for m, n, way in itertools.product((64, 128), (64, 128), splits)]
     elif name == "lm_head":
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
         splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
-        shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
+        steps = ((128, 5), (128, 8)) if linear.scheme is INT4 else ((128, 5), (256, 4), (512, 3))
+        shapes = itertools.product((32, 64, 128), steps, splits)
         tiles += [Tile(tiles[0].m, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 

@@ -81,6 +81,7 @@ def gemm_kernel(
     plane,
     K: tl.constexpr,
     INT8: tl.constexpr,
+    GROUP: tl.constexpr,
     SCALED: tl.constexpr,
     STEP: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -165,13 +166,31 @@ def gemm_kernel(
             acc = tl.zeros((BN, BM), tl.float32)
         else:
             acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(first, last, BK):
-            w = tl.load(w_ptrs + k, eviction_policy=evict)
-            a = tl.load(a_ptrs + k)
-            if SWAP:
-                acc = tl.dot(w, tl.trans(a), acc, max_num_imprecise_acc=STEP)
-            else:
-                acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=STEP)
+        if GROUP:  # of packed weights, which is BK: its first half lies in low nibbles, its second in high ones
+            offs_half = tl.arange(0, BK // 2)
+            packed_ptrs = w_ptr + rows[:, None] * (K // 2) + offs_half[None, :]
+            half_ptrs = a_ptr + offs_m[:, None] * K + offs_half[None, :]
+            for k in range(first, last, BK):
+                packed = tl.load(packed_ptrs + k // 2, eviction_policy=evict).to(tl.int8, bitcast=True)
+                scale = tl.load(w_scale_ptr + rows * (K // GROUP) + k // GROUP)[:, None]
+                low = ((packed << 4) >> 4).to(tl.float16) * scale
+                high = (packed >> 4).to(tl.float16) * scale
+                a_low = tl.load(half_ptrs + k)
+                a_high = tl.load(half_ptrs + k + BK // 2)
+                if SWAP:
+                    acc = tl.dot(low, tl.trans(a_low), acc)
+                    acc = tl.dot(high, tl.trans(a_high), acc)
+                else:
+                    acc = tl.dot(a_low, tl.trans(low), acc)
+                    acc = tl.dot(a_high, tl.trans(high), acc)
+        else:
+            for k in range(first, last, BK):
+                w = tl.load(w_ptrs + k, eviction_policy=evict)
+                a = tl.load(a_ptrs + k)
+                if SWAP:
+                    acc = tl.dot(w, tl.trans(a), acc, max_num_imprecise_acc=STEP)
+                else:
+                    acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=STEP)
         if SPLIT > 1:
             base = partial_ptr + pid * (SPLIT * size) + inner
             tl.store(base + split * size, acc)

@@ -1,12 +1,13 @@
-// y = a W^T for up to 32 rows of activations: INT8 weights times 16-bit fixed point held as two planes of signed 8-bit
-// digits, summed exactly in int32 on the tensor cores (wgmma m64nNk32, the digits of all rows side by side as N).
+// y = a W^T for up to 32 rows of activations on the tensor cores (wgmma m64nNk32): INT8 weights times 16-bit fixed point
+// held as two planes of signed 8-bit digits, summed exactly in int32, the digits of all rows side by side as N; or FP8
+// weights times e4m3, one plane, summed in float32 from one stage to the next (within one a tensor core keeps 14 bits).
 //
 // A block owns ROWS = 16 * SLABS weight rows and takes all activation rows along, so weights and digits are read once.
 // Weights depend on no other kernel: under programmatic dependent launch a block fills its ring of stages with them
 // while the kernels before it still run, and only then waits for its activations. SPLIT blocks of one cluster share the
 // rows and cut K between them; their integer sums meet in distributed shared memory.
 //
-// Compiled at run time by stream.py, which defines N, K, SILU, RESIDUAL, SLABS, SPLIT, MB (activation rows: 8, 16 or 32),
+// Compiled at run time by stream.py, which defines N, K, SILU, RESIDUAL, FP8, SLABS, SPLIT, MB (activation rows: 8, 16 or 32),
 // KC (bytes of K a stage), STAGES and FLIGHT (bytes of weights a block has on their way).
 
 typedef unsigned int u32;
@@ -14,9 +15,10 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 
 constexpr int ROWS = SLABS * 16, THREADS = (ROWS + 63) / 64 * 128, MT = MB / 8;
+constexpr int PLANES = FP8 ? 1 : 2, SUMS = PLANES * MB / 2;  // of activations; a thread's sums
 constexpr int CHUNKS = KC / 16, STEPS = K / SPLIT / KC;  // 16-byte chunks of a row in a stage; stages to run through
-constexpr int W_BYTES = ROWS * KC, A_BYTES = 2 * MB * KC, STAGE = W_BYTES + A_BYTES;
-constexpr int W_LOADS = (ROWS * CHUNKS + THREADS - 1) / THREADS, A_LOADS = (2 * MB * CHUNKS + THREADS - 1) / THREADS;
+constexpr int W_BYTES = ROWS * KC, A_BYTES = PLANES * MB * KC, STAGE = W_BYTES + A_BYTES;
+constexpr int W_LOADS = (ROWS * CHUNKS + THREADS - 1) / THREADS, A_LOADS = (PLANES * MB * CHUNKS + THREADS - 1) / THREADS;
 // Stages of weights still on their way when the next is asked for: more would only lengthen the queue in which every
 // small load of this and the neighbouring kernels stands (docs/LOG.md).
 constexpr int WANTED = FLIGHT / W_BYTES - 1, IN_FLIGHT = WANTED < 1 ? 1 : WANTED < STAGES - 2 ? WANTED : STAGES - 2;
@@ -27,12 +29,12 @@ static_assert(KC == 128 && (MB == 8 || MB == 16 || MB == 32), "what descriptors 
 static_assert(K % (SPLIT * KC) == 0 && N % 16 == 0 && ROWS % (4 * SPLIT) == 0, "whole stages and whole tiles");
 static_assert(STAGES > 2, "a stage to compute, one to wait for, one to load");
 static_assert(W_BYTES % 1024 == 0 && A_BYTES % 1024 == 0, "swizzled tiles start at multiples of their pattern");
-static_assert(SILU ? SPLIT == 1 : 2 * MB * PART * 4 <= STAGES * STAGE, "where the sums meet");
+static_assert(SILU ? SPLIT == 1 : PLANES * MB * PART * 4 <= STAGES * STAGE, "where the sums meet");
 
 struct Params {
-    const char* weight;          // [N][K] int8
+    const char* weight;          // [N][K] int8 or e4m3
     const float* weight_scale;   // [N]
-    const char* digits;          // [2][capacity][K] int8, capacity >= MB
+    const char* digits;          // [2][capacity][K] int8 or [capacity][K] e4m3, capacity >= MB
     const float* scale;          // [capacity]
     u16* out;                    // fp16 [*][N], or [*][N / 2] for SILU
     int rows, plane;             // valid activation rows; bytes between the planes of digits
@@ -48,26 +50,34 @@ template <int PENDING> __device__ __forceinline__ void wait_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-#define P8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#if FP8
+typedef float Sum;
+#define TYPES "f32.e4m3.e4m3"
+#define SCALES ", p, 1, 1"
+#define R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#else
+typedef int Sum;
+#define TYPES "s32.s8.s8"
+#define SCALES ", p"
+#define R4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#endif
+#define P4 "%0, %1, %2, %3"
+#define P8 P4 ", %4, %5, %6, %7"
 #define P16 P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define P32 P16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define R8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
-              "+r"(d[i + 6]), "+r"(d[i + 7])
+#define R8(i) R4(i), R4(i + 4)
 #define R16(i) R8(i), R8(i + 8)
 #define R32(i) R16(i), R16(i + 16)
-#define WGMMA(n, registers, operands, descriptors)                                                               \
-    asm volatile("{ .reg .pred p; .reg .u32 one; mov.u32 one, 1; setp.ne.u32 p, one, 0;\n"                       \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k32.s32.s8.s8 {" registers "}, " descriptors ", p; }"    \
-                 : operands : "l"(a), "l"(b) : "memory")
-// d += A B^T for 64 rows of A and 2 * MB of B, 32 bytes of K.
-__device__ __forceinline__ void multiply(int (&d)[MB], u64 a, u64 b) {
-#if MB == 8
-    WGMMA("16", P8, R8(0), "%8, %9");
-#elif MB == 16
-    WGMMA("32", P16, R16(0), "%16, %17");
-#else
-    WGMMA("64", P32, R32(0), "%32, %33");
-#endif
+#define WGMMA(n, registers, sums, descriptors, keep)                                                          \
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, " keep ", 0;\n"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k32." TYPES " {" registers "}, " descriptors SCALES "; }" \
+                 : sums : "l"(a), "l"(b), "r"((u32)add) : "memory")
+// d = A B^T, or d += where `add`, for 64 rows of A and PLANES * MB of B, 32 bytes of K.
+__device__ __forceinline__ void multiply(Sum (&d)[SUMS], u64 a, u64 b, bool add) {
+    if constexpr (SUMS == 4) WGMMA("8", P4, R4(0), "%4, %5", "%6");
+    else if constexpr (SUMS == 8) WGMMA("16", P8, R8(0), "%8, %9", "%10");
+    else if constexpr (SUMS == 16) WGMMA("32", P16, R16(0), "%16, %17", "%18");
+    else WGMMA("64", P32, R32(0), "%32, %33", "%34");
 }
 // Shared-memory matrix descriptor: rows of 128 bytes one after the other, their 16-byte chunks swizzled.
 __device__ __forceinline__ u64 descriptor(u32 addr) {
@@ -76,12 +86,13 @@ __device__ __forceinline__ u64 descriptor(u32 addr) {
 // Where chunk c of row r lies under that swizzle.
 __device__ __forceinline__ u32 place(int r, int c) { return r * KC + (c ^ (r & 7)) * 16; }
 
-__device__ __forceinline__ int4 load_peer(u32 addr, u32 rank) {
-    int4 v;
+struct alignas(16) Four { Sum of[4]; };
+__device__ __forceinline__ Four load_peer(u32 addr, u32 rank) {
+    uint4 v;
     asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5;\n"
                  "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [a]; }"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr), "r"(rank) : "memory");
-    return v;
+    return *(const Four*)&v;
 }
 __device__ __forceinline__ u16 to_half(float f) {
     u16 h;
@@ -93,9 +104,9 @@ __device__ __forceinline__ float from_half(u16 h) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
 }
-// What follows is as Triton computes it, to the bit: the two kernels may finish rows of one sequence.
-__device__ __forceinline__ float scaled(int high, int low, float scale) {
-    return __fmul_rn(fmaf((float)high, 256.0f, (float)low), scale);
+// What follows is as Triton computes it, of INT8 to the bit: the two kernels may finish rows of one sequence.
+__device__ __forceinline__ float scaled(Sum high, Sum low, float scale) {
+    return __fmul_rn(FP8 ? (float)high : fmaf((float)high, 256.0f, (float)low), scale);
 }
 __device__ __forceinline__ float silu_mul(float gate, float up) {
     float e, q;
@@ -139,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         const u32 stage = ring + step % STAGES * STAGE;
 #pragma unroll
         for (int i = 0; i < A_LOADS; ++i)
-            if (tid + i * THREADS < 2 * MB * CHUNKS) load16(stage + a_to[i], p.digits + a_from[i] + step * KC);
+            if (tid + i * THREADS < PLANES * MB * CHUNKS) load16(stage + a_to[i], p.digits + a_from[i] + step * KC);
     };
 
 #pragma unroll
@@ -155,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         commit();
     }
 
-    int acc[MB] = {};  // of this warp's slab: [digit][row / 8][4] as the tensor core lays them out
+    Sum acc[SUMS] = {}, stage_sums[SUMS];  // of this warp's slab: [plane][row / 8][4] as the tensor core lays them out
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
         wait_groups<IN_FLIGHT>();
@@ -166,11 +177,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         const u64 a = descriptor(stage + slab / 4 * 64 * KC), b = descriptor(stage + W_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int k = 0; k < KC / 32; ++k) multiply(acc, a + 2 * k, b + 2 * k);
+        for (int k = 0; k < KC / 32; ++k) multiply(FP8 ? stage_sums : acc, a + 2 * k, b + 2 * k, !FP8 || k);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (step + STAGES - 1 < STEPS) load_weights(step + STAGES - 1), load_digits(step + STAGES - 1);
         commit();
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#if FP8
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) {
+            asm volatile("" : "+f"(stage_sums[i])::"memory");  // not to be read before that wait
+            acc[i] += stage_sums[i];
+        }
+#endif
     }
 
     // Lane l holds weight rows l / 4 and l / 4 + 8 of the slab, for activation rows l % 4 * 2 and the next.
@@ -182,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         for (int t = 0; t < MT; ++t)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int m = t * 8 + lane % 4 * 2 + e, high = t * 4 + e, low = high + MT * 4;
+                const int m = t * 8 + lane % 4 * 2 + e, high = t * 4 + e, low = high + (PLANES - 1) * MT * 4;
                 if (m >= p.rows) continue;
                 const float gate = __fmul_rn(scaled(acc[high], acc[low], p.scale[m]), gate_scale);
                 const float up = __fmul_rn(scaled(acc[high + 2], acc[low + 2], p.scale[m]), up_scale);
@@ -190,11 +208,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
             }
         return;
     }
-    int* part = (int*)memory;  // [2][MB][PART]
+    Sum* part = (Sum*)memory;  // [PLANES][MB][PART]
     __syncthreads();
     if (slab < SLABS)
 #pragma unroll
-        for (int i = 0; i < MB; ++i) {
+        for (int i = 0; i < SUMS; ++i) {
             const int m = i / 4 % MT * 8 + lane % 4 * 2 + i % 2, n = slab * 16 + lane / 4 + i % 4 / 2 * 8;
             part[(i / 4 / MT * MB + m) * PART + n] = acc[i];
         }
@@ -211,21 +229,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_gemm(const Params p
         const float scale = p.scale[m];
         ushort4* at = (ushort4*)(p.out + (u64)m * N + column);
         const ushort4 before = RESIDUAL ? *at : make_ushort4(0, 0, 0, 0);
-        int4 sum[2] = {};
+        Four sum[2] = {};
 #pragma unroll
-        for (int digit = 0; digit < 2; ++digit)
+        for (int plane = 0; plane < PLANES; ++plane)
 #pragma unroll
             for (int rank = 0; rank < SPLIT; ++rank) {
-                const int from = (digit * MB + m) * PART + local;
-                const int4 v = SPLIT > 1 ? load_peer(ring + from * 4, rank) : *(const int4*)(part + from);
-                sum[digit].x += v.x, sum[digit].y += v.y, sum[digit].z += v.z, sum[digit].w += v.w;
+                const int from = (plane * MB + m) * PART + local;
+                const Four v = SPLIT > 1 ? load_peer(ring + from * 4, rank) : *(const Four*)(part + from);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[plane].of[e] += v.of[e];
             }
-        auto finish = [&](int high, int low, float weight_scale, u16 x) {
-            const float y = scaled(high, low, scale);
+        auto finish = [&](int e, float weight_scale, u16 x) {
+            const float y = scaled(sum[0].of[e], sum[1].of[e], scale);
             return to_half(RESIDUAL ? fmaf(y, weight_scale, from_half(x)) : __fmul_rn(y, weight_scale));
         };
-        *at = make_ushort4(finish(sum[0].x, sum[1].x, ws.x, before.x), finish(sum[0].y, sum[1].y, ws.y, before.y),
-                           finish(sum[0].z, sum[1].z, ws.z, before.z), finish(sum[0].w, sum[1].w, ws.w, before.w));
+        *at = make_ushort4(finish(0, ws.x, before.x), finish(1, ws.y, before.y), finish(2, ws.z, before.z),
+                           finish(3, ws.w, before.w));
     }
     if (SPLIT > 1)  // a block's shared memory must outlive its peers' reads
         asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");

@@ -1,7 +1,8 @@
 """Linear layers of up to 32 rows on Hopper GPUs: ``stream.cu``, whose weights are on their way before their turn comes.
 
-Bitwise equal to :func:`llama_engine.kernels.gemm.gemm`, which runs everything else and is the off-switch
-(``kernels="tiled"``). The reference of both is :func:`llama_engine.kernels.gemm.gemm_reference`.
+With INT8 bitwise equal to :func:`llama_engine.kernels.gemm.gemm`, which runs everything else and is the off-switch
+(``kernels="tiled"``); FP8 is summed in another order. The reference of both is
+:func:`llama_engine.kernels.gemm.gemm_reference`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.common import multiprocessors
 from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
-from llama_engine.model.schemes import INT8
+from llama_engine.model.schemes import FP8, INT8
 from llama_engine.model.weights import Linear
 
 SOURCE = Path(__file__).with_name("stream.cu")
@@ -45,8 +46,8 @@ class Shape:
 
 
 def shape_of(n: int, k: int, epilogue: int, processors: int) -> Shape | None:
-    """The cut of ``n`` by ``k`` INT8 weights that occupies most of ``processors`` with one block each, or None if the
-    kernel cannot run the matrix."""
+    """The cut of ``n`` by ``k`` one-byte weights that occupies most of ``processors`` with one block each, or None if
+    the kernel cannot run the matrix."""
     if k % 128 or n % 16 or n * k >= 1 << 32:
         return None
     gated = epilogue == SILU_MUL
@@ -65,7 +66,7 @@ class StreamGemm:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._processors = multiprocessors(device)
-        self._functions: dict[tuple[int, int, int, int], nvrtc.Function | None] = {}
+        self._functions: dict[tuple[int, int, int, int, str], nvrtc.Function | None] = {}
         self._params = _Params()
 
     def runs(self, linear: Linear, rows: int, epilogue: int) -> bool:
@@ -74,28 +75,34 @@ class StreamGemm:
 
     def _function(self, linear: Linear, rows: int, epilogue: int) -> nvrtc.Function | None:
         bucket = next((bucket for bucket in ROW_BUCKETS if rows <= bucket), None)
-        if bucket is None or linear.scheme is not INT8 or epilogue not in (STORE, RESIDUAL, SILU_MUL):
+        if bucket is None or linear.scheme not in (INT8, FP8) or epilogue not in (STORE, RESIDUAL, SILU_MUL):
             return None
         n, k = linear.weight.shape
-        key = n, k, epilogue, bucket
+        key = n, k, epilogue, bucket, linear.scheme.name
         if key not in self._functions:
             shape, self._functions[key] = shape_of(n, k, epilogue, self._processors), None
             try:
-                self._functions[key] = shape and self._compile(n, k, epilogue, bucket, shape)
+                self._functions[key] = shape and self._compile(*key, shape)
             except RunError as error:
                 warnings.warn(f"{error}; a matrix of {n}x{k} runs the tiled kernel instead", stacklevel=2)
         return self._functions[key]
 
-    def _compile(self, n: int, k: int, epilogue: int, bucket: int, shape: Shape) -> nvrtc.Function | None:
-        rows = 16 * shape.slabs
-        stage = (rows + 2 * bucket) * STEP_BYTES
+    def _compile(self, n: int, k: int, epilogue: int, bucket: int, scheme: str, shape: Shape) -> nvrtc.Function | None:
+        rows, columns = 16 * shape.slabs, bucket if scheme == FP8.name else 2 * bucket
+        stage = (rows + columns) * STEP_BYTES
         groups = -(-rows // 64)
-        behind = max(0, (64 * groups - rows - 2 * bucket) * STEP_BYTES)  # what the last warpgroup reads behind the ring
+        behind = max(0, (64 * groups - rows - columns) * STEP_BYTES)  # what the last warpgroup reads behind the ring
         stages = min(MAX_STAGES, (SHARED_BYTES - behind) // stage)
         if stages < 3:  # blocks so tall (fewer processors) that the ring does not turn
             return None
         macros = {"N": n, "K": k, "SILU": int(epilogue == SILU_MUL), "RESIDUAL": int(epilogue == RESIDUAL)}
-        macros |= {"SLABS": shape.slabs, "SPLIT": shape.split, "MB": bucket, "KC": STEP_BYTES}
+        macros |= {
+            "FP8": int(scheme == FP8.name),
+            "SLABS": shape.slabs,
+            "SPLIT": shape.split,
+            "MB": bucket,
+            "KC": STEP_BYTES,
+        }
         macros |= {"STAGES": stages, "FLIGHT": FLIGHT_BYTES}
         cubin = nvrtc.compile_cubin(SOURCE, macros, nvrtc.architecture(self.device) + "a")
         attributes = {nvrtc.PROGRAMMATIC: (1,)} | ({nvrtc.CLUSTER: (shape.split, 1, 1)} if shape.split > 1 else {})
@@ -112,9 +119,10 @@ class StreamGemm:
     def launch(
         self, digits: torch.Tensor, scale: torch.Tensor, linear: Linear, out: torch.Tensor, rows: int, epilogue: int
     ) -> None:
-        """As :func:`llama_engine.kernels.gemm.gemm` with INT8 weights and epilogue STORE, RESIDUAL or SILU_MUL.
+        """As :func:`llama_engine.kernels.gemm.gemm` with INT8 or FP8 weights and epilogue STORE, RESIDUAL or SILU_MUL.
 
-        ``digits`` int8 ``[2, capacity, K]`` and ``scale`` float32 ``[capacity]`` with a capacity of at least 32;
+        ``digits`` int8 ``[2, capacity, K]`` (of FP8 e4m3 ``[capacity, K]``) and ``scale`` float32 ``[capacity]`` with a
+        capacity of at least 32;
         ``out`` fp16 ``[*, N]`` (``[*, N / 2]`` for SILU_MUL). Raises :class:`InputError` for other shapes.
         """
         n, k = linear.weight.shape
@@ -122,7 +130,9 @@ class StreamGemm:
         if function is None:
             raise InputError(f"the streaming kernel does not run {rows} rows of a {n}x{k} matrix")
         width = n // 2 if epilogue == SILU_MUL else n
-        if digits.dim() != 3 or digits.shape[2] != k or digits.shape[1] < ROW_BUCKETS[-1] or out.shape[-1] != width:
+        planes = (2,) if linear.scheme is INT8 else ()
+        fits = digits.dtype == linear.weight.dtype and (*digits.shape[:-2], digits.shape[-1]) == (*planes, k)
+        if not fits or digits.shape[-2] < ROW_BUCKETS[-1] or out.shape[-1] != width:
             raise InputError(f"digits {tuple(digits.shape)} and out {tuple(out.shape)} do not fit weights {n}x{k}")
         if out.dtype != torch.float16 or not all(t.is_contiguous() for t in (digits, linear.weight, out)):
             raise InputError("operands must be contiguous, the result float16")

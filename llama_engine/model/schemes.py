@@ -66,7 +66,7 @@ class Scheme:
 
 REFERENCE: frozenset[ExecutorName] = frozenset(("torch",))
 EVERYWHERE: frozenset[ExecutorName] = frozenset(("torch", "cpu", "gpu"))
-CPU, GPU = REFERENCE | {"cpu"}, REFERENCE | {"gpu"}
+GPU = REFERENCE | {"gpu"}
 FP8_ROWWISE = "FP8_PER_CHANNEL_PER_TOKEN"  # of a checkpoint that TensorRT-LLM loads
 FP8_ALL = f"{FP8_ROWWISE}_ALL"  # ours: the same format in every linear layer, under a name that TensorRT-LLM refuses
 INT4_CHANNEL = "W4A16"  # TensorRT-LLM's: one scale a row, which the engine holds as equal scales of its groups
@@ -75,11 +75,14 @@ INT8 = Scheme("int8", torch.int8, "row", "16-bit fixed point, one scale per toke
 FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU, REFERENCE, FP8_ROWWISE)
 FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
 BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
-INT4 = Scheme("int4", torch.uint8, "group", "float16, on a CPU fixed point", CPU, frozenset(), INT4_GROUPS, packed=2)
+INT4 = Scheme(
+    "int4", torch.uint8, "group", "float16, on a CPU fixed point", EVERYWHERE, frozenset(), INT4_GROUPS, packed=2
+)
 SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16, BF16)}
 GROUP_SIZES = (128, 64)
 DIGITS_MAX = 32512  # 127 * 256: the largest 16-bit fixed-point activation whose two digits both fit a signed byte
 E4M3_MAX = 448.0
+KV_DTYPES = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}  # by EngineConfig.kv_cache
 E4M3_MIN_SCALE = 1 / (448 * 512)  # TensorRT-LLM's least scale, of weights and of activations
 
 

@@ -1,4 +1,4 @@
-"""FP8, 16-bit and mixed models in the GPU's chain, against the PyTorch reference."""
+"""FP8, INT4, 16-bit and mixed models in the GPU's chain, against the PyTorch reference."""
 
 from dataclasses import replace
 
@@ -9,28 +9,28 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.model.llama import TorchModel
-from llama_engine.model.schemes import BF16, FP8, FP16, INT8
+from llama_engine.model.schemes import BF16, FP8, FP16, INT4, INT8
 from llama_engine.model.weights import LINEARS, random_weights
 from llama_engine.sampling import SamplingParams
 
 pytest.importorskip("triton")
 
-TINY = ModelConfig(96, 64, 96, 3, 4, 2, 32, 128)
+TINY = ModelConfig(96, 64, 192, 3, 4, 2, 32, 128)
 ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
-KINDS = {"fp8": FP8, "fp16": FP16, "bf16": BF16, "nvidia": None, "mixed": None}
+KINDS = {"fp8": FP8, "int4": INT4, "fp16": FP16, "bf16": BF16, "nvidia": None, "mixed": None}
 
 
 def weights_of(kind, config, device):
     """All layers of one scheme; NVIDIA's recipe; or a scheme a matrix, so that every form feeds every other."""
     if KINDS[kind]:
         return random_weights(config, device, scheme=KINDS[kind])
-    schemes = [INT8, FP8, FP16]
+    schemes = [INT8, FP8, FP16, INT4]
     parts = {scheme: random_weights(config, device, scheme=scheme) for scheme in schemes}
     weights = parts[FP16]
     for i in range(config.num_layers):
         chosen = dict.fromkeys(("gate_up", "down"), FP8 if 0 < i < config.num_layers - 1 else FP16)
         if kind == "mixed":
-            chosen = {name: schemes[(i + j) % 3] for j, name in enumerate(LINEARS)}
+            chosen = {name: schemes[(i + j) % 4] for j, name in enumerate(LINEARS)}
         changes = {name: getattr(parts[scheme].layers[i], name) for name, scheme in chosen.items()}
         weights.layers[i] = replace(weights.layers[i], **changes)
     return weights
@@ -72,7 +72,7 @@ def test_ragged_steps_match_the_reference(device, kind):
     compare(fused, host, STEPS)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp16", "mixed"])
+@pytest.mark.parametrize("kind", ["fp8", "int4", "fp16", "mixed"])
 def test_decode_steps_match_the_reference(device, kind):
     fused, host = executors(kind, TINY, ENGINE, device)
     compare(fused, host, STEPS[:1])
@@ -86,21 +86,21 @@ def test_decode_steps_match_the_reference(device, kind):
 @pytest.mark.parametrize("kind", ["fp8", "fp16", "nvidia", "mixed"])
 def test_the_librarys_products_take_their_place(device, kind, piece, monkeypatch):
     """cuBLAS stood in for by PyTorch where there is none; whole, and in pieces that use the same buffer again."""
-    from llama_engine.gpu import chain
+    from llama_engine.gpu import linears
     from llama_engine.kernels import library, tiles
     from llama_engine.kernels.gemm import Tile
 
     called = []
 
-    def matmul(a, a_scale, linear, out):
+    def matmul(a, a_scale, linear, out, scratch):
         called.append((len(linear.weight), len(a)))
         y = a.float() @ linear.weight.float().T
         out.copy_(y if a_scale is None else y * a_scale[:, None] * linear.scale)
 
     if device.type == "cpu":
-        monkeypatch.setattr(library, "runs", lambda linear: linear.scheme is not INT8)
+        monkeypatch.setattr(library, "runs", lambda linear: linear.scheme in (FP8, FP16))
         monkeypatch.setattr(library, "matmul", matmul)
-        monkeypatch.setattr(chain, "LIBRARY_ROWS", piece)
+        monkeypatch.setattr(linears, "LIBRARY_ROWS", piece)
     usual = tiles.default_tile
 
     def always(name, rows, scheme, use_library):
@@ -115,7 +115,7 @@ def test_the_librarys_products_take_their_place(device, kind, piece, monkeypatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fp8", "nvidia", "fp16"])
+@pytest.mark.parametrize("kind", ["fp8", "int4", "nvidia", "fp16"])
 def test_graphs_equal_eager_and_match_the_reference_at_real_sizes(kind):
     config = ModelConfig(128256, 4096, 14336, 3, 32, 8, 128, 2048, rope_theta=500000.0)
     engine = EngineConfig(max_batch_size=96, max_seq_len=512, max_num_tokens=2048, num_kv_blocks=96 * 8 + 1)

@@ -18,6 +18,7 @@ def shared_bytes(capability: int, k: int, tile: gemm.Tile) -> int:
     values = {
         "K": k,
         "INT8": True,
+        "GROUP": 0,
         "SCALED": True,
         "STEP": None,
         "EPILOGUE": gemm_kernel.STORE,

@@ -1,4 +1,4 @@
-"""The FP8 and 16-bit forms of the kernels that tests/kernels hold to INT8."""
+"""The FP8, INT4 and 16-bit forms of the kernels that tests/kernels hold to INT8."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llama_engine.errors import InputError
 from llama_engine.model.llama import rms_norm
-from llama_engine.model.schemes import FP8, FP16, quantize_e4m3
+from llama_engine.model.schemes import FP8, FP16, INT4, pack_int4, quantize_e4m3
 from llama_engine.model.weights import Linear
 
 E4M3 = torch.float8_e4m3fn
@@ -25,6 +25,12 @@ def _problem(device, scheme, m, n, k):
         linear, a = Linear(torch.randn(n, k, device=device).half()), torch.zeros((128, k), device=device).half()
         a[:m] = x
         return linear, a, None, x.double() @ linear.weight.double().T
+    if scheme is INT4:
+        values = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
+        scale = ((torch.rand(n, k // 64, device=device) - 0.5) * 0.1).half()
+        linear, a = Linear(pack_int4(values, 64), scale), torch.zeros((128, k), device=device).half()
+        a[:m] = x
+        return linear, a, None, x.double() @ (values.double() * scale.double().repeat_interleave(64, 1)).T
     weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(E4M3)
     linear = Linear(weight, torch.rand(n, device=device) * 0.01 + 0.001)
     a, scale = _empty(128, k, device)
@@ -89,9 +95,20 @@ def test_norm_adds_what_its_rows_still_lack(device):
     assert torch.equal(out, expected)
 
 
+def test_packed_weights_widened(device):
+    from llama_engine.kernels.quant import widen
+
+    for n, group, groups in ((5, 64, 3), (2, 128, 17)):
+        values = torch.randint(0, 256, (n, groups * group // 2), dtype=torch.uint8, device=device)
+        linear = Linear(values, (torch.randn(n, groups, device=device)).half())
+        out = torch.full(linear.shape, float("nan"), dtype=torch.float16, device=device)
+        widen(linear, out)
+        assert torch.equal(out, linear.dequantize(torch.float16))
+
+
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("scheme", [FP8, FP16], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [FP8, INT4, FP16], ids=lambda scheme: scheme.name)
 def test_gemm_with_every_epilogue(device, scheme, split, swap):
     from llama_engine.kernels.gemm import Tile, Workspace, fit, gemm
     from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
@@ -100,6 +117,8 @@ def test_gemm_with_every_epilogue(device, scheme, split, swap):
     linear, a, a_scale, want = _problem(device, scheme, m, n, k)
     # Hopper's tensor cores add e4m3 products with fewer bits than float32 has
     exact = 3e-4 if scheme is FP8 and device.type == "cuda" else 1e-5
+    if scheme is INT4:  # widened weights are rounded to fp16
+        exact = 5e-4
     tile = fit(Tile(m=16, n=64, k=64, split=split, swap=swap), linear, m)
     assert tile.split == split
     workspace = Workspace(torch.device(device))
@@ -155,7 +174,7 @@ def test_decode_attention_leaves_the_form_of_its_output(device, form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [FP8, FP16], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [FP8, INT4, FP16], ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (960, 576), (576, 1536)])
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 128])
 def test_real_shapes_in_triton_and_in_the_library(n, k, m, scheme):
@@ -176,10 +195,11 @@ def test_real_shapes_in_triton_and_in_the_library(n, k, m, scheme):
     if library.runs(linear):
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=device)
         scale = None if a_scale is None else a_scale[:m]
-        library.matmul(a[:m], scale, linear, out)
+        scratch = torch.empty(n * k, dtype=torch.float16, device=device)
+        library.matmul(a[:m], scale, linear, out, scratch)
         assert (out - want).abs().max() < 2e-3 * want.abs().max()
         captured, graph = torch.empty_like(out), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            library.matmul(a[:m], scale, linear, captured)
+            library.matmul(a[:m], scale, linear, captured, scratch)
         graph.replay()
         assert torch.equal(captured, out)

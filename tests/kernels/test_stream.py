@@ -88,6 +88,41 @@ def test_equals_triton_to_the_bit_and_the_reference(hopper, geometry, rows):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 13, 16, 32])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_fp8_is_the_reference_and_every_launch_the_same(hopper, geometry, rows):
+    from llama_engine.kernels.gemm import gemm_reference
+    from llama_engine.kernels.stream import StreamGemm
+    from llama_engine.model.schemes import quantize_e4m3
+
+    device = hopper
+    torch.manual_seed(rows)
+    n, k, epilogue = GEOMETRIES[geometry]
+    weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    linear = Linear(weight, torch.rand(n, device=device) * 1e-3)
+    values, scale = quantize_e4m3(torch.randn(rows, k, device=device))
+    padded = torch.full((128, k), 0x7F, dtype=torch.uint8, device=device)  # NaN, in rows that are not asked for
+    padded[:rows] = values.view(torch.uint8)
+    scales = torch.full((128,), float("nan"), device=device)
+    scales[:rows] = scale
+    before = torch.randn(rows + 1, n // 2 if epilogue == 2 else n, device=device).half()
+    stream, results = StreamGemm(device), []
+    assert stream.runs(linear, rows, epilogue)
+    for _ in range(3):
+        results.append(before.clone())
+        stream.launch(padded.view(weight.dtype), scales, linear, results[-1], rows, epilogue)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[0][rows], before[rows])
+    exact = gemm_reference(values, scale, linear)
+    if epilogue == 2:
+        exact = F.silu(exact[:, : n // 2]) * exact[:, n // 2 :]
+    elif epilogue == 1:
+        exact = before[:rows].float() + exact
+    assert (results[0][:rows].float() - exact).abs().max() <= 2e-3 * exact.abs().max()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [8, 16, 32])
 def test_a_chain_of_overlapping_kernels_equals_triton_to_the_bit(hopper, rows):
     """Alone a kernel forgives a missing fence; beside the next one's loads its last stores land late."""

@@ -79,6 +79,7 @@ class Live:
         self.cached_tokens = 0
         self.told = False  # how many they are
         self.sent = 0
+        self.due = 0  # ids that the outbox has been told of
         self.total_logprob = 0.0  # of what is sent
         self.reason: FinishReason | RunError | None = None
 
@@ -90,9 +91,12 @@ class TritonPythonModel:
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.timeout_s = float(options["request_timeout_s"]) or None
         self.drain_s = float(options["drain_s"])
+        self.stream_interval = int(options["stream_interval"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
         reuse = options["enable_kv_cache_reuse"] == "true"
-        engine = load_engine(options["engine_dir"], device=options["device"], enable_prefix_cache=reuse)
+        engine = load_engine(
+            options["engine_dir"], device=options["device"], kernels=options["kernels"], enable_prefix_cache=reuse
+        )
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.grammars, self.engine_dir, self.vocab_size = {}, options["engine_dir"], engine.model_config.vocab_size
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
@@ -142,7 +146,9 @@ class TritonPythonModel:
             live.cached_tokens = output.cached_tokens
             live.ids.extend(output.token_ids)
             live.reason = output.reason
-            if output.finished or wanted.streaming:
+            due = self.stream_interval if live.due else 1  # the first token at once
+            if output.finished or (wanted.streaming and len(live.ids) - live.due >= due):
+                live.due = len(live.ids)
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
