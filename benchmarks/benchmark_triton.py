@@ -113,7 +113,9 @@ class Served:
     def cost(self) -> Cost | None:
         """Of a TensorRT engine, whose server's metrics do not tell."""
         built = self.info and self.info.tensorrt_llm
-        return Cost.of(self.model, built.step_nbytes, self.model.kv_nbytes()) if built else None
+        if not built:
+            return None
+        return Cost.of(self.model, built.step_nbytes, self.model.kv_nbytes(self.info.engine.kv_element_nbytes))
 
 
 def served_by(engine_dir: Path | None, model_dir: Path | None, url: str | None) -> Served:
