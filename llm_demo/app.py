@@ -105,6 +105,8 @@ def create_app(gateway: Gateway, *, api_key: str | None, local_only: bool) -> AS
 
 async def _complete(gateway: Gateway, request: Request, body: Sampling) -> Response:
     """An error before the first token is a status code; after it, an ``error`` event that ends the stream."""
+    if other := gateway.others.get(body.model):
+        return await other.forward(request.url.path.removeprefix("/v1/"), await request.json())
     options = body.stream_options
     shape = Shape(body.model, isinstance(body, ChatRequest), obfuscate=options.include_obfuscation)
     pieces = gateway.answer(body)

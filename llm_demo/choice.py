@@ -45,6 +45,7 @@ class Choice:
     room: int
     number: int
     logprobs: list[float] = field(default_factory=list)
+    told: bool = False  # how much of the prompt was cached
 
     @property
     def likelihood(self) -> float:
@@ -91,7 +92,9 @@ class Choice:
         yield Piece(index, held, reason, calls, self._given(scores), length)
 
     def _count(self, new: NewTokens) -> None:
-        if new.cached_tokens is not None and self.number == 0:
+        first = self.number == 0 and not self.told  # an answer that moves to another replica tells it again
+        if new.cached_tokens is not None and first:
+            self.told = True
             self.usage.cached_tokens = (self.usage.cached_tokens or 0) + new.cached_tokens
         self.logprobs += [entry.token for entry in new.logprobs or []]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from llm_demo.api import ChatRequest, Sampling
 from llm_demo.baseline import Baseline
 from llm_demo.choice import Choice, best, merged
 from llm_demo.errors import DOWN, ApiError
+from llm_demo.other import OtherServer
 from llm_demo.tools import ToolFormat
 
 
@@ -39,6 +40,7 @@ class Gateway:
         model_dir: Path | None,
         device: str,
         discover: Discover | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
@@ -47,6 +49,10 @@ class Gateway:
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
+        self.others = {other.name: other for other in map(OtherServer, others)}
+        if taken := self.others.keys() & set(self.models):
+            raise InputError(f"--other may not be named {taken.pop()}, which is a model of this gateway")
+        self.models += self.others
         self.counts: Counter[str] = Counter()
         self.running = 0
 
@@ -55,6 +61,8 @@ class Gateway:
         self.client = Router.of(self.info, self.triton_urls, self.discover)
         yield
         await self.client.close()
+        for other in self.others.values():
+            await other.http.aclose()
         if self.baseline:
             await self.baseline.close()
 

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--api-key", default=os.environ.get("LLM_DEMO_API_KEY"), help="or $LLM_DEMO_API_KEY")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=URL", help="OpenAI server to race")
     parser.add_argument(
         "--replica",
         "--triton-url",
@@ -62,7 +63,7 @@ def main() -> None:
             with console.status("starting Triton Inference Server"):
                 server = stack.enter_context(TritonServer(args.engine_dir, config, http=False))
             urls = [server.grpc_url]
-        gateway = Gateway(args.engine_dir, *urls, model_dir=args.model_dir, device=args.device)
+        gateway = Gateway(args.engine_dir, *urls, model_dir=args.model_dir, device=args.device, others=args.other)
         ended = stack.enter_context(answering(gateway, door, args.host, args.api_key, console))
         if server:
             supervise(server, console.print, ended)

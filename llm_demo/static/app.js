@@ -293,6 +293,8 @@ $("key-form").onsubmit = (event) => {
 
 // ---- race ----------------------------------------------------------------------------------------------------------
 
+const titleOf = (model) => ["INT8 engine", "Baseline"][[server.models[0], `${server.models[0]}:baseline`].indexOf(model)] ?? model;
+
 class Lane {
   constructor(kind) {
     this.kind = kind;
@@ -306,7 +308,7 @@ class Lane {
   assign(model) {
     const own = server.models[0], base = model === `${own}:baseline`;
     this.model = model;
-    this.title = model === own ? "INT8 engine" : base ? "Baseline" : model;
+    this.title = titleOf(model);
     this.name.textContent = this.title;
     this.bar.ariaLabel = `${this.title}: tokens made`;
     this.what.textContent = model === own ? "Triton Inference Server, paged KV cache"
@@ -333,7 +335,7 @@ function offer() {
   for (const [i, lane] of lanes.entries()) {
     const choice = $(`lane-${i}`);
     if (choice.options.length === server.models.length || racing) continue;
-    choice.replaceChildren(...server.models.map((name) => el("option", { textContent: name })));
+    choice.replaceChildren(...server.models.map((name) => el("option", { value: name, textContent: titleOf(name) })));
     choice.selectedIndex = Math.min(i, server.models.length - 1);
     choice.onchange = () => { lane.assign(choice.value); lane.reset(1); controls(); };
     choice.onchange();

@@ -5,9 +5,15 @@ import os
 import re
 import shutil
 
+import httpx
 import pytest
 
+from llama_engine.errors import InputError
+from llama_engine.serving.server import free_port
+from llm_demo.app import create_app
+from llm_demo.gateway import Gateway
 from tests.conftest import ROOT
+from tests.llm_demo.test_guard import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -276,3 +282,49 @@ def test_a_stopped_server_is_said_and_recovered_from(page, triton):
     ask(page, "What is the capital of Italy? Answer briefly.")
     expect(page.locator(".assistant")).to_have_count(2)
     expect(last_answer(page).locator(".body")).to_contain_text("Rome")
+
+
+def test_another_server_runs_in_a_lane(browser, gateway, smollm2_engine):
+    """The gateway of the other tests, as it looks from a second one that has no engine of its own."""
+    app = create_app(
+        Gateway(smollm2_engine, "127.0.0.1:1", model_dir=None, device="cpu", others=[f"neighbour={gateway}/v1"]),
+        api_key=None,
+        local_only=True,
+    )
+    with serve(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        asked = {
+            "model": "neighbour",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 4,
+            "temperature": 0,
+        }
+        mine, theirs = (
+            http.post(f"{base}/v1/chat/completions", json=asked | {"model": model}).json()["choices"]
+            for base, model in ((url, "neighbour"), (gateway, "SmolLM2-135M-Instruct"))
+        )
+        assert mine == theirs
+        refused = http.post("/v1/chat/completions", json=asked | {"top_logprobs": 3, "logprobs": False})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+        page = browser.new_page()
+        page.goto(f"{url}/#race")
+        expect(page.locator("#lane-1 option:checked")).to_have_text("neighbour")
+        page.select_option("#lane-0", "neighbour")
+        expect(page.locator(".lane h2").first).to_have_text("neighbour")
+        page.close()
+        gone = Gateway(
+            smollm2_engine,
+            "127.0.0.1:1",
+            model_dir=None,
+            device="cpu",
+            others=[f"gone=http://127.0.0.1:{free_port()}/v1"],
+        )
+        with serve(create_app(gone, api_key=None, local_only=True)) as other:
+            answer = http.post(f"{other}/v1/chat/completions", json=asked | {"model": "gone"})
+        assert answer.status_code == 502
+        assert "gone at http" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("flag", ["x", "=http://a", "x=ftp://a", "SmolLM2-135M-Instruct=http://a"])
+def test_another_server_has_a_name_of_its_own_and_a_url(smollm2_engine, flag):
+    with pytest.raises(InputError, match="--other"):
+        Gateway(smollm2_engine, "127.0.0.1:1", model_dir=None, device="cpu", others=[flag])
