@@ -48,7 +48,8 @@ def candidates(name: str, bucket: int, linear: Linear) -> list[Tile]:
         tiles += [replace(tiles[0], n=n, stages=stages) for n, stages in itertools.product((64, 128), (3, 4))]
     else:
         splits = {"gate_up": (1,), "down": (1, 2, 4)}.get(name, (1, 2))
-        shapes = itertools.product((32, 64, 128), ((128, 5), (256, 4), (512, 3)), splits)
+        steps = ((128, 5), (128, 8)) if linear.scheme is INT4 else ((128, 5), (256, 4), (512, 3))
+        shapes = itertools.product((32, 64, 128), steps, splits)
         tiles += [Tile(tiles[0].m, n, k, split, stages=stages) for n, (k, stages), split in shapes]
     return tiles
 

@@ -63,7 +63,7 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     # bytes of one k
     column = tile.n + 2 * tile.m if linear.scheme is INT8 else linear.weight.element_size() * (tile.n + tile.m)
     if linear.scheme is INT4:  # a step is a group, however little shared memory there is
-        step, column = group_size(linear.weight, linear.scale), 2 * (tile.n + tile.m)
+        step, column = group_size(linear.weight, linear.scale), tile.n // 2 + 2 * tile.m
     # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
     buffers = 0 if (tile.n if tile.swap else tile.m) >= 64 and tile.m >= 16 else 1
     room = shared_memory(linear.weight.device)
@@ -148,7 +148,9 @@ def gemm(
 
 
 def gemm_reference(a: torch.Tensor, a_scale: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 ``linear``, or of e4m3 ``[M, K]`` times the FP8 one,
-    exact up to the final scaling."""
-    values = 256 * a[0].double() + a[1].double() if linear.scheme is INT8 else a.double()
+    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 or INT4 ``linear``, or of e4m3 ``[M, K]`` times the FP8
+    one, exact up to the final scaling."""
+    values = a.double() if linear.scheme is FP8 else 256 * a[0].double() + a[1].double()
+    if linear.scheme is INT4:
+        return (values @ linear.dequantize(torch.float64).T * a_scale[:, None]).float()
     return (values @ linear.weight.double().T * a_scale[:, None] * linear.scale[None, :]).float()

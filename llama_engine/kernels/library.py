@@ -1,4 +1,4 @@
-"""Large FP8 and 16-bit products through cuBLAS.
+"""Large FP8, INT4 and 16-bit products through cuBLAS, which takes INT4 widened to fp16.
 
 Its result leaves in fp16 before anything is added or gated, so it is rounded once more than in
 :mod:`llama_engine.kernels.gemm`, whose reference holds here too.
@@ -11,7 +11,8 @@ import functools
 import torch
 
 from llama_engine.kernels.gemm import FP8_STEP
-from llama_engine.model.schemes import FP8, FP16
+from llama_engine.kernels.quant import widen
+from llama_engine.model.schemes import FP8, FP16, INT4
 from llama_engine.model.weights import Linear
 
 
@@ -27,14 +28,24 @@ def runs(linear: Linear) -> bool:
     """Whether :func:`matmul` takes this matrix on the device that holds it."""
     if linear.weight.device.type != "cuda" or any(size % 16 for size in linear.weight.shape):
         return False
-    return linear.scheme is FP16 or (linear.scheme is FP8 and _scales_rows(linear.weight.device))
+    return linear.scheme in (FP16, INT4) or (linear.scheme is FP8 and _scales_rows(linear.weight.device))
 
 
-def matmul(a: torch.Tensor, a_scale: torch.Tensor | None, linear: Linear, out: torch.Tensor) -> None:
+def matmul(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    linear: Linear,
+    out: torch.Tensor,
+    scratch: torch.Tensor | None = None,
+) -> None:
     """``out = a @ W.T``, fp16 ``[M, N]``, all contiguous: ``a`` e4m3 ``[M, K]`` with ``a_scale`` float32 ``[M]``, or
-    fp16 and None. Can be captured into a CUDA graph."""
+    fp16 and None. ``scratch``: fp16 room for the N * K weights of an INT4 matrix. Can be captured into a CUDA graph."""
     if a_scale is None:
-        torch.mm(a, linear.weight.t(), out=out)
+        weight = linear.weight
+        if linear.scheme is INT4:
+            weight = scratch[: linear.shape[0] * linear.shape[1]].view(linear.shape)
+            widen(linear, weight)
+        torch.mm(a, weight.t(), out=out)
         return
     scales = a_scale[:, None], linear.scale[None, :]
     torch._scaled_mm(a, linear.weight.t(), *scales, out_dtype=out.dtype, use_fast_accum=FP8_STEP is None, out=out)

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
-"""Embedding, RMSNorm, SiLU * mul and the forms of activations: 16-bit fixed point, e4m3 or plain.
+"""Embedding, RMSNorm, SiLU * mul and the forms of activations: 16-bit fixed point, e4m3 or plain; INT4 weights as fp16.
 
 For an INT8 matrix a row ``x`` becomes ``a = 256 * hi + lo`` with ``a = round(x / scale)``, half away from zero,
 ``scale = max|x| / DIGITS_MAX`` and both digits in -128 .. 127, so that the matrix multiplies it exactly in two integer
@@ -14,7 +14,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
-from llama_engine.model.schemes import DIGITS_MAX
+from llama_engine.model.schemes import DIGITS_MAX, group_size
+from llama_engine.model.weights import Linear
 
 _LIMIT = tl.constexpr(float(DIGITS_MAX))
 
@@ -139,6 +140,23 @@ def _gather_kernel(
     tl.store(x_ptr + row * K + offs, value.to(x_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _widen_kernel(weight_ptr, scale_ptr, out_ptr, K, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_wait()  # the buffer may still be read
+        gdc_launch_dependents()
+    half: tl.constexpr = GROUP // 2
+    for first in range(0, K // 2, BLOCK):
+        byte = first + tl.arange(0, BLOCK)
+        mask = byte < K // 2
+        packed = tl.load(weight_ptr + row * (K // 2) + byte, mask=mask, other=0).to(tl.int8, bitcast=True)
+        scale = tl.load(scale_ptr + row * (K // GROUP) + byte // half, mask=mask, other=0.0)
+        at = out_ptr + row * K + byte // half * GROUP + byte % half
+        tl.store(at, ((packed << 4) >> 4).to(tl.float16) * scale, mask=mask)
+        tl.store(at + half, (packed >> 4).to(tl.float16) * scale, mask=mask)
+
+
 def _warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
@@ -159,6 +177,14 @@ def gather_rows(
         num_warps=_warps(block),
         **launch_options(x.device),
     )
+
+
+def widen(linear: Linear, out: torch.Tensor) -> None:
+    """The INT4 matrix as fp16 ``[N, K]``, each value rounded once."""
+    n, k = linear.shape
+    group = group_size(linear.weight, linear.scale)
+    options = launch_options(out.device)
+    _widen_kernel[(n,)](linear.weight, linear.scale, out, k, GROUP=group, BLOCK=1024, num_warps=4, **options)
 
 
 def norm(

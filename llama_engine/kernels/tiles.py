@@ -40,8 +40,10 @@ def default_tile(name: str, num_rows: int, scheme: Scheme = INT8, use_library: b
         return Tile(64, 256, 128, swap=False, warps=8, stages=3)
     if bucket >= 128 and scheme is INT8:
         return Tile(128, 128, 128, SPLITS.get(bucket, {}).get(name, 1), swap=False, warps=8, stages=3)
-    if bucket >= 128 and scheme is INT4:  # the weights, widened in registers, are then the side that may stay there
-        return Tile(128, 128, 128, swap=True, warps=8, stages=3)
+    if scheme is INT4:  # swapped, so that the weights, which are widened in registers, may stay there
+        if bucket >= 128:
+            return Tile(128, 128, 128, warps=8, stages=3, library=use_library and bucket >= 512)
+        return Tile(max(16, bucket), 64, 128, split=2 if name in ("o", "down") else 1, stages=8)
     if bucket >= 128:
         return Tile(128, 128, 128 // scheme.weight_dtype.itemsize, swap=False, warps=8, library=use_library)
     if scheme is not INT8:

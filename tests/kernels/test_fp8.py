@@ -95,6 +95,17 @@ def test_norm_adds_what_its_rows_still_lack(device):
     assert torch.equal(out, expected)
 
 
+def test_packed_weights_widened(device):
+    from llama_engine.kernels.quant import widen
+
+    for n, group, groups in ((5, 64, 3), (2, 128, 17)):
+        values = torch.randint(0, 256, (n, groups * group // 2), dtype=torch.uint8, device=device)
+        linear = Linear(values, (torch.randn(n, groups, device=device)).half())
+        out = torch.full(linear.shape, float("nan"), dtype=torch.float16, device=device)
+        widen(linear, out)
+        assert torch.equal(out, linear.dequantize(torch.float16))
+
+
 @pytest.mark.parametrize("swap", [True, False])
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("scheme", [FP8, INT4, FP16], ids=lambda scheme: scheme.name)
@@ -184,10 +195,11 @@ def test_real_shapes_in_triton_and_in_the_library(n, k, m, scheme):
     if library.runs(linear):
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=device)
         scale = None if a_scale is None else a_scale[:m]
-        library.matmul(a[:m], scale, linear, out)
+        scratch = torch.empty(n * k, dtype=torch.float16, device=device)
+        library.matmul(a[:m], scale, linear, out, scratch)
         assert (out - want).abs().max() < 2e-3 * want.abs().max()
         captured, graph = torch.empty_like(out), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            library.matmul(a[:m], scale, linear, captured)
+            library.matmul(a[:m], scale, linear, captured, scratch)
         graph.replay()
         assert torch.equal(captured, out)
