@@ -169,7 +169,7 @@ def decode_table(bench: Bench) -> Table:
                 want = wanted.setdefault((rows, context), result)
                 worst = max(worst, float((result - want).abs().max() / want.abs().max()))
                 ms = time_graph(run) / LAYERS
-                nbytes = rows * context * bench.config.kv_nbytes() // bench.config.num_layers
+                nbytes = rows * context * bench.config.kv_nbytes(2) // bench.config.num_layers
                 cells.append(f"{1e3 * ms:.1f} ({nbytes / ms / 1e6:.0f})")
         except Exception as error:
             cells.append(f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")

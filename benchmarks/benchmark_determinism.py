@@ -24,6 +24,7 @@ from llama_engine.engine.engine import Engine
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, run_cli
 from llama_engine.measure import determinism, protocol, result
+from llama_engine.measure.demand import sampled
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.generation import make_prompts
 from llama_engine.measure.telemetry import Telemetry
@@ -96,7 +97,8 @@ def measure(
     again = sum(variant["conditions"][0]["changed"] for variant in variants)
     lengths = [len(prompt) for prompt in asked.prompts]
     workload = {"prompts": len(lengths), "input_tokens_range": [min(lengths), max(lengths)]}
-    workload |= {"output_tokens": asked.output_tokens, "batch": list(asked.batch)} | protocol.about(asked.sampling)
+    workload |= {"output_tokens": asked.output_tokens, "batch": list(asked.batch)}
+    workload |= {"sampling": sampled(asked.sampling)} if asked.sampling else {}
     return {
         "workload": workload,
         "environment": fingerprint(device),

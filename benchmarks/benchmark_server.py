@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--model", help=f"default: the first that the server lists; Triton: {TRITON_MODEL}")
     parser.add_argument("--tokenizer", type=Path, help="directory of the model's tokenizer.json")
     parser.add_argument("--key-variable", default=KEY_VARIABLE, help=f"holds the API key (default: {KEY_VARIABLE})")
-    parser.add_argument("--extra-body", type=json_object, default={}, help="JSON added to each request's body")
+    parser.add_argument("--extra-body", default="{}", help="JSON added to each request's body")
     parser.add_argument("--stop-at-eos", action="store_true", help="answers may end by themselves")
     parser.add_argument("--metrics-url", help="HOST:PORT of Triton's metrics page")
     parser.add_argument(
@@ -56,6 +56,7 @@ def main() -> int:
     asked = demand.demand_of(args, stop_at_eos=args.stop_at_eos)
     if args.api == "triton" and args.tokenizer is None:
         raise InputError("--api triton takes token ids: give --tokenizer, the directory of the model's tokenizer.json")
+    json_object(args.extra_body)
     text = Text(codec_of([args.tokenizer]), asked.seed)
     name = args.name or args.api
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or args.api
@@ -96,7 +97,7 @@ def open_target(args: Any, text: Text) -> Target:
         decode=text.codec.decode,
         ids=text.codec.exact,
         model=args.model,
-        extra=args.extra_body,
+        extra=json_object(args.extra_body),
         key_variable=args.key_variable,
     )
 

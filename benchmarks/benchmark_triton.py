@@ -27,6 +27,7 @@ from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.measure import demand, served
+from llama_engine.measure.cost import Cost
 from llama_engine.measure.environment import ceilings, fingerprint
 from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import check_output, write_result
@@ -56,7 +57,7 @@ def main() -> int:
     if engine.info:
         check_length(engine.info.engine, *asked.traffic.longest, "--output-tokens")
         engine.info.check_input(asked.traffic.longest[0], "--input-tokens")
-    elif runs_native(args.metrics_url):
+    if engine.backend != "native" and runs_native(args.metrics_url):
         raise InputError(f"{args.url} runs the native engine: give --engine-dir, the one that it serves")
     name = f"triton-{engine.backend}{'' if args.streaming else '-whole'}.json"
     output = check_output(args.output or Path("results/local") / name, args.force, engine.dir)
@@ -82,6 +83,7 @@ def main() -> int:
             metrics_url=metrics_url,
             own_processes=OWN_PROCESSES,
             model=engine.model,
+            cost=engine.cost,
             about=lambda target, kernels: {
                 "benchmark": "triton",
                 "backend": engine.backend,
@@ -106,6 +108,12 @@ class Served:
     model: ModelConfig
     identity: dict[str, str]
     info: EngineInfo | None = None
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of a TensorRT engine, whose server's metrics do not tell."""
+        built = self.info and self.info.tensorrt_llm
+        return Cost.of(self.model, built.step_nbytes, self.model.kv_nbytes()) if built else None
 
 
 def served_by(engine_dir: Path | None, model_dir: Path | None, url: str | None) -> Served:

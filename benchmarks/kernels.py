@@ -52,7 +52,7 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
 
     runs = {
         "norm + quantize": (norm, rows * c.hidden_size * (2 + each)),
-        "attention": (attend, rows * (c.kv_nbytes() // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
+        "attention": (attend, rows * (c.kv_nbytes(2) // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
     }
     if model.linears.input_of("down", layers[0].down, rows)[1] is not None:
 
@@ -161,7 +161,7 @@ def main() -> None:
         cells = (f"{1e3 * ms:.1f}", f"{nbytes / 1e6:.1f}", f"{rate / 1e9:.0f}", f"{100 * rate / bandwidth:.0f}")
         table.add_row(name, str(rows), *cells)
 
-    kv_bytes = config.kv_nbytes()
+    kv_bytes = config.kv_nbytes(2)
     for rows in args.rows:
         model.position.fill_(args.context)
         for name, (run, nbytes) in kernel_runs(model, rows, args.context).items():

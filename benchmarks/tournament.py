@@ -5,7 +5,7 @@ Method:  contestants are servers that run (--target NAME=URL: http:// is an Open
          loaded here, each in a process of its own (--stack KIND:PATH). In each round all of them get the same prompts;
          the next round has others. Ratios are those of the rounds' medians over the first contestant's, paired by
          round. GPU memory is shared, each stack taking its part, or with --swap given to one stack at a time.
-Output:  results/local/tournament.json. Exit code 1 if no load is VALID.
+Output:  results/local/tournaments/tournament.json, a table on that folder's page. Exit code 1 if no load is VALID.
 
     python benchmarks/tournament.py --target ours=http://127.0.0.1:8080 --target other=http://127.0.0.1:8000 \
         --model-dir models/smollm2-135m-instruct --workload short chat --concurrency 1 8
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a server has for one answer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/local/tournament.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/local/tournaments/tournament.json"))
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     entries = args.entries or []

@@ -15,6 +15,7 @@ from llama_engine.errors import ErrorCode, InputError
 DEFAULT_MODEL = "smollm2-135m-instruct"  # what a script takes when no model is named
 C = TypeVar("C", bound="_Config")
 FLOAT32_MAX = 3.4e38
+KV_ELEMENT_NBYTES = {"fp16": 2, "fp8": 1}  # of a key or a value, by what EngineConfig.kv_cache says
 
 
 class _Config:
@@ -118,8 +119,8 @@ class ModelConfig(_Config):
     def qkv_size(self) -> int:
         return self.q_size + 2 * self.kv_size
 
-    def kv_nbytes(self, element_nbytes: int = 2) -> int:
-        """Bytes that keys and values of one position take over all layers, fp16 unless told otherwise."""
+    def kv_nbytes(self, element_nbytes: int) -> int:
+        """Bytes that keys and values of one position take over all layers."""
         return 2 * self.num_layers * self.kv_size * element_nbytes
 
     @classmethod
@@ -235,7 +236,7 @@ class EngineConfig(_Config):
     load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of what is free on a
     GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished requests for prompts that
     start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on, what measures leaves it
-    off.
+    off. ``kv_cache`` is what the checkpoint says keys and values are held in: fp16, or fp8 (e4m3, unscaled).
     """
 
     max_batch_size: int = 16
@@ -247,6 +248,7 @@ class EngineConfig(_Config):
     lm_head: str = "checkpoint"
     max_prefill_tokens: int = 96
     enable_prefix_cache: bool = False
+    kv_cache: str = "fp16"
 
     def __post_init__(self) -> None:
         self._check_integers("engine config")
@@ -263,9 +265,16 @@ class EngineConfig(_Config):
         if type(self.enable_prefix_cache) is not bool:
             raise InputError(f"engine config: enable_prefix_cache must be a bool, got {self.enable_prefix_cache!r}")
 
+        if self.kv_cache not in KV_ELEMENT_NBYTES:
+            raise InputError(f"engine config: kv_cache must be {' or '.join(KV_ELEMENT_NBYTES)}, got {self.kv_cache!r}")
+
     @property
     def max_blocks_per_sequence(self) -> int:
         return -(-self.max_seq_len // self.tokens_per_block)
+
+    @property
+    def kv_element_nbytes(self) -> int:
+        return KV_ELEMENT_NBYTES[self.kv_cache]
 
     @property
     def useful_kv_blocks(self) -> int:

@@ -10,7 +10,7 @@ from llama_engine.errors import ErrorCode, InputError
 from llama_engine.files import read_json
 
 ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ACTIVATION_BUDGET = 0.01  # of a layer's output, RMS: what the accuracy gate allows the logits
 WEIGHTS_FILE = "engine.safetensors"
 WEIGHTS = {"native": WEIGHTS_FILE, "tensorrt_llm": "rank0.engine"}  # the backends, and the file each loads
@@ -29,7 +29,8 @@ class TensorRTInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256; ``activation_losses`` what
+    """What ``engine.json`` says. ``identity`` is the model's name, source and sha256; ``quant_algo`` the checkpoint's,
+    None where it was 16-bit; ``activation_losses`` what
     :func:`llama_engine.checkpoint.calibration.activation_losses` found, empty where no integer kernel runs;
     ``tensorrt_llm`` is None for a native engine."""
 
@@ -39,6 +40,7 @@ class EngineInfo:
     checkpoint_sha256: str
     weights_sha256: str
     identity: dict[str, str]
+    quant_algo: str | None
     activation_losses: list[float]
     tensorrt_llm: TensorRTInfo | None = None
 
@@ -85,7 +87,7 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
             f"{path}: format_version {data.get('format_version')!r}, expected {FORMAT_VERSION}: build the engine again"
         )
     keys = {"format_version", "backend", "model", "engine", "checkpoint_sha256", "model_identity", "weights"}
-    keys |= {"activation_losses"} | ({"tensorrt_llm"} if found == "tensorrt_llm" else set())
+    keys |= {"activation_losses", "quant_algo"} | ({"tensorrt_llm"} if found == "tensorrt_llm" else set())
     if set(data) != keys:
         raise InputError(f"{path}: unknown or missing keys {sorted(set(data) ^ keys)}: build the engine again")
     weights = Path(engine_dir) / WEIGHTS[found]
@@ -98,6 +100,7 @@ def load_engine_json(engine_dir: Path | str, *, backend: str = "native") -> Engi
         checkpoint_sha256=data["checkpoint_sha256"],
         weights_sha256=data["weights"]["sha256"],
         identity=data["model_identity"],
+        quant_algo=data["quant_algo"],
         activation_losses=data["activation_losses"],
         tensorrt_llm=TensorRTInfo(**data["tensorrt_llm"]) if found == "tensorrt_llm" else None,
     )

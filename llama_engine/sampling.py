@@ -74,6 +74,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None  # asks for the token's log-probability, and for those of so many most likely ones
+    masked: bool = False  # each step forbids tokens of its own: see Step.forbidden
     prompt_logprobs: bool = False  # asks for them of the prompt's tokens too, from the second on
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class SamplingParams:
     def mode(self) -> int:
         if not self.greedy:
             return DRAW
-        return ARGMAX if self.penalized or self.biases or self.phrases else UNUSED
+        return ARGMAX if self.penalized or self.biases or self.phrases or self.masked else UNUSED
 
     @cached_property
     def record(self) -> np.ndarray:

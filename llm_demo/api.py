@@ -6,14 +6,14 @@ import json
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 from llama_engine.sampling import MAX_LOGPROBS
 from llm_demo.errors import ApiError
+from llm_demo.messages import Message, NamedChoice, ResponseFormat, Strict, Text, Tool
 
 MAX_CHOICES = 128  # of one prompt
-Text = Annotated[str, Field(max_length=1 << 20)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
 
@@ -21,12 +21,6 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 def _same(given: Any, accepted: Any) -> bool:
     """0 is not False and True is not 1, though Python has them equal; 0.0 is 0."""
     return given == accepted and isinstance(given, bool) == isinstance(accepted, bool)
-
-
-class Strict(BaseModel):
-    """JSON's types as they are: no "2" for 2, no true for 1."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -163,68 +157,6 @@ class Sampling(Strict):
         return options
 
 
-class Part(Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class Function(Strict):
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
-    arguments: Text
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> Function:
-        try:
-            if isinstance(json.loads(self.arguments), dict):
-                return self
-        except (ValueError, RecursionError):
-            pass
-        raise ValueError("arguments must be a JSON object in a string")
-
-
-class ToolCall(Strict):
-    id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class Message(BaseModel):
-    """``developer`` is ``system`` to a template. Other fields, such as ``name``, have no place in one."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
-    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Message:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of the {self.role} makes no tool_calls")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a tool's message needs tool_call_id")
-        return self
-
-    @property
-    def text(self) -> str:
-        content = self.content or ""
-        return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-class FunctionTool(Strict):
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: FunctionTool
-
-
 class ChatRequest(Sampling):
     """``max_tokens`` is the older name of ``max_completion_tokens``."""
 
@@ -238,7 +170,6 @@ class ChatRequest(Sampling):
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -247,16 +178,19 @@ class ChatRequest(Sampling):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = Field(default=[], max_length=128)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    response_format: ResponseFormat = Field(ResponseFormat(type="text"))
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _check_limits(self) -> ChatRequest:
         if self.max_tokens and self.max_completion_tokens:
             message = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
             raise ApiError(400, message, code="invalid_parameter_combination", param="max_tokens")
+        if self.tool_choice not in ("none", "auto") and not self.must_call:
+            raise ApiError(400, "tool_choice asks for a call of a tool that is not in tools", param="tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         return self
@@ -268,6 +202,13 @@ class ChatRequest(Sampling):
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def must_call(self) -> list[Tool]:
+        """The tools of which one has to be called, if any has."""
+        if isinstance(self.tool_choice, NamedChoice):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
 
     @property
     def active_tools(self) -> list[Tool]:

@@ -27,7 +27,9 @@ class Source(Protocol):
     tokenizer: ChatTokenizer
     counts: Counter[str]
 
-    def ids(self, prompt: list[int], room: int, request: Sampling, seed: int) -> AsyncIterator[NewTokens]: ...
+    def ids(
+        self, prompt: list[int], room: int, request: Sampling, seed: int, grammar: str | None
+    ) -> AsyncIterator[NewTokens]: ...
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Choice:
     source: Source
     request: Sampling
     tools: ToolFormat | None
+    grammar: str | None
     usage: Usage
     prompt: list[int]
     room: int
@@ -57,7 +60,8 @@ class Choice:
         seed = request.seed + self.number
         if request.echoes:
             held = self.source.tokenizer.backend.decode(self.prompt, skip_special_tokens=False)
-        async with contextlib.aclosing(self.source.ids(self.prompt, max(1, self.room), request, seed)) as source:
+        ids = self.source.ids(self.prompt, max(1, self.room), request, seed, self.grammar)
+        async with contextlib.aclosing(ids) as source:
             async for new in source:
                 first = first or time.perf_counter() - start
                 self._count(new)

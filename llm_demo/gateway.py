@@ -14,7 +14,9 @@ from fastapi import FastAPI
 from llama_engine.config import check_request
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import ErrorCode, InputError, RunError
-from llama_engine.serving.client import GrpcClient, NewTokens
+from llama_engine.grammar import Grammars, json_grammar
+from llama_engine.serving.client import NewTokens
+from llama_engine.serving.router import Discover, Router
 from llama_engine.tokenizer import ChatTokenizer, stop_inputs
 from llm_demo.answers import Piece, Usage
 from llm_demo.api import ChatRequest, Sampling
@@ -25,12 +27,23 @@ from llm_demo.tools import ToolFormat
 
 
 class Gateway:
-    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`."""
+    """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`.
 
-    def __init__(self, engine_dir: Path, triton_url: str, *, model_dir: Path | None, device: str) -> None:
+    ``triton_urls`` are its replicas; ``discover`` tells, again and again, which there are now.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *triton_urls: str,
+        model_dir: Path | None,
+        device: str,
+        discover: Discover | None = None,
+    ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
-        self.tokenizer = ChatTokenizer(engine_dir)
-        self.triton_url = triton_url
+        self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
+        self._grammars: Grammars | None = None  # the first that is asked for takes a second
+        self.triton_urls, self.discover = triton_urls, discover
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
@@ -39,7 +52,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.client = GrpcClient(self.triton_url)
+        self.client = Router.of(self.info, self.triton_urls, self.discover)
         yield
         await self.client.close()
         if self.baseline:
@@ -87,11 +100,14 @@ class Gateway:
             raise ApiError(400, message, code=error.code.value, param=where) from None
         return limit - len(prompt) if asked is None else asked
 
-    async def ids(self, prompt: list[int], max_tokens: int, request: Sampling, seed: int) -> AsyncIterator[NewTokens]:
+    async def ids(
+        self, prompt: list[int], max_tokens: int, request: Sampling, seed: int, grammar: str | None
+    ) -> AsyncIterator[NewTokens]:
         """New ids from the model the request names, cut before one that ends the answer. Leaving early cancels."""
         ends = [*(() if request.ignore_eos else self.tokenizer.eos_token_ids), *request.stop_token_ids]
         if request.model == self.name:
             options = stop_inputs(ends) | request.engine_options(self.info.model.vocab_size, seed)
+            options |= {"grammar": grammar} if grammar else {}
             source = self.client.generate(prompt, max_tokens, streaming=True, **options)
         else:
             sampling = {"temperature": request.temperature, "top_p": request.top_p, "seed": seed % (1 << 64)}
@@ -113,12 +129,13 @@ class Gateway:
         self.running += 1
         try:
             tools = self.tool_format(request)
+            grammar = await self.grammar(request, tools)
             prompts = await self.encode(request, tools)
             rooms = [self.room(prompt, request) for prompt in prompts]
             usage = Usage(sum(map(len, prompts)))
             self.counts["prompt_tokens_total"] += usage.prompt_tokens
             choices = [
-                Choice(self, request, tools, usage, prompt=prompt, room=room, number=number)
+                Choice(self, request, tools, grammar, usage, prompt=prompt, room=room, number=number)
                 for prompt, room in zip(prompts, rooms)
                 for number in range(request.candidates)
             ]
@@ -141,6 +158,27 @@ class Gateway:
         except InputError as error:
             raise ApiError(400, str(error), param="tools") from None
 
+    async def grammar(self, request: Sampling, tools: ToolFormat | None) -> str | None:
+        """What the answer must look like, checked. Raises :class:`ApiError`."""
+        if not isinstance(request, ChatRequest):
+            return None
+        schema, name = request.response_format.schema_object, "response_format"
+        text = None if schema is None else json_grammar(schema)
+        if request.must_call:
+            text, name = tools.grammar(request.must_call), "tools"
+        if text is None:
+            return None
+        if request.model != self.name:
+            raise ApiError(400, f"the baseline keeps to no {name}, ask {self.name}", param=name)
+        try:
+            if self._grammars is None:
+                sizes = self.info.model.vocab_size, self.tokenizer.eos_token_ids
+                self._grammars = await asyncio.to_thread(Grammars, self.engine_dir, *sizes)
+            await asyncio.to_thread(self._grammars.compile, text)
+        except InputError as error:
+            raise ApiError(400, str(error), param=name) from None
+        return text
+
     def state(self, ready: bool) -> dict[str, Any]:
         return {
             "status": "ok" if ready else "unavailable",
@@ -153,4 +191,5 @@ class Gateway:
 
     def metrics(self) -> str:
         rows = [f"llm_demo_{name} {value:g}" for name, value in sorted(self.counts.items())]
+        rows += [f"llm_demo_{name} {value:g}" for name, value in self.client.metrics().items()]
         return "\n".join([*rows, f"llm_demo_requests_running {self.running}", ""])

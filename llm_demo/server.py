@@ -4,7 +4,7 @@ Purpose: feel the engine from a browser, or from any OpenAI client with base_url
 Method:  the engine's tokenizer and chat template make token ids, Triton's tensorrt_llm model answers over gRPC. The
          race's other lane is the Hugging Face model, loaded at first use in a process of its own. A Triton that dies
          is started again.
-Output:  the page at /, the API under /v1, /health, /metrics (Prometheus). Starts Triton itself unless --triton-url.
+Output:  the page at /, the API under /v1, /health, /metrics (Prometheus). Starts Triton itself unless --replica.
 
     python llm_demo/server.py --engine-dir engines/smollm2-135m-instruct --model-dir models/smollm2-135m-instruct
 """
@@ -41,7 +41,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--api-key", default=os.environ.get("LLM_DEMO_API_KEY"), help="or $LLM_DEMO_API_KEY")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--triton-url", help="gRPC host:port of a running server (default: start one)")
+    parser.add_argument(
+        "--replica",
+        "--triton-url",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="gRPC address of a running server of this engine, repeated for each (default: start one)",
+    )
     args = parser.parse_args()
     if args.model_dir and not (args.model_dir / "config.json").is_file():
         raise InputError(f"--model-dir {args.model_dir} holds no model: run scripts/prepare_model.py")
@@ -49,23 +56,32 @@ def main() -> None:
         signal.signal(stop, signal.default_int_handler)
     console = Console(highlight=False, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt), listen(args.host, args.port) as door, contextlib.ExitStack() as stack:
-        server = None
-        if not args.triton_url:
+        server, urls = None, args.replica
+        if not urls:
             config = ServeConfig(device=args.device, drain_s=2)
             with console.status("starting Triton Inference Server"):
                 server = stack.enter_context(TritonServer(args.engine_dir, config, http=False))
-        url = args.triton_url or server.grpc_url
-        gateway = Gateway(args.engine_dir, url, model_dir=args.model_dir, device=args.device)
-        app = create_app(gateway, api_key=args.api_key, local_only=args.host in LOOPBACK)
-        if args.host not in LOOPBACK and not args.api_key:
-            console.print(f"note: {args.host} is open to others and no --api-key is set")
-        console.print(f"ready: http://{args.host}:{args.port} (OpenAI clients: /v1; Ctrl-C stops)")
-        ended = stack.enter_context(serving(app, door))
+            urls = [server.grpc_url]
+        gateway = Gateway(args.engine_dir, *urls, model_dir=args.model_dir, device=args.device)
+        ended = stack.enter_context(answering(gateway, door, args.host, args.api_key, console))
         if server:
             supervise(server, console.print, ended)
         ended.wait()
         raise RunError("the gateway ended by itself")
     console.print("stopped")
+
+
+@contextlib.contextmanager
+def answering(
+    gateway: Gateway, door: socket.socket, host: str, api_key: str | None, console: Console
+) -> Iterator[threading.Event]:
+    """The gateway behind an open ``door``; the event is set when it ends by itself."""
+    app = create_app(gateway, api_key=api_key, local_only=host in LOOPBACK)
+    if host not in LOOPBACK and not api_key:
+        console.print(f"note: {host} is open to others and no --api-key is set")
+    console.print(f"ready: http://{host}:{door.getsockname()[1]} (OpenAI clients: /v1; Ctrl-C stops)")
+    with serving(app, door) as ended:
+        yield ended
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import secrets
 from typing import Any
 
 from llama_engine.errors import InputError
-from llm_demo.api import Message, Tool
+from llama_engine.grammar import json_grammar
+from llm_demo.messages import Message, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INSTRUCTIONS = """You can call functions to answer. These are available, each with a JSON schema of its arguments:
@@ -64,6 +65,22 @@ class ToolFormat:
         elif calls:
             row["content"] += f"{OPEN}{json.dumps(calls, ensure_ascii=False)}{CLOSE}"
         return row
+
+    def grammar(self, tools: list[Tool]) -> str:
+        """An answer that calls one of ``tools``, or in SmolLM2's format several."""
+        arguments = "parameters" if self.native else "arguments"
+        calls = []
+        for tool in tools:
+            properties = {
+                "name": {"const": tool.function.name},
+                arguments: tool.function.parameters or {"type": "object"},
+            }
+            required = {"required": [*properties], "additionalProperties": False}
+            calls.append({"type": "object", "properties": properties, **required})
+        if self.native:
+            return json_grammar({"anyOf": calls})
+        most = {} if self._parallel else {"maxItems": 1}
+        return json_grammar({"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}, OPEN, CLOSE)
 
     def may_call(self, text: str) -> bool:
         """Whether an answer that begins so may be a call of a tool."""

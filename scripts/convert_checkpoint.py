@@ -6,8 +6,9 @@ Method:  symmetric per-channel INT8 of every linear layer (max|w| / 128, half aw
          run time: by NVIDIA's recipe the MLP of all layers but the first and the last, or every linear layer, which
          the native engine alone runs. INT4 (--weight_only_precision int4) is TensorRT-LLM's with a scale a row
          (max|w| / 8); with --group_size the native engine's, a scale for every 64 or 128 inputs and
-         activation-aware scaling (AWQ) over a text: a model without tokenizer is rounded as it is. Rows stream from
-         the shards, so memory stays small at any model size. --no-use_weight_only keeps 16 bits.
+         activation-aware scaling (AWQ) over a text: a model without tokenizer is rounded as it is. With
+         --kv_cache_dtype fp8 engines hold keys and values in e4m3, half the bytes. Rows stream from the shards, so
+         memory stays small at any model size. --no-use_weight_only keeps 16 bits.
 Output:  OUTPUT_DIR/config.json, rank{N}.safetensors, tokenizer files.
 
     python scripts/convert_checkpoint.py --model_dir models/smollm2-135m-instruct --output_dir checkpoints/smollm2 \
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--calibration_text", type=Path, help="of --group_size (default: a few lines of many kinds)")
     parser.add_argument("--use_fp8_rowwise", action="store_true", help="FP8 weights and activations (sm89 or later)")
     parser.add_argument("--fp8_recipe", choices=[*FP8_RECIPES], help="which matrices (default: nvidia; see above)")
+    parser.add_argument(
+        "--kv_cache_dtype", choices=["fp16", "fp8"], default="fp16", help="keys and values in an engine"
+    )
     parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: the GPU, or without one sm80")
     parser.add_argument("--trtllm_version", help="whose byte layout or FP8 keys (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
@@ -88,6 +92,7 @@ def main() -> None:
         fp8=(args.fp8_recipe or "nvidia") if args.use_fp8_rowwise else None,
         int4=("group" if args.group_size else "channel") if int4 else None,
         group_size=int(args.group_size) if args.group_size not in (None, "auto") else None,
+        kv_cache=args.kv_cache_dtype,
         **text,
     )
     start = time.perf_counter()

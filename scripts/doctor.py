@@ -201,7 +201,7 @@ def engine(folder: Path) -> Iterator[Finding]:
     limits = info.engine
     yield "ok", "engine", f"{info.identity['name']}, {info.backend}, {limits.max_batch_size} sequences at once"
     yield "ok", "engine: lengths", f"prompts up to {info.max_input_len} tokens, {limits.max_seq_len} with the answer"
-    used = limits.kv_tokens(limits.max_batch_size) * info.model.kv_nbytes()
+    used = limits.kv_tokens(limits.max_batch_size) * info.model.kv_nbytes(limits.kv_element_nbytes)
     budget = f"{used / 1e9:.2f} GB serve all sequences at full length"
     if torch.cuda.is_available():
         share = limits.kv_cache_free_gpu_memory_fraction * torch.cuda.mem_get_info()[0]

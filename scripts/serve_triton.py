@@ -39,6 +39,12 @@ def main() -> None:
     parser.add_argument("--backend", choices=["auto", *WEIGHTS], default="auto", help="auto: the engine's")
     parser.add_argument("--print", action="store_true", help="tensorrt_llm: render, print the command, start nothing")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "streaming", "tiled", "torch"],
+        default="auto",
+        help="of the engine (default: auto)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
@@ -52,6 +58,9 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="also serve the model ensemble: text in, text out")
     parser.add_argument("--max-queue-size", type=int, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
+    parser.add_argument(
+        "--stream-interval", type=int, default=1, help="tokens a response, after the first (default: 1)"
+    )
     parser.add_argument("--drain-s", type=float, default=10, help="seconds running requests get at shutdown")
     parser.add_argument("--exclude-input-in-output", action="store_true", help="answer with new tokens only")
     parser.add_argument(

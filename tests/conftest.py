@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is imported
 
+from llama_engine import trtllm
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.prepare import prepare_default, prepare_synthetic
@@ -31,6 +33,14 @@ from llama_engine.cpu.fused import compile_library
 from tests.results import write_folder
 
 ROOT = Path(__file__).parent.parent
+STANDIN = ROOT / "tests/standin"  # of NVIDIA's package and its program
+TRT_LIMITS = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=8192)
+TRT_FLAGS = {
+    "gemm_plugin": "auto",
+    "gpt_attention_plugin": "auto",
+    "use_paged_context_fmha": "enable",
+    "use_fused_mlp": "enable",
+}
 STOPS = (signal.SIGINT, signal.SIGTERM)
 MAX_WORKERS = 8
 # What takes longest goes first; the other files follow in the order of their names.
@@ -151,6 +161,25 @@ def smollm2_checkpoint(smollm2_model: Path, shared: Callable[..., Path]) -> Path
 @pytest.fixture(scope="session")
 def smollm2_engine(smollm2_checkpoint: Path, shared: Callable[..., Path]) -> Path:
     return shared("engines/smollm2", lambda target: build(smollm2_checkpoint, target, EngineConfig()))
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stand-in of TensorRT-LLM, importable and with trtllm-build on PATH, and a GPU in sight."""
+    monkeypatch.setattr(trtllm, "visible_arch", lambda: "sm80")
+    monkeypatch.syspath_prepend(str(STANDIN))
+    places = (str(STANDIN / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])
+    monkeypatch.setenv("PATH", os.pathsep.join(places))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def trt_engine(installed: None, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny model's TensorRT engine, as the stand-in makes one."""
+    trtllm.build(tiny_checkpoint, tmp_path / "e", TRT_LIMITS, TRT_FLAGS)
+    return tmp_path / "e"
 
 
 @pytest.fixture

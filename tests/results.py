@@ -57,8 +57,18 @@ def write_folder(root):
         variants=[{"asked": "auto", "kernels": "k", "conditions": [condition]}],
         price={"status": "measured", "of": "auto", "loads": [load]},
     ) | {"samples": {}, "summary": {}, "workload": {"prompts": 64, "output_tokens": 8}}  # fmt: skip
+    times = [{"s": i / 2 - 2, "tokens_per_s": 90.0 * (i != 4)} for i in range(20)]
+    broken = {"answers": 40, "lost": 0, "duplicated": 0, "wrong": 0, "diverged": 1, "moved": 4,
+              "resumed": 3, "killed_after_s": 2.0,
+              "requests_without_one_right_answer": 0, "longest_gap_s": 0.4, "usual_gap_s": 0.1,
+              "before_tokens_per_s": 90.0, "lowest_tokens_per_s": 0.0, "recovery_s": 1.5, "full_strength_s": 3.0,
+              "timeline": times}  # fmt: skip
+    scaling = [{"concurrency": 4, "one_tokens_per_s": 46.0, "all_tokens_per_s": 91.0, "ratio": 91 / 46}]
+    died = measurement("failover", "native", [1.0] * 5, failover=broken, scaling=scaling)
+    died["workload"] |= {"replicas": 2, "concurrency": 8}
+    died["samples"] = {}
     for name, content in (("baseline", base), ("optimized-native", fast), ("comparison", both),
                           ("triton-native", triton), ("accuracy-native", accuracy),
-                          ("determinism-native", company)):  # fmt: skip
+                          ("determinism-native", company), ("failover", died)):  # fmt: skip
         write_result(root / f"{name}.json", content)
     return root

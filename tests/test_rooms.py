@@ -31,9 +31,10 @@ ROOMS = {
     "native": BASE | {"backend", "device", "model", "engine", "kernels", "cpu", "gpu"},
     "backend": {"sampling"},
     "tokenizer": {"errors"},
+    "grammar": {"errors"},
     "trtllm": BASE | {"backend", "checkpoint", "model"},
     "runner": BASE | {"backend", "native", "trtllm"},
-    "serving": BASE | {"device"},
+    "serving": BASE | {"device", "engine"},
     "measure": BASE | {"device", "flags", "model", "checkpoint", "engine", "native", "trtllm", "serving", "report"},
     "report": BASE | {"measure"},
 }
@@ -84,6 +85,7 @@ def test_no_module_imports_itself_by_a_detour():
     [
         ("llama_engine.engine_dir", ("torch",)),
         ("llama_engine.serving.client", ("torch",)),
+        ("llama_engine.serving.router", ("torch",)),
         ("llama_engine.serving.repository", ("torch",)),
         ("llama_engine.engine.scheduler", ("torch",)),
     ],

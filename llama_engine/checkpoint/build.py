@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ def complete(
             "format_version": FORMAT_VERSION,
             "backend": backend,
             "model": source.config.to_dict(),
-            "engine": engine_config.to_dict(),
+            "engine": replace(engine_config, kv_cache=source.kv_cache).to_dict(),
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
+            "quant_algo": source.quant_algo,
             "weights": {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)},
             "activation_losses": list(losses),
             **more,

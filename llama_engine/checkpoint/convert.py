@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from llama_engine.checkpoint.awq import Scaling, search
 from llama_engine.checkpoint.calibration import TEXT, text_ids
 from llama_engine.checkpoint.hf import HFModel, model_identity
@@ -45,7 +47,7 @@ class ConvertOptions:
     ``fp8``: the name in :data:`FP8_RECIPES` of a choice of matrices to hold in e4m3. ``int4``: the name in
     :data:`INT4_FORMS`: "channel" packs as ``int8`` does, "group" has scales of ``group_size`` inputs (default: the
     largest that fits) and is scaled for the activations of ``calibration``, a text (default: a few lines of many kinds;
-    "" rounds as it is).
+    "" rounds as it is). ``kv_cache``: in what an engine is to hold keys and values, fp16 or fp8 (e4m3).
     """
 
     dtype: str = "float16"
@@ -58,6 +60,7 @@ class ConvertOptions:
     int4: str | None = None
     group_size: int | None = None
     calibration: str = TEXT
+    kv_cache: str = "fp16"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -107,7 +110,7 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
         group = default_group(widths, options.group_size)
         if options.calibration and (ids := text_ids(model_dir, config, options.calibration)) is not None:
             scaling = search(model, ids, group)
-    specs = [tensor_specs(rank, dtype, layout, plain, group, bits) for rank in ranks]
+    specs = [tensor_specs(rank, dtype, layout, plain, group, bits, options.kv_cache) for rank in ranks]
     with atomic_dir(output_dir, own_names, inputs=[model_dir], force=force) as out:
         record = {
             "layout": layout.name if layout else None,
@@ -115,6 +118,7 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
             "trtllm_version": options.trtllm_version,
             "quant_algo": options.quant_algo,
             "group_size": group,
+            "kv_cache": options.kv_cache,
             "source_sha256": model_identity(model_dir)["sha256"],
             "model": config.to_dict(),
         }
@@ -122,6 +126,9 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
         for rank, spec in enumerate(specs):
             metadata = {"llama_engine": json.dumps(record)}
             writer = TensorFileWriter(out / f"rank{rank}.safetensors", spec, metadata)
+            for name in spec:
+                if name.endswith("kv_cache_scaling_factor"):  # e4m3 holds keys and values as they are
+                    writer.write(name, 0, torch.ones(1))
             for target in ranks[rank]:
                 for piece in target.pieces:
                     chunks = row_chunks(piece.rows[1] - piece.rows[0], math.prod(target.shape[1:]))
@@ -154,5 +161,8 @@ def convert(model_dir: Path, output_dir: Path, options: ConvertOptions, *, force
         total = sum(math.prod(target.shape) * dtype.itemsize for rank in ranks for target in rank)
         parallel(write, jobs, "converting", total)
         settings = {"dtype": options.dtype, "quant_algo": options.quant_algo, "version": options.trtllm_version}
-        write_json(out / "config.json", config_json(config, tp=options.tp_size, group=group, **settings))
+        write_json(
+            out / "config.json",
+            config_json(config, tp=options.tp_size, kv_cache=options.kv_cache, group=group, **settings),
+        )
         copy_tokenizer(model.dir, out)

@@ -25,6 +25,7 @@ from llama_engine.tensor_files import SAFE_DTYPES, Specs, open_tensors
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, FINAL_NORM, LM_HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
+KV_QUANT_ALGOS = {"fp16": None, "fp8": "FP8"}
 FP8_CLAMP = (-1200.0, 1200.0)  # TensorRT-LLM's default clamp_val
 
 
@@ -122,9 +123,11 @@ def tensor_specs(
     plain: Mapping[str, Scheme] = MappingProxyType({}),
     group: int = 128,
     bits: int = 8,
+    kv_cache: str = "fp16",
 ) -> Specs:
     """Dtype and shape in the file of a rank's tensors, scales included: those in ``plain`` have a scheme's form,
     INT4 in groups of ``group``; with ``layout`` all matrices are packed, ``bits`` a weight; the rest is ``dtype``.
+    An fp8 ``kv_cache`` adds a scale a layer.
 
     Raises :class:`InputError` for a shape that cannot be packed.
     """
@@ -141,6 +144,8 @@ def tensor_specs(
             check_packable(n, k, layout, target.name)
             specs[target.name] = (torch.int8, (k, n * bits // 8))
             specs[scale_name(target.name)] = (dtype, (n,))
+        if kv_cache == "fp8" and target.name.endswith(".qkv.weight"):
+            specs[kv_scale_name(target.name)] = (torch.float32, (1,))
     return specs
 
 
@@ -150,11 +155,19 @@ def recipe_key(version: str) -> dict[str, bool]:
 
 
 def config_json(
-    config: ModelConfig, *, dtype: str, quant_algo: str | None, tp: int, version: str = "0.15.0", group: int = 128
+    config: ModelConfig,
+    *,
+    dtype: str,
+    quant_algo: str | None,
+    tp: int,
+    version: str = "0.15.0",
+    group: int = 128,
+    kv_cache: str = "fp16",
 ) -> dict[str, Any]:
     """The checkpoint's config.json, complete for TensorRT-LLM 0.15 and accepted by later releases.
 
     ``version``: the release that an FP8 checkpoint is for. ``group``: the inputs that share a scale, where they do.
+    ``kv_cache``: as in :class:`llama_engine.config.EngineConfig`.
     """
     fp8 = quant_algo in (FP8_ROWWISE, FP8_ALL)
     return {
@@ -193,7 +206,7 @@ def config_json(
         },
         "quantization": {
             "quant_algo": quant_algo,
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": KV_QUANT_ALGOS[kv_cache],
             "group_size": group,
             "smoothquant_val": 0.5,
             "clamp_val": list(FP8_CLAMP) if fp8 else None,
@@ -243,8 +256,9 @@ class Checkpoint:
             self.version: str = self.record["trtllm_version"]
             quant_algo = self.record.get("quant_algo", "W8A16" if self.layout else self.quant_algo)
             self.group: int = self.record.get("group_size", 128)
+            self.kv_cache: str = self.record.get("kv_cache", "fp16")
             settings = {"dtype": self.dtype_name, "quant_algo": quant_algo, "version": self.version}
-            wanted = config_json(self.config, tp=self.tp_size, group=self.group, **settings)
+            wanted = config_json(self.config, tp=self.tp_size, group=self.group, kv_cache=self.kv_cache, **settings)
         self.plain = plain_matrices(self.config, quant_algo)
         self.bits = packed_bits(quant_algo)
         self.specs: list[Specs] = []  # dtype and shape of every tensor, a rank
@@ -252,7 +266,7 @@ class Checkpoint:
             raise InputError(f"{path} does not belong to the weights: {', '.join(changed)} changed; convert again")
         for rank, path in enumerate(self.files):
             every = targets(self.config, rank, self.tp_size)
-            specs = tensor_specs(every, dtype, self.layout, self.plain, self.group, self.bits)
+            specs = tensor_specs(every, dtype, self.layout, self.plain, self.group, self.bits, self.kv_cache)
             self.specs.append(specs)
             with open_tensors(path) as file:
                 if missing := specs.keys() - file.keys():
@@ -317,3 +331,7 @@ def own_names(path: Path) -> tuple[str, ...]:
 
 def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "per_channel_scale"
+
+
+def kv_scale_name(qkv: str) -> str:
+    return qkv.removesuffix("qkv.weight") + "kv_cache_scaling_factor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ class HostExecutor:
         self.kernels = model.name
         self.num_kv_blocks = engine.num_kv_blocks
         self.step_nbytes = weights.step_nbytes
-        self.kv_nbytes_per_token = config.kv_nbytes()
+        self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
         self._device = getattr(model, "device", torch.device("cpu"))
         slots = engine.max_batch_size
         self._last = [0] * slots
@@ -75,7 +76,11 @@ class HostExecutor:
         chunks = [chunk for chunk in step.chunks if chunk.samples]
         scored = [row for row, chunk in enumerate(chunks) if self._params[chunk.slot].logprobs is not None]
         raw = ends[scored] if scored else None
-        sampled = self._sample(ends.clone() if step.logits == "last" else ends, chunks)
+        ends = ends.clone() if step.logits == "last" or step.forbidden else ends
+        places = [i for i, chunk in enumerate(step.chunks) if chunk.samples] if step.forbidden else []
+        for i, forbidden in step.forbidden.items():
+            ends[places.index(i)].masked_fill_(torch.from_numpy(forbidden).to(self._device), -math.inf)
+        sampled = self._sample(ends, chunks)
         # an id in any case, for whoever decodes on before the engine has read this step
         ids = [token if isinstance(token, int) and token != NOT_FINITE else 0 for token in sampled]
         for chunk, token in zip(chunks, ids):

@@ -156,6 +156,7 @@ def supported(config: ModelConfig, engine: EngineConfig, weights: EngineWeights)
         and config.head_size % 32 == 0
         and config.num_heads // config.num_kv_heads <= 8
         and engine.tokens_per_block % 16 == 0
+        and engine.kv_cache == "fp16"
         and weights.embedding.dtype == torch.float16
         and all("cpu" in getattr(layer, name).scheme.executors for layer in weights.layers for name in LINEARS)
         and "cpu" in weights.lm_head.scheme.lm_head_executors

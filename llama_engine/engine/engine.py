@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import abc
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from llama_engine.config import EngineConfig, ModelConfig, check_request
 from llama_engine.engine.executor import Executor, StepHandle
 from llama_engine.engine.kv_cache import BlockManager
-from llama_engine.engine.scheduler import DrainFirst, Plan, Scheduler, Sequence
+from llama_engine.engine.scheduler import DrainFirst, Grammar, Plan, Scheduler, Sequence
 from llama_engine.engine.step import Step
 from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.sampling import NOT_FINITE, Logprobs, SamplingParams
@@ -66,21 +67,26 @@ class Engine:
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
         output: abc.Sequence[int] = (),
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """A checked request for :meth:`add`. The one method that any thread may call.
 
         ``output`` is what another engine has already made of the answer: this one goes on behind it, as after a
         preemption, with ``max_new_tokens`` more. Draws and penalties are those of an answer that was never broken off.
+        ``grammar`` belongs to this request alone; its answer ends where nothing more may follow.
         """
         self.validate([*prompt, *output] if output else prompt, max_new_tokens)
+        for token in output if grammar else ():
+            grammar.advance(token)
         if params is not None:
             params.check_vocabulary(self.model_config.vocab_size)
         return Sequence(
             next(self._ids),
             list(prompt),
             len(output) + max_new_tokens,
-            params or SamplingParams(),
+            replace(params or SamplingParams(), masked=True) if grammar else params or SamplingParams(),
             frozenset(stop_token_ids),
+            grammar,
             output=list(output),
             sampled=len(output),
         )
@@ -146,7 +152,13 @@ class Engine:
             and sequence.scoring
             and (following := sequence.prompt[chunk.start + 1 : chunk.start + chunk.length + 1])
         }
-        return plan, self.executor.submit(Step(tuple(chunk for _, chunk in plan.work), scored=scored))
+        forbidden = {
+            i: sequence.grammar.forbidden()
+            for i, (sequence, chunk) in enumerate(plan.work)
+            if chunk.samples and sequence.grammar is not None
+        }
+        chunks = tuple(chunk for _, chunk in plan.work)
+        return plan, self.executor.submit(Step(chunks, scored=scored, forbidden=forbidden))
 
     def _read(self, step: tuple[Plan, StepHandle] | None) -> list[Output]:
         if step is None:
@@ -176,7 +188,7 @@ class Engine:
                 tokens = [token]
                 sequence.output.append(token)
                 self.tokens_generated += 1
-                if token in sequence.stop_token_ids:
+                if token in sequence.stop_token_ids or (sequence.grammar and sequence.grammar.advance(token)):
                     reason = "stop"
                 elif len(sequence.output) == sequence.max_new_tokens:
                     reason = "length"

@@ -17,6 +17,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
 
 from llama_engine.config import EngineConfig
 from llama_engine.engine.kv_cache import BlockManager, block_key
@@ -30,6 +33,19 @@ class DrainFirst(Exception):
     """Preemption needs tokens that are still on the device: collect the step in flight, then schedule again."""
 
 
+class Grammar(Protocol):
+    """What an answer may look like, token by token. A step needs the token of the step before, so that on an
+    asynchronous executor such a sequence runs in every other step alone."""
+
+    def forbidden(self) -> np.ndarray:
+        """bool ``[vocab]``: the tokens that may not come next."""
+        ...
+
+    def advance(self, token: int) -> bool:
+        """Take the next token; whether nothing may follow it but the end."""
+        ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """One request. ``sampled`` counts tokens the device has been asked for; ``output`` those the host has seen."""
@@ -39,6 +55,7 @@ class Sequence:
     max_new_tokens: int
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
     output: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     slot: int = -1
@@ -125,7 +142,8 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            if sequence.sampled < sequence.max_new_tokens:
+            waits = sequence.grammar is not None and sequence.sampled != len(sequence.output)
+            if sequence.sampled < sequence.max_new_tokens and not waits:
                 (decoding if sequence.decoding else prefilling).append(sequence)
         for sequence in decoding:
             if sequence.slot < 0:
@@ -191,7 +209,7 @@ class Scheduler:
         self.blocks.grow(table, sequence.known)
         sequence.registered, sequence.computed, sequence.doubtful = cached, cached * size, False
         if sequence.cached_tokens is None:  # what a preempted sequence finds again is its own
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = min(sequence.computed, len(sequence.prompt))
             self.prefix_cache_hit_tokens += sequence.computed
             self.prefix_cache_query_tokens += sequence.known if self._config.enable_prefix_cache else 0
         return True

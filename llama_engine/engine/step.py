@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 
 class Chunk(NamedTuple):  # there are hundreds in a step, and a frozen dataclass takes three times as long to make
     """Part of one sequence to run in this step.
@@ -30,12 +32,14 @@ class Step:
     """One forward pass: chunks of distinct slots. ``logits`` asks for logits besides the sampled tokens.
 
     ``scored`` names chunks of prefill by their index, each with the ids that follow its first rows: their
-    log-probabilities are wanted, as the slot's parameters say.
+    log-probabilities are wanted, as the slot's parameters say. ``forbidden``, bool ``[vocab]``, are the tokens that a
+    chunk, by its index, may not sample; its slot's parameters are ``masked``.
     """
 
     chunks: tuple[Chunk, ...]
     logits: Literal["none", "last", "all"] = "none"
     scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    forbidden: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def every_row(self) -> bool:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import RunError
+from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.linears import Linears, checked_weights
 from llama_engine.kernels import gemm, quant
 from llama_engine.kernels.attention import PagedAttention
 from llama_engine.kernels.gemm import LM_HEAD_ROWS
 from llama_engine.kernels.greedy import greedy
-from llama_engine.kernels.tiles import Tiles
+from llama_engine.kernels.tiles import Tiles, gpu_name
+from llama_engine.model.schemes import KV_DTYPES
 from llama_engine.model.weights import EngineWeights
 
 ALL_LAYERS = slice(None)
@@ -54,7 +55,7 @@ class GpuModel:
 
     def _allocate_kv(self) -> list[torch.Tensor]:
         c, e = self.config, self.engine_config
-        block = c.kv_nbytes() * e.tokens_per_block
+        block = c.kv_nbytes(e.kv_element_nbytes) * e.tokens_per_block
         blocks = e.num_kv_blocks
         if not blocks:
             torch.cuda.empty_cache()
@@ -66,7 +67,14 @@ class GpuModel:
                 f"{block} bytes): free some, or build the engine with a smaller max_num_tokens"
             )
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
-        return [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(c.num_layers)]
+        dtype = KV_DTYPES[e.kv_cache]
+        if (
+            e.kv_cache == "fp8"
+            and self.device.type == "cuda"
+            and torch.cuda.get_device_capability(self.device) < (8, 9)
+        ):
+            raise InputError(f"{gpu_name(self.device)} holds no FP8 KV cache: that needs sm89 (Ada) or later")
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_layers)]
 
     def run_linear(self, name: str, index: int, rows: int, tile: gemm.Tile | None = None) -> None:
         """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""

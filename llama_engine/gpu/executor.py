@@ -8,6 +8,7 @@ and 16-bit matrices sum in an order that depends on the number of rows).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ class CudaExecutor:
         self.engine_config = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
-        self.kv_nbytes_per_token = config.kv_nbytes()
+        self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
         self._params = [SamplingParams()] * engine.max_batch_size
         self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
@@ -84,7 +85,12 @@ class CudaExecutor:
         self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
         self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._persistent: persistent.PersistentDecode | None = None
-        if kernels == "auto" and self._cuda and persistent.supported(config, model.weights):
+        if (
+            kernels == "auto"
+            and self._cuda
+            and engine.kv_cache == "fp16"
+            and persistent.supported(config, model.weights)
+        ):
             try:
                 self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
             except RunError as error:
@@ -148,7 +154,7 @@ class CudaExecutor:
         else:
             self._decode_kernels(bucket)
         logits = self._rows(indices) if step.logits != "none" else {}
-        return self._pass(indices, logits, self._draw(indices, chunks))
+        return self._pass(indices, logits, self._draw(step, indices))
 
     def _set_slots(self, chunks: list[Chunk]) -> int:
         """Name the slots of the first rows on the device; returns the bucket that holds them."""
@@ -198,7 +204,7 @@ class CudaExecutor:
                 params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
                 parts = logprobs(rows[i][: len(tokens)], targets, params.logprobs)
                 scored[i] = params, [self._to_host(part) for part in parts]
-        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]), scored)
+        return self._pass(sampling, logits, self._draw(step, sampling), scored)
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
@@ -218,7 +224,7 @@ class CudaExecutor:
             self._mixed_kernels(bucket, inputs)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
         logits = self._rows(sampling) if step.logits == "last" else {}
-        return self._pass(sampling, logits, self._draw(sampling, [step.chunks[i] for i in sampling]))
+        return self._pass(sampling, logits, self._draw(step, sampling))
 
     def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
         self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
@@ -291,12 +297,25 @@ class CudaExecutor:
         m = self.model
         self._sampler.launch(m.logits, self._sampled, self._slots, m.last_token, m.position, bucket)
 
-    def _draw(self, indices: list[int], chunks: list[Chunk]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
+    def _forbid(self, row: int, tokens: torch.Tensor) -> None:
+        """Leave a row the largest of its other logits, and its id as the greedy one that the sampler starts from."""
+        logits = self.model.logits[row]
+        logits.masked_fill_(
+            (tokens.pin_memory() if self._cuda else tokens).to(self.device, non_blocking=True), -math.inf
+        )
+        ids = torch.arange(logits.numel(), device=self.device)
+        self._sampled[row] = torch.where(logits == logits.amax(), ids, logits.numel()).amin()
+
+    def _draw(self, step: Step, indices: list[int]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
         """Replace the greedy token of each row whose sequence asks for another; the rows' logits are the scratch.
         Returns :attr:`Pass.logprobs`."""
+        chunks = [step.chunks[i] for i in indices]
         params = [self._params[chunk.slot] for chunk in chunks]
         scored = [row for row, p in enumerate(params) if p.logprobs is not None]
         raw = torch.stack([self.model.logits[row] for row in scored]) if scored else None
+        for row, i in enumerate(indices if step.forbidden else ()):
+            if i in step.forbidden:
+                self._forbid(row, torch.from_numpy(step.forbidden[i]))
         if any(p.mode for p in params):
             bucket = self._set_slots(chunks)
             if bucket in self._sampler_graphs:

@@ -2,10 +2,10 @@
 
 Conventions that the GPU kernels share
 --------------------------------------
-* **KV cache**: per layer one contiguous fp16 tensor ``kv[2, num_blocks, kv_heads, tokens_per_block, head_size]``;
-  ``kv[0]`` holds rotated keys, ``kv[1]`` values. Position ``p`` of the sequence in ``slot`` lives in block
-  ``block_tables[slot, p // tokens_per_block]`` at row ``p % tokens_per_block``. Block 0 is scratch: padding rows write
-  there and no sequence owns it.
+* **KV cache**: per layer one contiguous tensor ``kv[2, num_blocks, kv_heads, tokens_per_block, head_size]``, fp16 or
+  e4m3 without a scale; ``kv[0]`` holds rotated keys, ``kv[1]`` values. Position ``p`` of the sequence in ``slot``
+  lives in block ``block_tables[slot, p // tokens_per_block]`` at row ``p % tokens_per_block``. Block 0 is scratch:
+  padding rows write there and no sequence owns it.
 * **Slot state** (device tensors, one row a slot): ``last_token`` int32 ``[slots]``, ``position`` int32 ``[slots]``
   (where that token will stand: its KV is not yet in the cache), ``block_tables`` int32
   ``[slots, max_blocks_per_sequence]``. ``slots = max_batch_size + 1``; the last row is the dummy slot of padding rows:

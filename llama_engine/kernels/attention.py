@@ -1,4 +1,4 @@
-"""Paged attention with grouped queries over fp16 KV: split-KV decode, and prefill tiles over cached and new tokens.
+"""Paged attention with grouped queries over fp16 or e4m3 KV: split-KV decode, prefill tiles over old and new tokens.
 
 The context of a decode is cut into chunks of a fixed number of positions, whatever the batch, and the chunks' partial
 softmaxes are merged in order; so a row's result does not depend on what else is in the batch.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_engine.kernels.quant import store_row
+from llama_engine.kernels.quant import as_cached, store_row
 
 
 @triton.jit
@@ -78,11 +78,13 @@ def decode(
                 k_new = _rotated(qkv, (HEADS + kvh) * HEAD + e, cos_ptr, sin_ptr, pos, e, e_in, HALF)
                 v_new = tl.load(qkv + (HEADS + KVH + kvh) * HEAD + e, mask=e_in, other=0.0)
                 new = kv_ptr + ((newest * KVH + kvh) * TPB + pos % TPB) * HEAD + e
-                tl.store(new, k_new, mask=e_in)
-                tl.store(new + v_offset, v_new, mask=e_in)
-                m = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
+                k_kept = as_cached(k_new, kv_ptr)
+                v_kept = as_cached(v_new, kv_ptr)
+                tl.store(new, k_kept, mask=e_in)
+                tl.store(new + v_offset, v_kept, mask=e_in)
+                m = tl.sum(q.to(tl.float32) * k_kept.to(tl.float32)[None, :], axis=1) * scale
                 total = tl.full((GP,), 1.0, tl.float32)
-                acc += v_new.to(tl.float32)[None, :]
+                acc += v_kept.to(tl.float32)[None, :]
             # Each block's number is read a step ahead: loads that hang on loads of their own step are not pipelined.
             block = tl.load(table + chunk * CHUNK // TPB).to(tl.int64)
             for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, pos), BT):
@@ -93,8 +95,8 @@ def decode(
                     blocks = tl.load(table + (start + t) // TPB, mask=key_in, other=0).to(tl.int64)
                     at = kv_ptr + ((blocks * KVH + kvh) * TPB + (start + t) % TPB) * HEAD
                 tile_in = key_in[:, None] & e_in[None, :]
-                k = tl.load(at[:, None] + e[None, :], mask=tile_in, other=0.0)
-                v = tl.load(at[:, None] + v_offset + e[None, :], mask=tile_in, other=0.0)
+                k = tl.load(at[:, None] + e[None, :], mask=tile_in, other=0.0).to(tl.float16)
+                v = tl.load(at[:, None] + v_offset + e[None, :], mask=tile_in, other=0.0).to(tl.float16)
                 block = tl.load(table + tl.minimum(start + BT, pos) // TPB).to(tl.int64)
                 s = tl.dot(q, tl.trans(k)) * scale
                 s = tl.where(key_in[None, :], s, float("-inf"))

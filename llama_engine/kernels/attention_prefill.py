@@ -59,6 +59,8 @@ def _attend(
         else:
             k = tl.load(where, mask=(e < HEAD)[None, :], other=0.0)
             v = tl.load(where + v_offset, mask=(e < HEAD)[None, :], other=0.0)
+    k = k.to(tl.float16)  # from e4m3 exactly
+    v = v.to(tl.float16)
     s = tl.dot(q, tl.trans(k))
     if MASK:
         s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))

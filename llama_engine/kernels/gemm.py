@@ -1,9 +1,9 @@
-"""Linear layers: INT8 weights times fixed-point activations on the integer tensor cores; FP8 times e4m3; 16 bits, also
-out of INT4.
+"""Linear layers: INT8 weights times fixed-point activations on the integer tensor cores; FP8 times e4m3; 16 bits; INT4
+widened to those in registers.
 
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
 exact in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the batch's other rows.
-FP8, INT4 and 16-bit products are summed in float32 (:data:`FP8_STEP`): their last bits depend on the tiling, which is a
+Other products are summed in float32 (:data:`FP8_STEP`): their last bits depend on the tiling, which is a
 matter of the number of rows, but never on the other rows' values nor on timing.
 """
 
@@ -18,7 +18,7 @@ import torch
 from llama_engine.errors import InputError
 from llama_engine.kernels.common import launch_options, shared_memory
 from llama_engine.kernels.gemm_kernel import gemm_kernel
-from llama_engine.model.schemes import FP8, FP16, INT4, INT8, group_size
+from llama_engine.model.schemes import FP8, FP16, INT4, INT8
 from llama_engine.model.weights import Linear
 
 MAX_SPLIT, MAX_TILES, MAX_PARTIAL = 16, 4096, 1 << 22
@@ -59,15 +59,15 @@ def fit(tile: Tile, linear: Linear, num_rows: int) -> Tile:
     if tile.library:
         return tile
     n, k = linear.shape
-    step, stages = tile.k, tile.stages
+    step, stages = linear.group or tile.k, tile.stages
     # bytes of one k
     column = tile.n + 2 * tile.m if linear.scheme is INT8 else linear.weight.element_size() * (tile.n + tile.m)
-    if linear.scheme is INT4:  # a step is a group, however little shared memory there is
-        step, column = group_size(linear.weight, linear.scale), tile.n // 2 + 2 * tile.m
+    if linear.scheme is INT4:
+        column = tile.n // 2 + 2 * tile.m
     # Asynchronous matrix instructions, chosen from 64 rows of weights on, keep one stage more.
     buffers = 0 if (tile.n if tile.swap else tile.m) >= 64 and tile.m >= 16 else 1
     room = shared_memory(linear.weight.device)
-    while linear.scheme is not INT4 and (k % step or (step > 32 and (min(stages, 2) - buffers) * step * column > room)):
+    while k % step or (step > 32 and not linear.group and (min(stages, 2) - buffers) * step * column > room):
         step //= 2
     while stages > 2 and (stages - buffers) * step * column > room:
         stages -= 1
@@ -99,19 +99,21 @@ def gemm(
     """``out = epilogue(a @ W.T)`` for the first ``num_rows`` rows.
 
     ``a``: digits int8 ``[2, capacity, K]`` for INT8 weights or e4m3 ``[capacity, K]`` for FP8, each with ``a_scale``
-    float32 ``[capacity]``, for INT4 and fp16 ones fp16 ``[capacity, K]``; capacity must be ``num_rows`` rounded up to
+    float32 ``[capacity]``, else (also of INT4) fp16 ``[capacity, K]``; capacity must be ``num_rows`` rounded up to
     ``tile.m`` or more.
     ``out``: ``[*, N]``, or ``[*, N / 2]`` for SILU_MUL over stacked ``[gate; up]`` rows; RESIDUAL adds to what it
     holds. LOGITS also writes the maximum of each tile (infinity where there is NaN) and its column to ``partials``
     (float32 and int32 ``[rows, tiles]``, tiles = ceil(N / tile.n)).
     """
     n, k = linear.shape
-    if linear.scheme not in (INT8, FP8, INT4, FP16):
+    if linear.scheme not in (INT8, FP8, FP16, INT4):
         raise InputError(f"gemm: no kernel for {linear.scheme.name} weights")
     int8 = linear.scheme is INT8
+    form = torch.float16 if linear.scheme is INT4 else linear.weight.dtype
+    if linear.group and tile.k != linear.group:
+        raise InputError(f"gemm: a step of {tile.k} is not the weights' group of {linear.group}")
     capacity = a.shape[-2]
     tiles_m = -(-num_rows // tile.m)
-    form = torch.float16 if linear.scheme is INT4 else linear.weight.dtype
     if a.shape[-1] != k or capacity < tiles_m * tile.m or (a.dim() == 3) != int8 or a.dtype != form:
         raise InputError(f"gemm: activations {tuple(a.shape)} do not fit weights {n}x{k} and {tile}")
     if not (a.is_contiguous() and linear.weight.is_contiguous() and out.is_contiguous()):
@@ -131,8 +133,8 @@ def gemm(
         a.stride(0) if int8 else 0,
         K=k,
         INT8=int8,
-        GROUP=group_size(linear.weight, linear.scale) if linear.scheme is INT4 else 0,
-        SCALED=linear.scheme.scale == "row",
+        GROUP=linear.group,
+        SCALED=linear.scale is not None and not linear.group,
         STEP=min(FP8_STEP, tile.k) if linear.scheme is FP8 and FP8_STEP else None,
         EPILOGUE=epilogue,
         BM=tile.m,

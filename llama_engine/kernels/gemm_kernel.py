@@ -56,6 +56,12 @@ def _epilogue(
 
 
 @triton.jit
+def _halves(packed, scale):
+    """The low nibbles q & 15 of ``packed`` (int16) as float16 q * scale: 0x6400 is 1024, whose last bits count ones."""
+    return ((((packed & 15) ^ 0x6408).to(tl.float16, bitcast=True)) - 1032.0) * scale[:, None]
+
+
+@triton.jit
 def _last_to_arrive(count_ptr, SPLIT: tl.constexpr):
     """Whether this is the last of the SPLIT programs of a tile, whose partial sums are then all to be seen."""
     tl.debug_barrier()
@@ -111,12 +117,19 @@ def gemm_kernel(
     offs_k = tl.arange(0, BK)
     evict: tl.constexpr = "" if REUSED else "evict_first"
     w_ptrs = w_ptr + rows[:, None] * K + offs_k[None, :]
+    if GROUP:  # of INT4, as long as a step; its first half's values are the low nibbles of its bytes
+        offs_half = tl.arange(0, GROUP // 2)
+        packed_ptrs = w_ptr + rows[:, None] * (K // 2) + offs_half[None, :]
+        half_ptrs = a_ptr + offs_m[:, None] * K + offs_half[None, :]
+        group_scale = w_scale_ptr + rows * (K // GROUP) + first // GROUP
     a_ptrs = a_ptr + offs_m[:, None] * K + offs_k[None, :]
     if PDL:
         gdc_launch_dependents()
     # Scales are read long before their use: where memory is busy a small load takes microseconds.
     if SCALED:
         w_scale = tl.load(w_scale_ptr + rows)
+    if GROUP:
+        w_scale = tl.load(group_scale)
     if PDL:
         gdc_wait()
     if SCALED:
@@ -166,25 +179,19 @@ def gemm_kernel(
             acc = tl.zeros((BN, BM), tl.float32)
         else:
             acc = tl.zeros((BM, BN), tl.float32)
-        if GROUP:  # of packed weights, which is BK: its first half lies in low nibbles, its second in high ones
-            offs_half = tl.arange(0, BK // 2)
-            packed_ptrs = w_ptr + rows[:, None] * (K // 2) + offs_half[None, :]
-            half_ptrs = a_ptr + offs_m[:, None] * K + offs_half[None, :]
-            for k in range(first, last, BK):
-                packed = tl.load(packed_ptrs + k // 2, eviction_policy=evict).to(tl.int8, bitcast=True)
-                scale = tl.load(w_scale_ptr + rows * (K // GROUP) + k // GROUP)[:, None]
-                low = ((packed << 4) >> 4).to(tl.float16) * scale
-                high = (packed >> 4).to(tl.float16) * scale
-                a_low = tl.load(half_ptrs + k)
-                a_high = tl.load(half_ptrs + k + BK // 2)
+        for k in range(first, last, BK):
+            if GROUP:
+                packed = tl.load(packed_ptrs + k // 2, eviction_policy=evict).to(tl.int16)
+                a_low, a_high = tl.load(half_ptrs + k), tl.load(half_ptrs + k + GROUP // 2)
+                group_scale += 1
+                following = tl.load(group_scale, mask=rows * 0 + k + BK < last, other=0.0)
+                w_low, w_high = _halves(packed, w_scale), _halves(packed >> 4, w_scale)
                 if SWAP:
-                    acc = tl.dot(low, tl.trans(a_low), acc)
-                    acc = tl.dot(high, tl.trans(a_high), acc)
+                    acc = tl.dot(w_high, tl.trans(a_high), tl.dot(w_low, tl.trans(a_low), acc))
                 else:
-                    acc = tl.dot(a_low, tl.trans(low), acc)
-                    acc = tl.dot(a_high, tl.trans(high), acc)
-        else:
-            for k in range(first, last, BK):
+                    acc = tl.dot(a_high, tl.trans(w_high), tl.dot(a_low, tl.trans(w_low), acc))
+                w_scale = following
+            else:
                 w = tl.load(w_ptrs + k, eviction_policy=evict)
                 a = tl.load(a_ptrs + k)
                 if SWAP:

@@ -28,7 +28,7 @@ from llama_engine.errors import InputError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.common import multiprocessors
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import FP8, FP16, INT4, INT8, group_size
+from llama_engine.model.schemes import FP8, FP16, INT4, INT8
 from llama_engine.model.weights import LINEARS, EngineWeights
 
 SOURCE = Path(__file__).with_name("persistent.cu")
@@ -72,7 +72,7 @@ def supported(config: ModelConfig, weights: EngineWeights) -> bool:
         and config.num_heads <= 8 * config.num_kv_heads
         and scheme in (INT8, FP8, INT4)
         and all(linear.scheme is scheme for linear in linears)
-        and (scheme is not INT4 or all(group_size(linear.weight, linear.scale) == GROUP for linear in linears))
+        and (scheme is not INT4 or all(linear.group == GROUP for linear in linears))
         and weights.embedding.dtype == torch.float16
         and weights.lm_head.scheme in (INT8, FP16)
     )

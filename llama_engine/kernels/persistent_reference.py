@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama_engine.config import ModelConfig
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import DIGITS_MAX, FP8, INT4, INT8, Scheme, group_size, quantize_e4m3, unpack_int4
+from llama_engine.model.schemes import DIGITS_MAX, FP8, INT4, INT8, Scheme, quantize_e4m3, unpack_int4
 from llama_engine.model.weights import EngineWeights, Linear
 
 NONE = -1e30  # the score of a share of the context that holds no positions
@@ -180,7 +180,7 @@ def gemv(d: Inputs, linear: Linear, rows: slice) -> Tensor:
         sums = d.value.double() @ linear.weight[rows].double().T
         return sums.float() * d.scale[:, None] * linear.scale[rows]
     if linear.scheme is INT4:
-        group = group_size(linear.weight, linear.scale)
+        group = linear.group
         weight = unpack_int4(linear.weight[rows], group).double().unflatten(1, (-1, group))
         groups = torch.einsum("rgk,ngk->rng", (256 * d.high + d.low).unflatten(1, (-1, group)), weight)
         return (groups * linear.scale[rows].double()).sum(-1).float() * d.scale[:, None]

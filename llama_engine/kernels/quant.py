@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
-from llama_engine.model.schemes import DIGITS_MAX, group_size
+from llama_engine.model.schemes import DIGITS_MAX
 from llama_engine.model.weights import Linear
 
 _LIMIT = tl.constexpr(float(DIGITS_MAX))
@@ -28,6 +28,16 @@ def round_e4m3(x):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     subnormal = (x + 24576.0) - 24576.0  # multiples of 2**-9
     return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def as_cached(x, kv_ptr):
+    """fp16 ``x`` as the KV cache at ``kv_ptr`` holds it: fp16, or the nearest e4m3."""
+    if kv_ptr.dtype.element_ty == tl.float8e4nv:
+        wide = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        return round_e4m3(wide).to(tl.float8e4nv)
+    else:
+        return x
 
 
 @triton.jit
@@ -182,9 +192,8 @@ def gather_rows(
 def widen(linear: Linear, out: torch.Tensor) -> None:
     """The INT4 matrix as fp16 ``[N, K]``, each value rounded once."""
     n, k = linear.shape
-    group = group_size(linear.weight, linear.scale)
     options = launch_options(out.device)
-    _widen_kernel[(n,)](linear.weight, linear.scale, out, k, GROUP=group, BLOCK=1024, num_warps=4, **options)
+    _widen_kernel[(n,)](linear.weight, linear.scale, out, k, GROUP=linear.group, BLOCK=1024, num_warps=4, **options)
 
 
 def norm(

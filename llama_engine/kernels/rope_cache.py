@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llama_engine.kernels.quant import as_cached
+
 
 @triton.jit
 def rope_cache(
@@ -53,8 +55,8 @@ def rope_cache(
     kvh = h - HEADS
     new = kv_ptr + ((block * KVH + kvh[:, None]) * TPB + pos % TPB) * HEAD + d[None, :]
     key = rotated & (h >= HEADS)[:, None]
-    tl.store(new, y1, mask=key)
-    tl.store(new + HALF, y2, mask=key)
+    tl.store(new, as_cached(y1, kv_ptr), mask=key)
+    tl.store(new + HALF, as_cached(y2, kv_ptr), mask=key)
     v_at = at + KVH * HEAD
-    tl.store(new + v_offset, tl.load(v_at, mask=key), mask=key)
-    tl.store(new + v_offset + HALF, tl.load(v_at + HALF, mask=key), mask=key)
+    tl.store(new + v_offset, as_cached(tl.load(v_at, mask=key, other=0.0), kv_ptr), mask=key)
+    tl.store(new + v_offset + HALF, as_cached(tl.load(v_at + HALF, mask=key, other=0.0), kv_ptr), mask=key)

@@ -18,7 +18,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.common import multiprocessors
 from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
-from llama_engine.model.schemes import FP8, INT4, INT8, group_size
+from llama_engine.model.schemes import FP8, INT4, INT8
 from llama_engine.model.weights import Linear
 
 SOURCE = Path(__file__).with_name("stream.cu")
@@ -80,7 +80,7 @@ class StreamGemm:
         if bucket is None or linear.scheme not in (INT8, FP8, INT4) or epilogue not in (STORE, RESIDUAL, SILU_MUL):
             return None
         packed = linear.scheme is INT4
-        if packed and group_size(linear.weight, linear.scale) != STEP:
+        if packed and linear.group != STEP:
             return None
         n, k = linear.shape
         key = n, k, epilogue, bucket, linear.scheme.name

@@ -15,6 +15,7 @@ METRICS = ("ttft_ms", "tpot_ms", "latency_s", "prefill_ttft_ms")  # times: lower
 WORKLOAD = ("input_tokens", "output_tokens", "input_tokens_range", "output_tokens_range", "concurrency")
 WORKLOAD += ("streaming", "protocol")
 SAME = ("model.sha256", "summary.prefill_ttft_ms.input_tokens", *(f"workload.{name}" for name in WORKLOAD))
+UNRECORDED = ("model.sha256", "workload.streaming", "workload.protocol")  # by other tools
 FINGERPRINT = "environment.fingerprint"
 RATIOS = {"latency": "latency_s", "ttft": "ttft_ms", "tpot": "tpot_ms", "prefill": "prefill_ttft_ms"}  # name: samples
 
@@ -114,9 +115,13 @@ def unlike(old: Result, new: Result) -> Iterator[str]:
     for which, part in (("old", old), ("new", new)):
         if dig(part, "validity.status") == "INVALID":
             yield f"the {which} one is INVALID: {'; '.join(part['validity']['reasons'])}"
+    foreign = any(dig(part, "workload.tool") for part in (old, new))
     for path in SAME:
-        if dig(old, path) != dig(new, path):
+        if dig(old, path) != dig(new, path) and not (foreign and path in UNRECORDED):
             yield f"{path} is {dig(old, path)} and {dig(new, path)}"
+    schemes = [dig(x, "engine.quantization") or "W8A16" for x in (old, new)]  # older results do not say, and were INT8
+    if schemes[0] != schemes[1]:
+        yield f"the engines are quantized otherwise: {schemes[0]} and {schemes[1]}"
 
 
 def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:

@@ -119,7 +119,7 @@ class VllmPeer:
         options = {"gpu_memory_utilization": 0.9 * share, "skip_tokenizer_init": True} | options
         options |= {"enable_prefix_caching": prefix_cache}
         self.engine = self.vllm.LLM(model=str(directory), **options).llm_engine
-        self.most = self.engine.vllm_config.scheduler_config.max_num_seqs
+        self.most = int(options.get("max_num_seqs", 256))
         self.about = {"version": self.vllm.__version__, "options": options}
 
     def generate_batch(

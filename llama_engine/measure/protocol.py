@@ -67,6 +67,9 @@ def main(doc: str | None, *, engine: bool) -> None:
     add_arguments(parser)
     if engine:
         add_engine_arguments(parser)
+        parser.add_argument("--kernels", default="auto", help="native only: auto, torch, on a GPU streaming or tiled")
+    else:
+        parser.add_argument("--compile", action="store_true", help="with a static cache and torch.compile")
     args = parser.parse_args()
     info = load_engine_json(args.engine_dir, backend=args.backend) if engine else None
     output = args.output or Path(f"results/local/optimized-{info.backend}.json")
@@ -75,9 +78,9 @@ def main(doc: str | None, *, engine: bool) -> None:
     workload = workload_of(args, info)
     stack: Stack
     if info:
-        stack = open_engine(args.engine_dir, info, device=device, threads=args.threads)
+        stack = open_engine(args.engine_dir, info, device=device, threads=args.threads, kernels=args.kernels)
     else:
-        stack = TransformersStack(args.model_dir, device)
+        stack = TransformersStack(args.model_dir, device, compiled=args.compile)
     measured = measure([stack], workload, device)
     write_result(output, measured[stack.name], force=args.force)
     show(measured.values())
@@ -91,17 +94,20 @@ def describe(info: EngineInfo, kernels: str) -> dict[str, Any]:
         "weights_sha256": info.weights_sha256,
         "config": info.engine.to_dict(),
         "model": info.identity,
+        "quantization": info.quant_algo or "16-bit",
         "kernels": kernels,
     }
 
 
-def open_engine(engine_dir: Path, info: EngineInfo, *, device: str, threads: int | None = None) -> Stack:
+def open_engine(
+    engine_dir: Path, info: EngineInfo, *, device: str, threads: int | None = None, kernels: str = "auto"
+) -> Stack:
     """The engine of ``engine_dir``, of which ``info`` was read, as a stack. Raises :class:`InputError`."""
     if info.backend == "native":
-        engine = load_engine(engine_dir, device=device, threads=threads, enable_prefix_cache=False)
+        engine = load_engine(engine_dir, device=device, kernels=kernels, threads=threads, enable_prefix_cache=False)
         return EngineStack(engine, describe(info, engine.executor.kernels))
     assert info.tensorrt_llm
-    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes())
+    cost = Cost.of(info.model, info.tensorrt_llm.step_nbytes, info.model.kv_nbytes(info.engine.kv_element_nbytes))
     return TensorRTStack(TensorRTBackend(engine_dir, sequences=1), cost, describe(info, info.backend))
 
 

@@ -154,13 +154,14 @@ async def measure(
     metrics_url: str | None = None,
     own_processes: int = 0,
     model: ModelConfig | None = None,
+    cost: Cost | None = None,
     about: Callable[[Target, str], dict[str, Any]],
 ) -> Result:
     """The client's own ceiling first, then every level, sweep and search.
 
     ``about`` gives benchmark, backend, model and engine of the result, from the target and its kernels' name. On a GPU
     ``own_processes`` are those that may use it, 0 for all that do at the start. ``model`` and ``metrics_url`` are
-    known for a server of this repository, and give MBU.
+    known for a server of this repository, and give MBU; ``cost`` does where the page is another's.
     """
     target = open_target()
     try:
@@ -173,11 +174,12 @@ async def measure(
             own_processes = len(Nvml().read("nvmlDeviceGetComputeRunningProcesses") or ())
         with Telemetry(environment["device"], own_processes=max(1, own_processes)) as telemetry:
             bench = Bench(asked, target, text, environment, telemetry, null_rate, metrics_url)
+            bench.cost = cost
             kernels = "unknown"
             if metrics_url:
                 try:
                     bench.values, kernels = await asyncio.to_thread(read_metrics, metrics_url)
-                    bench.cost = cost_of(model, bench.values)
+                    bench.cost = cost_of(model, bench.values) or cost
                 except OSError:
                     console.print(f"no metrics at {metrics_url}: MBU is left out (give --metrics-url)")
             levels, search = await run_levels(asked, bench)

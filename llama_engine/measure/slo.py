@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from llama_engine.errors import InputError
 from llama_engine.measure.generation import GenerationRun
+from llama_engine.measure.stats import wilson
 
 METRICS: dict[str, Callable[[GenerationRun], float]] = {
     "ttft_ms": lambda run: run.ttft_s * 1e3,
@@ -22,7 +23,6 @@ NAMED = {
     "mlperf-server": ({"ttft_ms": 2000.0, "tpot_ms": 100.0}, 0.99),
     "mlperf-interactive": ({"ttft_ms": 500.0, "tpot_ms": 30.0}, 0.99),
 }
-Z95 = 1.959963984540054
 PRECISION = 0.05  # of the load: where bisection ends
 SATURATED = 1.05  # times the tokens/s of half the load; a sweep goes on while more is gained
 Verdict = Literal["met", "missed", "undecided"]
@@ -65,13 +65,6 @@ class Limits:
     def verdict(self, low: float, high: float) -> Verdict:
         """What the interval of the share says: "met" only when all of it reaches the attainment."""
         return "met" if low >= self.attainment else "missed" if high < self.attainment else "undecided"
-
-
-def wilson(met: int, total: int) -> list[float]:
-    """95 % interval of a share (Wilson 1927), which holds near 0 and 1 too. Takes requests to be independent."""
-    share, z2 = met / total, Z95**2 / total
-    center, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
-    return [max(0.0, center - half), min(1.0, center + half)]
 
 
 def least_requests(attainment: float) -> int:

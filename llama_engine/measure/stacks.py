@@ -22,11 +22,14 @@ PHASES = {"self_attn": "attention", "mlp": "mlp", "input_layernorm": "norm", "po
 
 
 class TransformersStack:
-    """The baseline: ``AutoModelForCausalLM``, SDPA, fp16 on CUDA and bf16 on a CPU, ``generate`` with a streamer."""
+    """The baseline: ``AutoModelForCausalLM``, SDPA, fp16 on CUDA and bf16 on a CPU, ``generate`` with a streamer.
+
+    ``compiled``: with a static cache and its decode steps through ``torch.compile``, on CUDA in CUDA graphs.
+    """
 
     name = "transformers"
 
-    def __init__(self, model_dir: Path | str, device: str = "cpu") -> None:
+    def __init__(self, model_dir: Path | str, device: str = "cpu", compiled: bool = False) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig, __version__
         from transformers.utils import logging
 
@@ -42,6 +45,11 @@ class TransformersStack:
         self.model.to(device).eval()
         # generate() fills unset fields from the model's own generation config: leave it no EOS to stop at
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        self.options: dict[str, Any] = {}
+        if compiled:
+            self.options["cache_implementation"] = "static"
+            mode = "reduce-overhead" if device == "cuda" else "default"
+            self.model.forward = torch.compile(self.model.forward, mode=mode, fullgraph=True)
         weights = sum(p.nbytes for p in self.model.parameters())
         if not config.tie_word_embeddings:
             weights -= self.model.get_input_embeddings().weight.nbytes  # a gather of one row, not a read of all
@@ -58,7 +66,7 @@ class TransformersStack:
     ) -> None:
         """transformers' ``generate`` with ``options``; ``on_ids`` gets each token as it is made."""
         ids = torch.tensor([prompt_ids], device=self.device)
-        options |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
+        options |= self.options | {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
         self.model.generate(ids, streamer=_Streamer(on_ids), **options)
 
     @contextmanager

@@ -50,7 +50,9 @@ class Contestant:
     kind: str
     memory: str
     null_rate: float | None = None
+    failed = ""  # why it left the tournament
     most = 1 << 30  # requests at once
+    max_seq_len: int | None = None  # tokens of prompt and answer, where it is known
 
     async def start(self) -> None: ...
 
@@ -67,7 +69,8 @@ class Contestant:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "memory": self.memory}
+        said = {"name": self.name, "kind": self.kind, "memory": self.memory}
+        return said | ({"failed": self.failed} if self.failed else {})
 
 
 class ServedContestant(Contestant):
@@ -118,6 +121,8 @@ class StackContestant(Contestant):
         if self._process is None:
             self._process = await asyncio.to_thread(StackProcess, self._job)
             self.most, self.about, self._hits = self._process.most, self._process.about, 0
+            limits = self.about.get("config", {}).get("max_seq_len"), self.about.get("options", {}).get("max_model_len")
+            self.max_seq_len = next(filter(None, limits), None)
 
     async def stop(self) -> None:
         if self._process is not None:
@@ -200,24 +205,35 @@ class Tournament:
 
     async def run(self, telemetry: Telemetry, show: Callable[[str], None]) -> None:
         texts = {who.name: self.text_of() for who in self.contestants}
+
+        async def load(who: Contestant) -> None:
+            show(f"loading {who.name}")
+            await who.start()
+            if who.max_seq_len and (bad := [x for x in self.cells if sum(x.traffic.longest) > who.max_seq_len]):
+                tokens = f"{sum(bad[0].traffic.longest)} tokens, {who.name} holds {who.max_seq_len}"
+                raise InputError(
+                    f"workload {bad[0].traffic.name} has requests of {tokens}: give it more, or leave one out"
+                )
+
         loaded: Contestant | None = None
         try:
             if not self.swapped:
                 for who in self.contestants:
-                    show(f"loading {who.name}")
-                    await who.start()
+                    await load(who)
             for number, who, index in self.turns():
                 cell = self.cells[index]
                 if self.swapped and who is not loaded:
                     if loaded:
                         await loaded.stop()
-                    show(f"loading {who.name}")
-                    await who.start()
+                    await load(who)
                     loaded = who
-                if cell.users > who.most:
+                if cell.users > who.most or who.failed:
                     continue
                 show(f"{cell.name}: {who.name}, {f'round {number + 1}' if number >= 0 else 'warm-up'}")
-                await self._turn(number, who, index, texts[who.name], telemetry)
+                try:
+                    await self._turn(number, who, index, texts[who.name], telemetry)
+                except RunError as error:  # the others play on
+                    who.failed = f"{cell.name}: {error}"
         finally:
             for who in self.contestants:
                 await who.stop()

@@ -2,7 +2,8 @@
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level, and of
 its ``environment`` the GPU's power limits.
-``checks`` holds what a benchmark counted: ``failed_requests``, ``clock_backwards``, ``prefix_cache_hit_tokens``,
+``checks`` holds what a benchmark counted: ``failed_requests``, ``duplicated_answers`` and ``wrong_answers`` of a
+failover and its ``moved_requests``, ``clock_backwards``, ``prefix_cache_hit_tokens``,
 ``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, ``responses_per_s`` with ``null_responses_per_s``, and
 for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
 """
@@ -99,6 +100,11 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
         yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
     if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
         yield f"{failed} requests failed"
+    for what in ("duplicated_answers", "wrong_answers"):
+        if count := checks.get(what, 0):
+            yield f"{count} {what.replace('_', ' ')}"
+    if checks.get("moved_requests") == 0:
+        yield "the replica that was killed had no request: nothing was tried"
     if (rounds := checks.get("timed_rounds", MIN_TIMED_RUNS)) < MIN_TIMED_RUNS:
         yield f"{rounds} timed rounds, at least {MIN_TIMED_RUNS} are needed"
     if (early := checks.get("ended_early", 0)) and not workload.get("stop_at_eos"):
@@ -128,3 +134,21 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
 def little_gap(concurrency: float, requests_per_s: float, mean_latency_s: float) -> float:
     """|X R - L| / L (Little 1961): throughput times mean latency against the requests kept in flight."""
     return abs(requests_per_s * mean_latency_s - concurrency) / concurrency
+
+
+def unapplied(part: dict[str, Any]) -> Iterator[str]:
+    """The rules for which a result or level holds nothing to judge by."""
+    checks, telemetry = part.get("checks") or {}, part.get("telemetry") or {}
+    little = "rate" in part or ("concurrency" in part and "requests_per_s" in checks)  # open loops have no such law
+    fields = {
+        "client ceiling": checks.get("null_responses_per_s"),
+        "client lag": checks.get("client_lag_p99_ms"),
+        "Little's law": little or None,
+        "prefix-cache hits": checks.get("prefix_cache_hit_tokens"),
+        "output length": part.get("workload", {}).get("output_tokens"),
+        "answers that change": checks.get("distinct_outputs"),
+        "throttling": telemetry.get("throttle_share"),
+        "clock drift": telemetry.get("gpu_sm_clock_mhz"),
+        "other processes on the GPU": telemetry.get("other_processes"),
+    }
+    yield from (name for name, value in fields.items() if value is None)

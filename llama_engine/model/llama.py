@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.schemes import FP8, INT8, quantize_e4m3
+from llama_engine.model.schemes import E4M3_MAX, FP8, INT8, KV_DTYPES, quantize_e4m3
 from llama_engine.model.weights import EngineWeights, Linear
 
 
@@ -34,7 +34,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class TorchModel:
     """The reference: any device, ``dtype`` activations (float32 unless asked otherwise).
 
-    ``kv`` is one float16 tensor a layer, ``[2, engine.num_kv_blocks, kv_heads, tokens_per_block, head_size]``.
+    ``kv`` is one tensor a layer, fp16 or e4m3 as ``engine.kv_cache`` says, ``[2, engine.num_kv_blocks, kv_heads,
+    tokens_per_block, head_size]``.
     """
 
     name = "torch"
@@ -51,7 +52,9 @@ class TorchModel:
         self.tokens_per_block = engine.tokens_per_block
         self.cos, self.sin = (table.to(self.device) for table in rope_tables(config, engine.max_seq_len))
         shape = (2, engine.num_kv_blocks, config.num_kv_heads, engine.tokens_per_block, config.head_size)
-        self.kv = [torch.zeros(shape, dtype=torch.float16, device=self.device) for _ in range(config.num_layers)]
+        self.kv = [
+            torch.zeros(shape, dtype=KV_DTYPES[engine.kv_cache]).to(self.device) for _ in range(config.num_layers)
+        ]
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """``x @ W.T`` for ``x`` ``[T, K]``; INT8 through PyTorch's own weight-only kernel on a CPU.
@@ -84,6 +87,8 @@ class TorchModel:
                 part.unflatten(-1, (-1, c.head_size)) for part in qkv.split((c.q_size, c.kv_size, c.kv_size), dim=-1)
             )
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            if kv.dtype == KV_DTYPES["fp8"]:  # PyTorch makes NaN of what is too large, the kernels the largest value
+                k, v = k.clamp(-E4M3_MAX, E4M3_MAX), v.clamp(-E4M3_MAX, E4M3_MAX)
             kv[0, where, :, offset] = k.to(kv.dtype)
             kv[1, where, :, offset] = v.to(kv.dtype)
             attended = torch.cat([self._attend(q[a:b], kv, block_tables[slot], start) for a, b, slot, start in spans])

@@ -80,6 +80,7 @@ SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16, BF16)}
 GROUP_SIZES = (128, 64)
 DIGITS_MAX = 32512  # 127 * 256: the largest 16-bit fixed-point activation whose two digits both fit a signed byte
 E4M3_MAX = 448.0
+KV_DTYPES = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}  # by EngineConfig.kv_cache
 E4M3_MIN_SCALE = 1 / (448 * 512)  # TensorRT-LLM's least scale, of weights and of activations
 
 

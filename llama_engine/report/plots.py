@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from llama_engine.measure.stats import PERCENTILES
+from llama_engine.report.ladder import rungs
+from llama_engine.report.pareto import draw as draw_pareto
 from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
 
 BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
@@ -256,15 +258,15 @@ def waterfall(story: Story) -> plt.Figure | None:
     steps = waterfall_steps(story)
     if len(steps) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(12, 6.6))
+    figure, axes = plt.subplots(figsize=(12 if len(steps) < 4 else 16, 6.6))
     bars = []  # (label, bottom, height, colour, text)
     for name, file, (ms, _), step in steps:
         if step:
             change = step.value
-            label = f"{'serving' if 'Triton' in name else 'engine'} {'saves' if change < 0 else 'costs'}"
+            label = "saved" if change < 0 else "cost"
             colour = (IDEAL if change < 0 else TRITON, 0.55)
             bars.append((label, min(ms, ms - change), abs(change), colour, f"{change:+.2f} ms"))
-        bars.append((name, 0, ms, COLOURS[file], f"{ms:.2f} ms"))
+        bars.append((name, 0, ms, COLOURS.get(file, ENGINE), f"{ms:.2f} ms"))
     for place, (_, bottom, height, colour, text) in enumerate(bars):
         axes.bar(place, height, bottom=bottom, color=colour, width=0.6)
         axes.text(place, bottom + height, text, ha="center", va="bottom", fontweight="bold")
@@ -302,7 +304,60 @@ def roofline(story: Story) -> plt.Figure | None:
     return _finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory-bandwidth limit")
 
 
+def ladder(story: Story) -> plt.Figure | None:
+    """tok/s of every scheme alone and at its saturated load; grey where the accuracy gate lets it make no claim."""
+    found = rungs(story)
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6.6))
+    for axis, title in zip(axes, ("One request at a time", "Saturated")):
+        for place, rung in enumerate(found):
+            at = rung.file if axis is axes[0] else rung.level
+            value = story.at(f"{at}.summary.output_tokens_per_s.p50")
+            colour = "#d0d0d0" if not rung.passed else BASE if rung.file == "base" else ENGINE
+            axis.bar(place, value, color=colour, width=0.65)
+            users = f"\n{rung.users} at once" if axis is axes[1] else ""
+            axis.text(place, value, f"{value:,.0f}{users}", ha="center", va="bottom", fontsize=10)
+        axis.set_xticks(range(len(found)), [rung.shown.replace(" (", "\n(") for rung in found], fontsize=10)
+        axis.set(ylabel="output tokens/s (p50)", title=title)
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
+    return _finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
+
+
+def pareto(story: Story) -> plt.Figure | None:
+    """Tokens/s of a GPU, energy and price against what a user sees."""
+    drawn = draw_pareto(story)
+    return drawn and _finish(drawn[0], story, drawn[1])
+
+
+def failover(story: Story) -> plt.Figure | None:
+    """Tokens a second of all users before, while and after a replica is killed."""
+    seen = story.get("failover", "failover")
+    if not seen:
+        return None
+    figure, axes = plt.subplots(figsize=(12, 6.2))
+    seconds = [x["s"] for x in seen["timeline"]]
+    axes.step(seconds, [x["tokens_per_s"] for x in seen["timeline"]], where="post", color=TRITON, linewidth=2)
+    axes.axhline(seen["before_tokens_per_s"], color=IDEAL, linestyle="--", label="before the kill")
+    axes.axvline(0, color="black", linewidth=1.2, label="kill -9 of one replica")
+    for key, label in (("recovery_s", "throughput back"), ("full_strength_s", "all replicas back")):
+        if seen[key] is not None and seen[key] <= seconds[-1]:
+            colour = {"recovery_s": ENGINE, "full_strength_s": BASE}[key]
+            axes.axvline(seen[key], color=colour, linestyle=":", linewidth=2, label=f"{label}, {seen[key]:.1f} s")
+    users, replicas = (story.get("failover", f"workload.{key}") for key in ("concurrency", "replicas"))
+    axes.set(xlabel="seconds since the kill", ylabel="output tokens/s, all users", ylim=(0, None))
+    mark = "" if story.valid("failover") else "*"
+    axes.set_title(f"{users} users of {replicas} replicas; longest gap {seen['longest_gap_s']:.2f} s{mark}")
+    axes.legend(loc="lower right")
+    bad = seen["lost"] + seen["duplicated"] + seen["wrong"]
+    what = "all of them whole and right" if not bad else f"{bad} of them lost, duplicated or wrong"
+    return _finish(figure, story, f"One of {replicas} replicas dies: {seen['answers']} answers, {what}")
+
+
 PICTURES = {
     f"{draw.__name__}.png": draw
-    for draw in (executive_summary, performance_comparison, triton_scaling, ttft_percentiles, waterfall, roofline)
+    for draw in (
+        *(executive_summary, performance_comparison, triton_scaling, ttft_percentiles),
+        *(waterfall, roofline, ladder, pareto, failover),
+    )
 }

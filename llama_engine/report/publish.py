@@ -5,7 +5,6 @@ The headline machine's report and pictures lie in results/ itself, beside the fo
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -15,20 +14,20 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.files import write_text
 from llama_engine.measure.compare import judge_again
 from llama_engine.measure.result import load_folder, result_files, write_result
+from llama_engine.report.page import PAGE, render_page, source_of_page
 from llama_engine.report.plots import PICTURES, draw_all
 from llama_engine.report.render import readme_block, render, replace_block
 from llama_engine.report.story import Story
 
 REPORT, SOURCES = "PERFORMANCE_REPORT.md", "PERFORMANCE_REPORT.sources.json"
-PEERS = Path(__file__).parents[2] / "benchmarks/data/peers.json"  # engines measured in other runs
 
 
-def draw(folder: Path) -> list[Path]:
-    """Write report, sources and pictures beside the JSON of one machine; returns their paths."""
-    story = Story.load(folder)
-    for name, text in zip((REPORT, SOURCES), render(story)):
+def draw(folder: Path, price_per_hour: float | None = None) -> list[Path]:
+    """Write report, sources, page and pictures beside the JSON of one machine; returns their paths."""
+    story = Story.load(folder, price_per_hour)
+    for name, text in zip((REPORT, SOURCES, PAGE), (*render(story), render_page(story))):
         write_text(folder / name, text)
-    return [folder / REPORT, folder / SOURCES, *draw_all(story, folder)]
+    return [folder / REPORT, folder / SOURCES, folder / PAGE, *draw_all(story, folder)]
 
 
 def judge(folder: Path) -> list[Path]:
@@ -46,6 +45,7 @@ def publish(results: Path, readme: Path, headline: str) -> list[Path]:
         write_text(path, text)
     for folder, story in folders(results, stories).items():
         draw_all(story, folder)
+        write_text(folder / PAGE, render_page(story))
     for path in copies(results, headline):
         path.unlink()
     return list(wanted)
@@ -67,6 +67,9 @@ def check(results: Path, readme: Path) -> str:
         shown = {folder / name for name in re.findall(r"\((\w+\.png)\)", wanted[folder / REPORT])}
         pictures = sorted(shown.union(folder.glob("*.png")))
         stale += [path for path in pictures if not path.exists() or source_of(path) != story.sha256]
+        page = folder / PAGE
+        if not page.exists() or source_of_page(page.read_text(encoding="utf-8")) != story.sha256:
+            stale.append(page)
     for story in stories:
         judged = load_folder(results / story.name)
         stale += [results / story.name / f"{name}.json (its verdict)" for name in judge_again(judged)]
@@ -100,16 +103,16 @@ def folders(results: Path, stories: list[Story]) -> dict[Path, Story]:
 
 def copies(results: Path, headline: str) -> list[Path]:
     """What the headline's own folder holds of a report, as ``draw`` leaves it there."""
-    paths = [results / headline / name for name in (REPORT, SOURCES, *PICTURES)]
+    paths = [results / headline / name for name in (REPORT, SOURCES, PAGE, *PICTURES)]
     return [path for path in paths if path.exists()]
 
 
 def pages(results: Path, readme: Path, stories: list[Story]) -> dict[Path, str]:
     """Every report, its sources and the README, and what they should say."""
-    wanted, peers = {}, json.loads(PEERS.read_text(encoding="utf-8"))
+    wanted = {}
     for folder, story in folders(results, stories).items():
         headline = folder == results
-        texts = render(story, headline=headline, others=stories[1:] if headline else (), peers=peers)
+        texts = render(story, headline=headline, others=stories[1:] if headline else ())
         wanted |= {folder / name: text for name, text in zip((REPORT, SOURCES), texts)}
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     updated = replace_block(text, readme_block(stories))

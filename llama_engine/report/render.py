@@ -16,13 +16,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llama_engine.config import DEFAULT_MODEL
+from llama_engine.report.ladder import rungs
+from llama_engine.report.pareto import Point, loads, points
 from llama_engine.report.show import CONDITIONS
 from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_points, waterfall_steps
+from llama_engine.report.tournaments import Table, tables
 
 README_MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 NONE = "not measured"
-PEERS = "../benchmarks/data/peers.json"  # engines measured in other runs, seen from the headline's page
-PEER_COLUMNS = {"alone": ",.1f", "ttft_ms": ",.1f", "8": ",", "32": ",", "64": ","}
 MARK = re.compile("\x02(\\d*)\x03")  # before each figure of a filled template: its number, "" where not measured
 JINJA = Environment(
     loader=PackageLoader("llama_engine.report", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -47,7 +48,6 @@ class Page:
     story: Story
     folder: str = ""  # from the page to the machine's JSON, such as "cpu/"
     cited: list[tuple[str, list[str]]] = field(default_factory=list)  # (text, "file:path"s) of each figure
-    peers: dict[str, Any] | None = None  # other engines on this machine: PEERS' content
 
     def figure(self, what: str | Derived, form: str = "", per: float = 1) -> str:
         """A value in units of ``per`` and in a format specification, by default two decimals of a float.
@@ -105,6 +105,21 @@ class Page:
             rate = self.story.at(place)
             yield load.name, Derived(rate and 1e6 / rate, (place,)), f"{load.at}.summary.energy_j_per_token"
 
+    @property
+    def has_points(self) -> bool:
+        """Whether there is a picture of what a GPU gives against what a user sees."""
+        return any(loads(self.story))
+
+    def dollars(self) -> Iterator[tuple[Point, str, str, str]]:
+        """(load, tokens/s a user sees, tokens/s of the GPU, $ per million tokens) at the price that was given."""
+        for x in points(self.story):
+            file, _, path = x.at.partition(":")
+            places = [f"{self.folder}{file}:{path}{'.' * bool(path)}{key}" for key in ("summary", "samples")]
+            spans = ((x.per_user, x.per_user_ci, ",.1f"), (x.per_gpu, x.per_gpu_ci, ",.1f"))
+            spans += ((x.dollars, x.dollars_ci, ",.3f"),)
+            cells = (f"{value:{form}} [{low:{form}}, {high:{form}}]" for value, (low, high), form in spans)
+            yield (x, *(self._cite(cell, places) for cell in cells))
+
     def scaling(self) -> tuple[int, int, Derived, Derived] | None:
         """(fewest, most requests, growth of tokens/s, its share of linear growth) of the served loads that count."""
         served = [load for load in self.levels("triton") if not load.mark]
@@ -143,12 +158,9 @@ class Page:
                 name = f"{STACK_NAMES[stack]}: `{kernel['name'][:70]}`"
                 yield Load(f"profile.stacks.{stack}.top_kernels.{i}", name)
 
-    def peer_rows(self) -> Iterator[list[str]]:
-        """The cells of each other engine's row; blank where nothing was measured."""
-        for i, peer in enumerate(self.peers["peers"] if self.peers else ()):
-            found = [(peer.get(key), key, form) for key, form in PEER_COLUMNS.items()]
-            cells = [self._cite(format(x, form), [f"{PEERS}:peers.{i}.{key}"]) if x else "" for x, key, form in found]
-            yield [peer["engine"], *cells]
+    def tournaments(self, *, largest: bool = False) -> list[Table]:
+        """Other engines on this machine; ``largest`` as in :func:`llama_engine.report.tournaments.tables`."""
+        return list(tables(self.story, self.folder, self._cite, largest=largest))
 
     def versions(self) -> list[tuple[str, str]]:
         """(library, place of its version)."""
@@ -198,21 +210,17 @@ def _fill(template: str, cited: list[tuple[str, list[str]]], **values: Any) -> t
     return text, {name: {source: "; ".join(shown) for source, shown in x.items()} for name, x in found.items()}
 
 
-def render(
-    story: Story, *, headline: bool = False, others: Sequence[Story] = (), peers: dict[str, Any] | None = None
-) -> tuple[str, str]:
+def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()) -> tuple[str, str]:
     """The whole report as Markdown, and its sources: ``{section: {"file:path": the figures that it gave}}`` as JSON.
 
-    As ``headline`` it lies one folder above its machine's JSON, gives ``others`` a section, and ``peers`` where they
-    were measured on such a machine.
+    As ``headline`` it lies one folder above its machine's JSON and gives ``others`` a section.
     """
     page = Page(story, f"{story.name}/" if headline else "")
-    if peers and headline and peers["machine"] == story.name:
-        page.peers = peers
     more = [Page(other, f"{other.name}/", page.cited) for other in others]
     steps = waterfall_steps(story)
     values = {"page": page, "story": story, "figure": page.figure, "headline": headline, "others": more}
     values |= {"roofline": roofline_points(story), "waterfall": steps if len(steps) > 1 else []}
+    values["ladder"] = rungs(story)
     text, sources = _fill("report.md.j2", page.cited, **values)
     return text, json.dumps(sources, indent=1, ensure_ascii=False) + "\n"
 

@@ -45,6 +45,8 @@ def show(results: Collection[Result]) -> None:
     for result in results:
         if result["benchmark"] == "determinism":
             _show_determinism(out, result)
+        if result["benchmark"] == "failover":
+            _show_failover(out, result)
     for result in results:
         name, summed = f"{result['benchmark']} ({result['backend']})", result["summary"]
         for message in result["validity"]["reasons"]:
@@ -72,6 +74,25 @@ def show(results: Collection[Result]) -> None:
             )
 
 
+def show_foreign(result: Result) -> None:
+    """Another tool's loads: each metric under docs/METRICS.md, what the tool itself said, and the verdict."""
+    out, tool = Console(width=110), result["workload"]["tool"]
+    table = Table(f"{tool}: load", "metric", "p50", "p99", "the tool's own p50", box=None, pad_edge=False)
+    for level in result["levels"]:
+        load = f"{level['concurrency']} at once" if "concurrency" in level else f"{level.get('rate', '?')}/s"
+        for key, values in level["summary"].items():
+            name, own = next(iter(level["said"].items()), ("", 0.0)) if key == "tpot_ms" else ("", 0.0)
+            cells = (f"{values[q]:,.2f}" if q in values else "" for q in ("p50", "p99"))
+            table.add_row(load, key, *cells, f"{name} {own:,.2f}" if name else "")
+    out.print(table)
+    for level in result["levels"]:
+        verdict = level["validity"]
+        why = "; ".join(verdict["reasons"]) or "by the rules that could be applied"
+        out.print(f"{verdict['status']}: {why}", markup=False)
+        for message in verdict["cautions"]:
+            out.print(f"caution: {message}", markup=False)
+
+
 def _show_determinism(out: Console, result: Result) -> None:
     """How many answers changed under each condition, and what invariance costs."""
     table = Table("answers that change", "kernels", "changed", "of", "tok/s", box=None, pad_edge=False)
@@ -87,6 +108,28 @@ def _show_determinism(out: Console, result: Result) -> None:
             low, high = load["ci95"]
             what = f"{price['of']} over {load['invariant']}, {load['concurrency']} at once"
             out.print(f"{what}: {load['ratio']:.3f}x  95 % [{low:.3f}, {high:.3f}]", markup=False)
+
+
+def _show_failover(out: Console, result: Result) -> None:
+    """What became of the answers, and of throughput, when a replica was killed."""
+    seen, scaling = result["failover"], result["scaling"]
+    back = {
+        name: "not within the run" if seen[name] is None else f"after {seen[name]:.1f} s"
+        for name in ("recovery_s", "full_strength_s")
+    }
+    for line in (
+        f"{seen['answers']} answers: {seen['lost']} lost, {seen['duplicated']} duplicated, {seen['wrong']} wrong, "
+        f"{seen['diverged']} diverged; {seen['moved']} moved, {seen['resumed']} of them in mid-answer",
+        f"longest gap {seen['longest_gap_s']:.2f} s (before the kill {seen['usual_gap_s']:.2f} s)",
+        f"{seen['before_tokens_per_s']:,.0f} tok/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; throughput back "
+        f"{back['recovery_s']}, all replicas {back['full_strength_s']}",
+        *(
+            f"{x['concurrency']} users a replica: one {x['one_tokens_per_s']:,.0f} tok/s, all "
+            f"{result['workload']['replicas']} {x['all_tokens_per_s']:,.0f}, {x['ratio']:.2f}x"
+            for x in scaling
+        ),
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(summed: dict[str, Any], users: int | None) -> tuple[str, ...]:
@@ -115,6 +158,9 @@ def show_tournament(result: Result) -> None:
             cells += [f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]", ratio["verdict"]]
         table.add_row(at[0], str(at[1]), level["contestant"], *cells)
     out.print(table)
+    for who in result["contestants"]:
+        if "failed" in who:
+            out.print(f"{who['name']} left: {who['failed']}", markup=False)
     for level in result["levels"]:
         where = f"{level['contestant']}, {level['workload']['traffic']['name']} at {level['concurrency']}"
         for message in level["validity"]["reasons"]:

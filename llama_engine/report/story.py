@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_engine.errors import InputError
 from llama_engine.measure.cost import Cost
-from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder
+from llama_engine.measure.result import MEASUREMENTS, Result, dig, load_folder, load_result, result_files
 from llama_engine.measure.validity import MIN_ACCURACY_TOKENS
 
 
@@ -22,6 +22,14 @@ class _StackNames(dict[str, str]):
 
 
 STACK_NAMES = _StackNames(transformers="Baseline", native="Native INT8 engine", tensorrt_llm="TensorRT-LLM engine")
+
+
+# Between baseline and engine, where they were measured: each differs from the one before in what its name says.
+ABLATIONS = {
+    "ablation-compiled": "static cache,\ntorch.compile",
+    "ladder-fp16": "native engine,\n16-bit",
+    "ablation-int8": "INT8, a kernel\nan operation",
+}
 
 
 class Derived(NamedTuple):
@@ -51,21 +59,25 @@ class RooflinePoint(NamedTuple):
 
 @dataclass
 class Story:
-    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content."""
+    """The results of one folder. ``files`` maps a file name such as ``baseline.json`` to its content, ``tournaments``
+    those of its folder of that name, of which no picture is drawn."""
 
     name: str
     files: dict[str, Result]
     sha256: str
+    tournaments: dict[str, Result] = field(default_factory=dict)
+    price_per_hour: float | None = None  # of one GPU, or of the machine without one, in dollars
 
     @classmethod
-    def load(cls, folder: Path | str) -> Story:
+    def load(cls, folder: Path | str, price_per_hour: float | None = None) -> Story:
         """Read a results folder. Raises :class:`InputError` when it is empty or a file is broken."""
         folder = Path(folder)
         files = {f"{stem}.json": result for stem, result in load_folder(folder).items()}
         if not any(result["benchmark"] in MEASUREMENTS for result in files.values()):
             raise InputError(f"{folder} holds no result files of a measurement: run scripts/run_all.sh")
         digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()
-        return cls(folder.name, files, digest)
+        held = {path.name: load_result(path) for path in result_files(folder / "tournaments")}
+        return cls(folder.name, files, digest, held, price_per_hour)
 
     @cached_property
     def backend(self) -> str:
@@ -85,8 +97,10 @@ class Story:
             "any": next(name for name in (*names.values(), *self.files) if name in self.files),
             "accuracy": f"accuracy-{self.backend}.json",
             "determinism": f"determinism-{self.backend}.json",
+            "failover": "failover.json",
             "comparison": "comparison.json",
             "profile": "profile.json",
+            **{name.removesuffix(".json"): name for name in self.files if name.startswith(("ladder-", "ablation-"))},
         }
 
     @property
@@ -210,9 +224,15 @@ def best_load(loads: list[tuple[int, float, str]]) -> tuple[int, float, str]:
 
 
 def waterfall_steps(story: Story) -> list[WaterfallStep]:
-    """One request on each stack, then served; Triton only where its workload is the same."""
-    places = [(label, file, "summary.latency_s.p50") for file, label in story.stacks()]
+    """One request on each stack, one change further each time, then served; only what had the same workload."""
     shape = ("workload.input_tokens", "workload.output_tokens")
+    stacks = dict(story.stacks())
+    between = [(file, label) for file, label in ABLATIONS.items() if story.aliases.get(file) in story.files]
+    order = [*[(x, stacks[x]) for x in ("base",) if x in stacks], *between]
+    order += [(x, label) for x, label in stacks.items() if x != "base"]
+    first = order[0][0] if order else ""
+    same = [(file, label) for file, label in order if all(story.get(file, k) == story.get(first, k) for k in shape)]
+    places = [(label, file, "summary.latency_s.p50") for file, label in same]
     if all(story.get("engine", key) == story.get("triton", key) for key in shape):
         alone = [i for i, level in story.levels("triton") if level["concurrency"] == 1]
         places += [("through Triton", "triton", f"levels.{i}.summary.latency_s.p50") for i in alone[:1]]

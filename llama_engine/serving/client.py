@@ -27,13 +27,21 @@ from llama_engine.sampling import Logprobs
 # inputs that are neither BOOL nor INT32
 FLOATS = ("temperature", "runtime_top_p", "min_p", "embedding_bias")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64}
+DTYPES = dict.fromkeys([*FLOATS, *PENALTIES], np.float32) | {"random_seed": np.uint64, "grammar": np.uint8}
 # unlimited messages, as the client's own default; a restarted server is found again within a second
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
+]
+# A peer that is silent for 7 s is taken for dead: a stopped process, a machine without power, a broken network.
+# Only for servers that allow it (server.listening): others end a connection that pings so often.
+KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),  # what ends the connection in newer gRPC; a minute by default
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 
@@ -50,11 +58,15 @@ def inference_key() -> str | None:
 
 
 class RequestFailed(RunError):
-    """The server refused or dropped one request. ``code`` is the engine's own, or else that it is unavailable."""
+    """The server refused or dropped one request. ``code`` is the engine's own, or else that it is unavailable.
 
-    def __init__(self, text: str) -> None:
+    ``lost``: the connection failed, so that nothing is known of the server's other requests.
+    """
+
+    def __init__(self, text: str, *, lost: bool = False) -> None:
         message, code = split_code(text)
         super().__init__(message, code or ErrorCode.UNAVAILABLE)
+        self.lost = lost
 
 
 class NewTokens(list[int]):
@@ -85,10 +97,10 @@ class GrpcClient:
     by name. Raises :class:`RequestFailed`. Both clients send :func:`inference_key`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, keepalive: bool = False) -> None:
         key = inference_key()
         self._headers = {f"triton-grpc-protocol-{KEY_NAME}": key} if key else None
-        self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL)
+        self._client = grpc_aio.InferenceServerClient(url, channel_args=CHANNEL + KEEPALIVE * keepalive)
 
     async def ready(self, model: str = "tensorrt_llm") -> bool:
         """True when the server can be reached and has the model loaded."""
@@ -104,6 +116,7 @@ class GrpcClient:
         values |= {"exclude_input_in_output": True} | options
         inputs = [_tensor("input_ids", np.array([prompt], np.int32))]
         for name, value in values.items():
+            value = list(value.encode()) if isinstance(value, str) else value
             dtype = np.bool_ if isinstance(value, bool) else DTYPES.get(name, np.int32)
             inputs.append(_tensor(name, np.array([value] if isinstance(value, list) else [[value]], dtype)))
 
@@ -121,11 +134,11 @@ class GrpcClient:
                 if response.outputs:
                     yield NewTokens.of(result.as_numpy, options)
             if not ended:
-                raise RequestFailed("the stream ended without a final response")
+                raise RequestFailed("the stream ended without a final response", lost=True)
         except InferenceServerException as error:
             raise RequestFailed(str(error)) from None
         except grpc.aio.AioRpcError as error:
-            raise RequestFailed(f"{error.code().name}: {error.details()}") from None
+            raise RequestFailed(f"{error.code().name}: {error.details()}", lost=True) from None
         finally:
             if ended:
                 await _read_to_end(responses)
@@ -165,6 +178,7 @@ class HttpClient:
         body |= {
             name: np.ravel(value).tolist() if isinstance(value, list) else value for name, value in options.items()
         }
+        body |= {name: list(value.encode()) for name, value in options.items() if isinstance(value, str)}
         path = f"/v2/models/{model}/{'generate_stream' if streaming else 'generate'}"
         try:
             async with self._session.post(path, json=body) as response:
@@ -177,7 +191,7 @@ class HttpClient:
                     elif line.strip():
                         raise RequestFailed(f"HTTP {response.status}: {line.decode(errors='replace').strip()}")
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            raise RequestFailed(f"{type(error).__name__}: {error}") from None
+            raise RequestFailed(f"{type(error).__name__}: {error}", lost=True) from None
 
     async def close(self) -> None:
         await self._session.close()

@@ -90,7 +90,7 @@ class OpenAITarget:
                     named += [wish for wish in STREAM_OPTIONS if wish in self._wishes]
                 if "prompt" in str(error) and "prompt ids" in self._wishes:
                     named.insert(0, "prompt ids")
-                if not self._wishes or not str(error).startswith("HTTP 4"):
+                if not self._wishes or not str(error).startswith(("HTTP 4", "HTTP 500")):
                     raise RunError(f"{self.url} refuses a request of {PROBE_TOKENS} tokens: {error}") from None
                 wish = (named or self._wishes)[0]
                 self._wishes.remove(wish)

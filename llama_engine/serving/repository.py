@@ -37,10 +37,12 @@ class ServeConfig:
     """
 
     device: str = "auto"
+    kernels: str = "auto"
     decoupled: bool = True
     max_queue_size: int = 256
     request_timeout_s: float = 0.0
     drain_s: float = 10.0
+    stream_interval: int = 1
     exclude_input_in_output: bool = False
     enable_prefix_cache: bool = True
     null_model: bool = False
@@ -49,6 +51,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not all(0 <= value < math.inf for value in (self.max_queue_size, self.request_timeout_s, self.drain_s)):
             raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
+        if self.stream_interval < 1:
+            raise InputError(f"stream_interval must be at least 1, got {self.stream_interval}")
 
 
 def own_names(models_dir: Path) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class GenerationRequest:
     max_new_tokens: int
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
+    grammar: str | None
     streaming: bool
     exclude_input: bool
 
@@ -64,6 +65,7 @@ def parse(arrays: Mapping[str, np.ndarray], *, exclude_input_default: bool = Fal
         max_new_tokens=int(scalar(arrays, "request_output_len", 0)),
         params=_sampling(arrays),
         stop_token_ids=_stop_ids(arrays),
+        grammar=_grammar(arrays),
         streaming=bool(scalar(arrays, "streaming", False)),
         exclude_input=bool(scalar(arrays, "exclude_input_in_output", exclude_input_default)),
     )
@@ -105,6 +107,15 @@ def _sampling(arrays: Mapping[str, np.ndarray]) -> SamplingParams:
         logprobs=_logprobs(arrays),
         prompt_logprobs=bool(scalar(arrays, "return_prompt_log_probs", False)),
     )
+
+
+def _grammar(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The UTF-8 bytes of ``grammar`` as text."""
+    text = arrays.get("grammar")
+    try:
+        return None if text is None else text.tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"grammar is not UTF-8: {error}") from None
 
 
 def _bias(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, float], ...]:

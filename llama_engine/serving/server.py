@@ -117,6 +117,7 @@ def listening(host: str, http_port: int | None, grpc_port: int, metrics_port: in
         flags.append("--allow-http=false")
     else:
         flags += [f"--http-restricted-api={rule}" for rule in rules]
+    flags += ["--grpc-http2-min-recv-ping-interval-without-data=500", "--grpc-http2-max-ping-strikes=0"]  # KEEPALIVE
     return [*flags, *(f"--grpc-restricted-protocol={rule}" for rule in rules)]
 
 

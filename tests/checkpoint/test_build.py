@@ -138,7 +138,7 @@ def bad_not_an_engine(engine, edit_json):
 
 def bad_version(engine, edit_json):
     edit_json(engine / "engine.json", {"format_version": 99})
-    return "format_version 99, expected 2"
+    return "format_version 99, expected 3"
 
 
 def bad_key(engine, edit_json):
@@ -244,7 +244,7 @@ def test_only_an_engine_is_replaced_with_all_that_its_machine_added(engine, tiny
         (("--max_seq_len", -1), "max_seq_len must be a positive integer"),
         (("--tokens_per_block", 48), "power of two"),
         (("--dry-run",), "give --backend tensorrt_llm"),
-        (("--backend", "tensorrt_llm"), "TensorRT-LLM is not installed: pip install -r requirements-trtllm.txt"),
+        (("--backend", "tensorrt_llm"), "TensorRT-LLM is not installed: source scripts/setup.sh --trtllm"),
         (("--backend", "tensorrt_llm", "--lm_head", "int8"), "--lm_head int8 is a native option"),
     ],
 )

@@ -14,7 +14,9 @@ ASKED = {
     "sampled": SamplingParams(temperature=1.2, top_p=0.9, top_k=100, seed=5),
     "output counted": SamplingParams(presence_penalty=1.5, frequency_penalty=1.0),
     "all counted": SamplingParams(temperature=0.8, seed=2**64 - 1, repetition_penalty=1.5, frequency_penalty=0.5),
-    "biased": SamplingParams(temperature=1.0, min_p=0.05, logit_bias=((3, 5.0),), bad_words=((7,), (8,)), seed=1, logprobs=2),
+    "biased": SamplingParams(
+        temperature=1.0, min_p=0.05, logit_bias=((3, 5.0),), bad_words=((7,), (8,)), seed=1, logprobs=2
+    ),
 }
 
 

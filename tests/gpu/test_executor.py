@@ -38,9 +38,10 @@ def _blocks(slot, engine=ENGINE):
     return [1 + slot * n + i for i in range(n)]
 
 
-@pytest.mark.parametrize("int8_head", [False, True])
-def test_ragged_steps_match_the_reference(int8_head):
-    fused, host = _pair(int8_head=int8_head)
+@pytest.mark.parametrize(("int8_head", "kv_cache"), [(False, "fp16"), (True, "fp16"), (False, "fp8")])
+def test_ragged_steps_match_the_reference(int8_head, kv_cache):
+    fused, host = _pair(int8_head=int8_head, engine=dataclasses.replace(ENGINE, kv_cache=kv_cache))
+    assert fused.kv_nbytes_per_token == host.kv_nbytes_per_token == fused.model.kv[0][0, 0, :, 0].nbytes * 2 * 2
     for executor in (fused, host):
         for slot in range(4):
             executor.bind(slot, SamplingParams())

@@ -18,6 +18,7 @@ TEMPERATURE = math.log2(math.e)  # one logit less is half the weight
 MORE = 2**-30  # the least by which top_p can differ
 STEPS = {3: 0, 127: -1, 200: -2, 299: -2}
 LEVELS = {3: 0, 40: -1, 127: -1, 128: -1, 200: -1, 299: 0}
+HALVES = {i: -int(i % 3 != 1) for i in range(VOCAB)}  # 100 tokens, and 200 of half their weight
 EQUAL = dict.fromkeys(range(VOCAB), 5)
 EDGE = {3: 0, 128: -28, 299: -29}  # weights 2**28, 1 and 0
 ENDS = {
@@ -25,16 +26,18 @@ ENDS = {
     "top-k before a tie": (LEVELS, {"top_k": 2}),
     "top-k within a tie": (LEVELS, {"top_k": 4}),
     "top-k after a tie": (LEVELS | {299: -2}, {"top_k": 5}),
+    "top-k between ties that do not fit": (HALVES, {"top_k": 100}),
     "top-k of equals": (EQUAL, {"top_k": 150}),
     "top-k of one less than all": (EQUAL, {"top_k": VOCAB - 1}),
     "top-k of as many as fit": ({3: 0} | dict.fromkeys(range(60, 92), -1), {"top_k": 20}),
     "top-p of the first": (STEPS, {"top_p": 0.5}),
     "top-p before a tie": (STEPS, {"top_p": 0.75}),
     "top-p within a tie": (STEPS, {"top_p": 0.75 + MORE}),
+    "top-p between ties that do not fit": (HALVES, {"top_p": 0.5}),
     "top-p at the end of one of equals": (EQUAL, {"top_p": 0.5}),
     "top-p just after it": (EQUAL, {"top_p": 0.5 + MORE}),
     "top-p of what top-k keeps": (LEVELS, {"top_k": 4, "top_p": 2 / 3}),
-    "min-p of a logit": (STEPS, {"min_p": 0.25}),
+    "min-p of a logit": (STEPS | {298: -3}, {"min_p": 0.25}),
     "min-p of the largest": (LEVELS, {"min_p": 1.0}),
     "min-p beside top-p": (STEPS, {"top_p": 0.75 + MORE, "min_p": 0.25}),
     "the smallest weight": (EDGE, {}),

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 THREADS = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
@@ -45,7 +45,7 @@ def gateway(triton, smollm2_engine, smollm2_model) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "llm_demo/server.py", "--engine-dir", smollm2_engine, "--model-dir", smollm2_model]
     process = subprocess.Popen(
-        [*map(str, command), "--port", str(port), "--triton-url", triton.grpc_url, "--device", "cpu"],
+        [*map(str, command), "--port", str(port), "--replica", triton.grpc_url, "--device", "cpu"],
         cwd=ROOT,
         env=os.environ | THREADS | {"PYTHONPATH": str(ROOT)},
     )

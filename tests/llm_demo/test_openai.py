@@ -1,5 +1,7 @@
 """What OpenAI's clients and benchmark tools ask for, through the real ``openai`` client over the real engine."""
 
+import json
+
 import openai
 import pytest
 
@@ -182,3 +184,51 @@ def test_a_prefix_that_was_there_is_told(client):
     options = {"include_usage": True}
     [*_, last] = client.chat.completions.create(**asked, stream=True, stream_options=options)
     assert last.usage.prompt_tokens_details == cached[1].prompt_tokens_details
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"enum": [20, 30]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+WEATHER |= {"additionalProperties": False}
+
+
+def test_an_answer_keeps_to_a_json_schema(client):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "Describe a person."}], "max_tokens": 48}
+    for temperature in (0, 1.5):
+        choice = client.chat.completions.create(**asked, response_format=form, temperature=temperature).choices[0]
+        assert choice.finish_reason == "stop"
+        person = json.loads(choice.message.content)
+        assert [*person] == ["name", "age"]
+        assert person["age"] in (20, 30)
+    choice = client.chat.completions.create(**asked, response_format={"type": "json_object"}, temperature=0).choices[0]
+    assert choice.message.content.startswith("{")
+    form["json_schema"]["schema"] = {"type": "no such type"}
+    with pytest.raises(openai.BadRequestError, match="Invalid type") as caught:
+        client.chat.completions.create(**asked, response_format=form)
+    assert caught.value.param == "response_format"
+
+
+def test_a_tool_that_must_be_called_is_called(client):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tools = [
+        {"type": "function", "function": {"name": name, "description": "Tells the weather", "parameters": WEATHER}}
+        for name in ("weather", "forecast")
+    ]
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "Is it warm in Oslo?"}], "tools": tools}
+    named = {"type": "function", "function": {"name": "forecast"}}
+    for choice, names in (("required", {"weather", "forecast"}), (named, {"forecast"})):
+        answer = client.chat.completions.create(
+            **asked, tool_choice=choice, parallel_tool_calls=False, temperature=0, max_tokens=64
+        )
+        assert answer.choices[0].finish_reason == "tool_calls"
+        [call] = answer.choices[0].message.tool_calls
+        assert call.function.name in names
+        assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    with pytest.raises(openai.BadRequestError, match="not in tools"):
+        client.chat.completions.create(**asked, tool_choice=named | {"function": {"name": "other"}})

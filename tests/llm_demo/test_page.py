@@ -114,7 +114,8 @@ def test_markdown_becomes_elements(page):
     answer_with(
         page,
         "## Title\n\nSome **bold** and *slanted* words, `code` and snake_case_names 2*3*4.\nMore, "
-        "https://example.org/a_b.\n\n1. one\n2. two\n   - inner\n\n> said\n\n| a | b |\n|---|---|\n| 1 | **2** |\n\n---\n"
+        "https://example.org/a_b.\n\n1. one\n2. two\n   - inner\n\n> said\n\n| a | b |\n|---|---|\n| 1 | **2** |\n\n"
+        "---\n"
         "```python\nprint('*no*')\n\nx = 1\n```\nEnd",
     )
     ask(page, "x")

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from llama_engine.errors import InputError
 from llama_engine.tokenizer import ChatTokenizer
-from llm_demo.api import Message, Tool
+from llm_demo.messages import Message, Tool
 from llm_demo.tools import ToolFormat
 from tests.llm_demo.test_endings import Fake, chat, ids
 from tests.tokenizers_small import CHATML, LLAMA2, SHAPES

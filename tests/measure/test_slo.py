@@ -7,7 +7,8 @@ import pytest
 
 from llama_engine.errors import InputError
 from llama_engine.measure.generation import GenerationRun
-from llama_engine.measure.slo import Limits, Search, least_requests, sweep, wilson
+from llama_engine.measure.slo import Limits, Search, least_requests, sweep
+from llama_engine.measure.stats import wilson
 
 
 @pytest.mark.parametrize("item", ["ttft_ms", "ttft_ms:0", "speed:3", "tpot_ms:x", "ttft_ms:1.2.3", "mlperf"])

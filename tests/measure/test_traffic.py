@@ -70,6 +70,14 @@ def test_groups_share_what_a_prefix_cache_could_find():
     assert not {tuple(x.prefix) for x in sessions} & {tuple(x.prefix) for x in again}  # no load finds the last one's
 
 
+def test_a_block_counts_only_behind_the_same_beginning():
+    prefixes = Prefixes()
+    assert prefixes.add(range(48)) == 0
+    assert prefixes.add([*range(32), *[9] * 16]) == 32
+    assert prefixes.add([*[9] * 16, *range(16, 48)]) == 0  # the same blocks, another first one
+    assert prefixes.add(range(40)) == 32  # whole blocks alone
+
+
 def test_conversations_have_turns_and_thinking_time():
     traffic = Traffic(turns=Length(1, 4), think_s=2.0)
     sessions = first(traffic, 300)

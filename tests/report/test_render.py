@@ -6,8 +6,10 @@ import re
 import pytest
 
 from llama_engine.errors import InputError
+from llama_engine.measure.result import new_result, write_result
 from llama_engine.report import plots, render
 from llama_engine.report.story import Story, best_load
+from tests.results import ENVIRONMENT
 
 
 def page(folder):
@@ -146,21 +148,53 @@ def test_noise_is_named_beside_the_ratio(folder, edit_json):
     assert "**2.00x** [2.00, 2.00] faster" in text
 
 
-def test_peers_stand_on_the_page_of_the_machine_they_were_measured_on(folder, edit_json):
-    peers = {"machine": "box", "note": "Another run.", "peers": [{"engine": "other", "alone": 5.5, "8": 1234}]}
-    text, sources = render.render(Story.load(folder), headline=True, peers=peers)
-    assert "| other | 5.5 |  | 1,234 |  |  |\n| **this engine**, INT8 weight-only | 16.0 | 30.0 |" in text
+def contest(by_hand):
+    """A tournament of two, other 5.5 and 1,234 tokens/s at 1 and 8 at once, the third cell INVALID."""
+    traffic = {"name": "short", "input_tokens": "4", "output_tokens": "8"}
+    traffic |= {"prefix_cache_can_help": False, "shared_prompt_share": 0.0}
+    valid, hot = {"status": "VALID", "reasons": []}, {"status": "INVALID", "reasons": ["too hot"]}
+    figures = [("other", 1, 5.5, valid), ("other", 8, 1234, valid), ("ours", 1, 11.0, valid), ("ours", 8, 2000, hot)]
+    levels = [
+        {"contestant": name, "concurrency": n, "workload": {"traffic": traffic}, "validity": verdict,
+         "summary": {"output_tokens_per_s": {"p50": rate}, "ttft_ms": {"p50": 7.0}}}
+        for name, n, rate, verdict in figures
+    ]  # fmt: skip
+    ratio = {"ratio": 2.0, "ci95": [1.9, 2.1], "verdict": "faster", "metric": "output_tokens_per_s"}
+    ratio |= {"contestant": "ours", "over": "other", "workload": "short", "concurrency": 1}
+    more = {"by_hand": True, "note": "Another run."} if by_hand else {"method": "in turn"}
+    model = {"name": "m", "source": "pretrained", "sha256": None}
+    who = [{"name": name, "kind": "vllm", "memory": "shared"} for name in ("other", "ours")]
+    result = new_result("tournament", "several", model=model, workload={}, environment=ENVIRONMENT, **more)
+    return result | {"levels": levels, "ratios": [ratio], "contestants": who, "validity": valid}
+
+
+def test_a_tournament_stands_on_the_page_of_the_machine_it_was_held_on(folder):
+    write_result(folder / "tournaments/t.json", contest(by_hand=False))
+    story = Story.load(folder)
+    text, sources = render.render(story, headline=True)
+    assert "|  | other | ours |\n" in text
+    assert "| short, 1 at once, tokens/s | 5.5 | 11.0, **2.00x** [1.90, 2.10] |" in text
+    assert "| short, 8 at once, tokens/s | 1,234 | 2,000* |" in text
+    assert "| short, 1 at once, TTFT p50, ms | 7.0 | 7.0 |" in text
+    assert "\\* INVALID, ours, short at 8: too hot." in text
+    assert "Ratios over other, in turn. other: GPU memory shared" in text
+    cited = json.loads(sources)["Other engines on the same machine"]
+    assert cited["box/tournaments/t.json:levels.1.summary.output_tokens_per_s.p50"] == "1,234"
+    readme = render.readme_block([story])
+    assert "| short, 8 at once, tokens/s | 1,234 | 2,000* |" in readme
+    assert "short, 1 at once" not in readme
+
+
+def test_figures_entered_by_hand_stand_beside_this_engine_and_not_in_the_readme(folder, edit_json):
+    write_result(folder / "tournaments/hand.json", contest(by_hand=True))
+    text, _ = render.render(Story.load(folder), headline=True)
+    assert "|  | other | ours | **this engine**, INT8 weight-only |" in text
+    assert "| short, 1 at once, tokens/s | 5.5 | 11.0, **2.00x** [1.90, 2.10] | 16.0 |" in text
     assert "\nAnother run.\n" in text
-    assert (
-        json.loads(sources)["Other engines on the same GPU model"]["../benchmarks/data/peers.json:peers.0.8"] == "1,234"
-    )
-    assert (
-        "Another run."
-        not in render.render(Story.load(folder), headline=True, peers=peers | {"machine": "elsewhere"})[0]
-    )
+    assert "Another run" not in render.readme_block([Story.load(folder)])
     edit_json(folder / "optimized-native.json", {"validity": {"status": "INVALID", "reasons": ["too hot"]}})
-    text, _ = render.render(Story.load(folder), headline=True, peers=peers)
-    assert ", **INVALID**\\* | 16.0 |" in text
+    text, _ = render.render(Story.load(folder), headline=True)
+    assert "| 16.0* |" in text
     assert "\n\\* INVALID in this engine's run: too hot.\n" in text
 
 

@@ -9,8 +9,7 @@ import pytest
 from llama_engine import trtllm
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.config import EngineConfig
-from tests.conftest import ROOT
-from tests.test_trtllm import FLAGS, STANDIN, installed  # noqa: F401 (a fixture)
+from tests.conftest import ROOT, STANDIN, TRT_FLAGS
 
 DOCTOR = "scripts/doctor.py"
 
@@ -59,7 +58,7 @@ def test_without_the_library_it_is_the_one_thing_missing(run_script, tiny_checkp
 def test_tensorrt_llms_path_its_checkpoint_and_its_engine(run_script, tiny_model, tmp_path, monkeypatch):
     convert(tiny_model, tmp_path / "c", ConvertOptions(int8=True))
     engine = EngineConfig(max_batch_size=4, max_seq_len=2048, max_num_tokens=1000)
-    trtllm.build(tmp_path / "c", tmp_path / "e", engine, FLAGS)
+    trtllm.build(tmp_path / "c", tmp_path / "e", engine, TRT_FLAGS)
     asked = ("--backend", "tensorrt_llm", "--checkpoint-dir", tmp_path / "c", "--engine-dir", tmp_path / "e")
     said = lines(run_script(DOCTOR, *asked).stdout)
     assert said["tensorrt_llm: library"] == ("ok", "0.15.0")

@@ -30,7 +30,7 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coars
     (root / "README.md").write_text(readme.replace("2.00x", "9.00x"))
     assert stale(run_script(*check)) == ["README.md"]
     (root / "README.md").write_text(readme)
-    for name in ("PERFORMANCE_REPORT.sources.json", "waterfall.png"):
+    for name in ("PERFORMANCE_REPORT.sources.json", "waterfall.png", "report.html"):
         kept = (root / "results" / name).read_bytes()
         (root / "results" / name).unlink()
         assert stale(run_script(*check)) == [name]
@@ -47,7 +47,7 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coars
     assert (folder / "triton-native.json").read_bytes() == measured
     assert run_script(*check).returncode == 0
     edit_json(folder / "baseline.json", {"environment": ENVIRONMENT | {"command": "other.py"}})
-    assert {"PERFORMANCE_REPORT.md", "roofline.png"} <= set(stale(run_script(*check)))
+    assert {"PERFORMANCE_REPORT.md", "roofline.png", "report.html"} <= set(stale(run_script(*check)))
 
 
 def stale(done):

@@ -27,8 +27,8 @@ def spoken(ids):
 
 
 @asynccontextmanager
-async def serving(events, *, refuse=(), status=200, done=True, **options):
-    """A target at a server that streams ``events``; it answers 400 to a body that holds a name of ``refuse``."""
+async def serving(events, *, refuse=(), refusal=400, status=200, done=True, **options):
+    """A target at a server that streams ``events``, and answers ``refusal`` where a body holds a name of ``refuse``."""
     bodies = []
 
     async def answer(request):
@@ -37,7 +37,7 @@ async def serving(events, *, refuse=(), status=200, done=True, **options):
         for name in refuse:
             if name in json.dumps(body) or (name == "ids" and isinstance(body.get("prompt"), list)):
                 said = "prompt: Input should be a valid string" if name == "ids" else f"Extra inputs: {name}"
-                return web.json_response({"error": {"message": said}}, status=400)
+                return web.json_response({"error": {"message": said}}, status=refusal)
         response = web.StreamResponse(status=status)
         await response.prepare(request)
         for event in events:
@@ -126,7 +126,8 @@ def test_what_goes_wrong_is_a_failed_request(events, options, message):
 )
 def test_what_a_server_refuses_is_found_out_and_left_out(refuse, left):
     async def run():
-        async with serving([chunk("a", "length")], refuse=refuse, model=None) as target:
+        refusal = 500 if "ids" in refuse else 400  # as llama-cpp-python has it
+        async with serving([chunk("a", "length")], refuse=refuse, refusal=refusal, model=None) as target:
             await target.prepare()
             assert [event async for event in target.stream(ASK)]
             return describe_target(target), target.bodies[-1]

@@ -20,7 +20,7 @@ from llama_engine.runner import ModelRunner
 from llama_engine.serving import repository
 from llama_engine.serving import server as server_module
 from llama_engine.serving.repository import ServeConfig
-from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
+from tests.conftest import TRT_FLAGS
 from tests.tokenizers_small import SHAPES
 
 ROOT = Path(__file__).parents[2]
@@ -137,8 +137,8 @@ def test_an_engine_without_a_tokenizer_cannot_serve_text(tiny_engine, tmp_path):
 
 
 @pytest.fixture
-def trt_engine(installed, smollm2_checkpoint, tmp_path):  # noqa: F811
-    trtllm.build(smollm2_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=8), FLAGS)
+def trt_engine(installed, smollm2_checkpoint, tmp_path):
+    trtllm.build(smollm2_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=8), TRT_FLAGS)
     return tmp_path / "e"
 
 

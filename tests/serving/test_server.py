@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
-from llama_engine import trtllm
-from llama_engine.config import EngineConfig
 from llama_engine.errors import ErrorCode
 from llama_engine.measure.lengths import Length
 from llama_engine.measure.load import Generator
@@ -30,7 +28,6 @@ from llama_engine.serving.server import TritonServer
 from llama_engine.serving.target import TritonTarget
 from llama_engine.tokenizer import stop_inputs
 from tests.serving.tools import alone, ask, assert_idle, post, some_prompts, tensors, url
-from tests.test_trtllm import FLAGS, installed  # noqa: F401 (a fixture)
 
 TRANSPORTS = [(p, s) for p in ("grpc", "http") for s in (True, False)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
@@ -85,6 +82,12 @@ def test_sampling_and_end_id_reach_the_engine(server, tiny_engine):
     assert first == again != other
     greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
     assert ask(server, [[1, 2, 3]], 20, end_id=greedy[5])[0] == greedy[: greedy.index(greedy[5]) + 1]
+    unsaid = next(token for token in range(512) if token not in greedy)
+    for protocol in ("grpc", "http"):
+        words = [[unsaid, *greedy[4:6]], [1, 3, -1]]  # one of a token, one of two
+        ids = ask(server, [[1, 2, 3]], 20, protocol, bad_words_list=words)[0]
+        assert ids[:5] == greedy[:5]
+        assert ids[5] != greedy[5]
 
 
 @pytest.mark.parametrize(("protocol", "streaming"), TRANSPORTS)
@@ -461,12 +464,6 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
         assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
     assert results[0]["levels"][0]["summary"]["mbu"] > 0
     assert "mbu" not in results[1]["levels"][0]["summary"]
-
-
-@pytest.fixture
-def trt_engine(installed, tiny_checkpoint, tmp_path):  # noqa: F811
-    trtllm.build(tiny_checkpoint, tmp_path / "e", EngineConfig(max_batch_size=4, max_seq_len=64), FLAGS)
-    return tmp_path / "e"
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -26,6 +26,7 @@ import triton_python_backend_utils as pb_utils
 from llama_engine.engine.engine import FinishReason, Output
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError, with_code
+from llama_engine.grammar import Grammar, Grammars
 from llama_engine.native import load_engine
 from llama_engine.sampling import Logprobs
 from llama_engine.serving.request import GenerationRequest, parse, scalar
@@ -78,6 +79,7 @@ class Live:
         self.cached_tokens = 0
         self.told = False  # how many they are
         self.sent = 0
+        self.due = 0  # ids that the outbox has been told of
         self.total_logprob = 0.0  # of what is sent
         self.reason: FinishReason | RunError | None = None
 
@@ -89,10 +91,14 @@ class TritonPythonModel:
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.timeout_s = float(options["request_timeout_s"]) or None
         self.drain_s = float(options["drain_s"])
+        self.stream_interval = int(options["stream_interval"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
         reuse = options["enable_kv_cache_reuse"] == "true"
-        engine = load_engine(options["engine_dir"], device=options["device"], enable_prefix_cache=reuse)
+        engine = load_engine(
+            options["engine_dir"], device=options["device"], kernels=options["kernels"], enable_prefix_cache=reuse
+        )
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
+        self.grammars, self.engine_dir, self.vocab_size = {}, options["engine_dir"], engine.model_config.vocab_size
         self.kernels, self.name = engine.executor.kernels, args["model_name"]
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
         self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
@@ -140,7 +146,9 @@ class TritonPythonModel:
             live.cached_tokens = output.cached_tokens
             live.ids.extend(output.token_ids)
             live.reason = output.reason
-            if output.finished or wanted.streaming:
+            due = self.stream_interval if live.due else 1  # the first token at once
+            if output.finished or (wanted.streaming and len(live.ids) - live.due >= due):
+                live.due = len(live.ids)
                 self.outbox.put(live)
 
         live.id = self.loop.submit(
@@ -149,12 +157,21 @@ class TritonPythonModel:
             params=wanted.params,
             stop_token_ids=wanted.stop_token_ids,
             output=wanted.output,
+            grammar=self._grammar(wanted),
             on_tokens=on_tokens,
             timeout_s=timeout_us / 1e6 if timeout_us else self.timeout_s,
         )
         self.live[live.id] = live
         if live.reason:  # it ended before it was entered
             self.live.pop(live.id, None)
+
+    def _grammar(self, wanted: GenerationRequest) -> Grammar | None:
+        """The request's grammar, with the tokens that end it; a tokenizer for them takes a second, once."""
+        if wanted.grammar is None:
+            return None
+        if wanted.stop_token_ids not in self.grammars:
+            self.grammars = {wanted.stop_token_ids: Grammars(self.engine_dir, self.vocab_size, wanted.stop_token_ids)}
+        return self.grammars[wanted.stop_token_ids].compile(wanted.grammar)
 
     def _send_all(self) -> None:
         while (live := self.outbox.get()) is not None:

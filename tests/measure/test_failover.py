@@ -1,0 +1,113 @@
+"""The failover benchmark: what it counts, and one run of it over two small servers, of which it kills one."""
+
+import itertools
+import json
+import sys
+
+import pytest
+
+from llama_engine.measure import failover, validity
+from llama_engine.measure.failover import Answer, Phase, Request
+from llama_engine.measure.generation import GenerationRun
+from llama_engine.measure.result import load_result
+
+
+def phase(*answers, end=10.0):
+    """Of (number, ids, error) or (number, ids, error, times)."""
+    made = []
+    for number, ids, error, *times in answers:
+        made.append(Answer(number, GenerationRun(0.0, times[0] if times else [1.0] * len(ids), ids), error))
+    return Phase(0.0, end, made)
+
+
+def test_requests_are_seeded_distinct_and_half_sampled():
+    some = Request.some(8, 5, 512, seed=1)
+    assert some == Request.some(8, 5, 512, seed=1) != Request.some(8, 5, 512, seed=2)
+    assert len({tuple(request.prompt) for request in some}) == 8
+    assert [bool(request.options) for request in some] == [False, True] * 4
+
+
+def test_every_answer_is_compared_with_what_was_right_before():
+    calm = phase((0, [1, 2], None), (1, [3, 4], None), (1, [3, 4], None), (2, [5, 6], None), (2, [5, 7], None))
+    right, unstable = failover.right_answers(calm)
+    assert (right, unstable) == ({0: [1, 2], 1: [3, 4]}, 1)
+    seen = phase(
+        (0, [1, 2], None), (0, [1, 2, 2], None), (0, [2, 1], None), (1, [3], None), (1, [3], "gone"), (2, [5, 9], None)
+    )
+    assert failover.compare(seen, right, 2) == {"answers": 6, "lost": 2, "duplicated": 1, "wrong": 1, "diverged": 0}
+
+
+@pytest.mark.parametrize(
+    ("ids", "made", "at", "kind"),
+    [
+        ([1, 2, 9], 2, 0.5, "diverged"),
+        ([1, 9, 3], 2, 0.5, "wrong"),  # before it was moved
+        ([1, 2, 9], 0, 0.5, "wrong"),  # it began there anew
+        ([1, 2, 9], 2, 5.0, "wrong"),  # another answer to that request
+        ([1, 2, 3], 2, 0.5, None),
+    ],
+)
+def test_what_a_moved_answer_says_after_the_move_is_told_from_what_it_said_before(ids, made, at, kind):
+    seen = failover.compare(phase((0, ids, None)), {0: [1, 2, 3]}, 3, [failover.Move(0, at, made)])
+    assert [name for name in ("lost", "duplicated", "wrong", "diverged") if seen[name]] == ([kind] if kind else [])
+
+
+def test_a_dip_and_its_end_are_measured_from_the_kill():
+    """100 tokens a second until 4 s, none until 6 s, 50 until 8 s, then 100; one user waits from 3.9 to 6.2 s."""
+    times = [i / 100 for i in range(1, 400)] + [6 + i / 50 for i in range(100)] + [8 + i / 100 for i in range(200)]
+    one = phase((0, [0] * len(times), None, times), (1, [0, 0], None, [3.9, 6.2]))
+    found = failover.disturbance(one, 4.0, 9.0, 10.0)
+    assert found["before_tokens_per_s"] == pytest.approx(100, rel=0.02)
+    assert found["lowest_tokens_per_s"] == 0
+    assert found["longest_gap_s"] == pytest.approx(2.3)
+    assert found["usual_gap_s"] == pytest.approx(3.9)
+    assert found["recovery_s"] == pytest.approx(3.6, abs=0.3)  # 90 % over two seconds from there on
+    assert found["full_strength_s"] == 5.0
+    assert [x["s"] for x in found["timeline"][:2]] == [-4.0, -3.5]
+    assert failover.disturbance(one, 4.0, None, 6.0)["recovery_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("checks", "reason"),
+    [
+        ({"failed_requests": 1}, "1 requests failed"),
+        ({"duplicated_answers": 2}, "2 duplicated answers"),
+        ({"wrong_answers": 3}, "3 wrong answers"),
+        ({"moved_requests": 0}, "nothing was tried"),
+    ],
+)
+def test_a_single_bad_answer_makes_the_run_invalid(checks, reason):
+    good = {"failed_requests": 0, "duplicated_answers": 0, "wrong_answers": 0, "moved_requests": 4}
+    assert validity.judge({"checks": good})["status"] == "VALID"
+    verdict = validity.judge({"checks": good | checks})
+    assert verdict["status"] == "INVALID"
+    assert reason in verdict["reasons"][0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
+def test_a_run_over_two_servers(tiny_engine, run_script, tmp_path):
+    output = tmp_path / "failover.json"
+    flags = ("--engine-dir", tiny_engine, "--device", "cpu", "--output-tokens", 200, "--duration", 3)
+    done = run_script("benchmarks/benchmark_failover.py", *flags, "--output", output)
+    result = load_result(output)
+    reasons = [reason for reason in result["validity"]["reasons"] if "lagged" not in reason]  # a busy machine may
+    assert not reasons
+    assert done.returncode == (result["validity"]["status"] != "VALID")
+    seen = result["failover"]
+    assert seen["answers"] >= 32
+    assert (
+        seen["lost"]
+        == seen["duplicated"]
+        == seen["wrong"]
+        == seen["diverged"]
+        == seen["requests_without_one_right_answer"]
+        == 0
+    )
+    assert seen["full_strength_s"] > 0
+    assert result["checks"]["moved_requests"] == seen["moved"] >= max(1, seen["resumed"])
+    assert all(a["s"] < b["s"] for a, b in itertools.pairwise(seen["timeline"]))
+    assert f"{seen['answers']} answers: 0 lost, 0 duplicated, 0 wrong" in done.stdout
+    assert json.loads(output.read_text())["workload"]["replicas"] == 2
+    refused = run_script("benchmarks/benchmark_failover.py", *flags, "--replicas", 1)
+    assert refused.returncode == 2
+    assert "--replicas must be at least 2" in refused.stderr

@@ -1,0 +1,83 @@
+"""The precision ladder and the ablation, from small result files."""
+
+import json
+
+import pytest
+
+from llama_engine.measure.compare import unlike
+from llama_engine.measure.result import write_result
+from llama_engine.report.ladder import rungs
+from llama_engine.report.plots import draw_all
+from llama_engine.report.render import render
+from llama_engine.report.story import Story, waterfall_steps
+from tests.results import measurement
+
+FIGURES = {"tokens": 20_000, "perplexity_ratio": 1.2, "kl_mean": 0.2, "kl_max": 1.0, "top1_agreement": 0.7}
+
+
+@pytest.fixture
+def ladder(folder):
+    """Beside the folder's own INT8: a 16-bit engine that passes, and INT4, which is faster and fails."""
+    for scheme, seconds, status, figures in (
+        ("fp16", 0.8, "PASSED", FIGURES | {"perplexity_ratio": 1.0, "kl_mean": 0.0}),
+        ("int4", 0.25, "FAILED", FIGURES),
+    ):
+        fast = measurement("optimized", "native", [seconds] * 5, engine={"weights_sha256": "d" * 64, "kernels": "k"})
+        fast["levels"] = [{"concurrency": n, "summary": fast["summary"]} for n in (4, 8)]
+        write_result(folder / f"ladder-{scheme}.json", fast)
+        gate = {"status": status, "reasons": [] if status == "PASSED" else ["kl_mean 0.2 is above 0.01"]}
+        accuracy = measurement("accuracy", "native", [1.0] * 5, gate=gate)
+        write_result(folder / f"ladder-{scheme}-accuracy.json", accuracy | {"summary": figures})
+    return folder
+
+
+def test_a_scheme_that_failed_the_gate_makes_no_claim(ladder):
+    found = {rung.file: rung for rung in rungs(Story.load(ladder))}
+    assert list(found) == ["base", "ladder-fp16", "engine", "ladder-int4"]
+    assert [rung.passed for rung in found.values()] == [True, True, True, False]
+    assert found["ladder-int4"].shown == "INT4 (no claim)"
+    assert (found["ladder-int4"].level, found["ladder-int4"].users) == ("ladder-int4.levels.1", 8)
+    text, sources = render(Story.load(ladder))
+    table = text[text.index("## The precision ladder") :]
+    row = next(line for line in table.splitlines() if line.startswith("| INT4"))
+    assert [cell.strip() for cell in row.split("|")[2:6]] == ["0.010", "32.0", "32", "8"]
+    assert "1.20000 | 0.20000 | 70.00% | not measured | FAILED" in row
+    cited = json.loads(sources)["The precision ladder"]
+    assert cited["ladder-int4-accuracy.json:gate.status"] == "FAILED"
+    summary = text[: text.index("## Set-up")]
+    assert "32.0" not in summary  # INT4's speed is in no headline
+    assert "ladder.png" in {path.name for path in draw_all(Story.load(ladder), ladder)}
+
+
+def test_accuracy_without_real_weights_is_no_pass(ladder, edit_json):
+    edit_json(ladder / "ladder-fp16-accuracy.json", {"summary": {"logit_error_rms": 0.001}})
+    assert not rungs(Story.load(ladder))[1].passed
+    assert "not on real weights" in render(Story.load(ladder))[0]
+
+
+def test_no_ladder_of_one_scheme(folder):
+    assert rungs(Story.load(folder)) == []
+    text, _ = render(Story.load(folder))
+    assert "ladder" not in text
+
+
+def test_the_waterfall_takes_each_measured_step_between_baseline_and_engine(ladder):
+    compiled = measurement("baseline", "transformers", [0.9] * 5)
+    write_result(ladder / "ablation-compiled.json", compiled)
+    story = Story.load(ladder)
+    assert [step.file for step in waterfall_steps(story)] == [
+        *("base", "ablation-compiled", "ladder-fp16", "engine", "triton"),
+    ]
+    changes = [round(step.change.value, 6) for step in waterfall_steps(story)[1:]]
+    assert changes == [-12.5, -12.5, -37.5, 12.5]
+    longer = json.loads((ladder / "ladder-fp16.json").read_text())
+    longer["workload"]["output_tokens"] = 9
+    (ladder / "ladder-fp16.json").write_text(json.dumps(longer))
+    assert "ladder-fp16" not in [step.file for step in waterfall_steps(Story.load(ladder))]
+
+
+def test_engines_of_other_schemes_are_not_compared_in_silence():
+    old, new = (measurement("optimized", "native", [1.0] * 5, engine={"kernels": "k"}) for _ in range(2))
+    assert list(unlike(old, new)) == []  # older results do not say
+    new["engine"]["quantization"] = "W4A16_GROUPWISE"
+    assert list(unlike(old, new)) == ["the engines are quantized otherwise: W8A16 and W4A16_GROUPWISE"]

@@ -1,0 +1,104 @@
+"""Two real replicas behind the router, of which one is killed, stopped or replaced while both answer."""
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+
+from llama_engine.native import load_engine
+from llama_engine.sampling import SamplingParams
+from llama_engine.serving import client as client_module
+from llama_engine.serving.client import GrpcClient
+from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.router import Router
+from llama_engine.serving.server import TritonServer
+from tests.engine.test_engine import generate
+from tests.serving.tools import some_prompts
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
+NEW = 200
+SAMPLINGS = [  # as inputs of the server, and as the engine has them
+    ({}, SamplingParams()),
+    ({"temperature": 1.5, "random_seed": 7}, SamplingParams(temperature=1.5, seed=7)),
+    (
+        {"temperature": 0.5, "runtime_top_k": 50, "random_seed": 2**63, "presence_penalty": 1.5},
+        SamplingParams(temperature=0.5, top_k=50, seed=2**63, presence_penalty=1.5),
+    ),
+    (
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.5},
+        SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5),
+    ),
+]
+ASKED = list(zip(some_prompts(12, seed=3), SAMPLINGS * 3))
+
+
+@pytest.fixture(scope="module")
+def replicas(tiny_engine):
+    config = ServeConfig(drain_s=0, stream_interval=3)
+    options = {"env": {"OMP_NUM_THREADS": "1"}, "http": False}
+    with TritonServer(tiny_engine, config, **options) as first, TritonServer(tiny_engine, config, **options) as second:
+        yield first, second
+
+
+@pytest.fixture(scope="module")
+def right(tiny_engine):
+    """Each answer as an engine gives it that is never disturbed."""
+    engine = load_engine(tiny_engine, device="cpu", threads=1)
+    return [generate(engine, prompt, NEW, params=params) for prompt, (_, params) in ASKED]
+
+
+def test_responses_hold_as_many_tokens_as_asked_for_after_the_first(replicas, right):
+    async def go():
+        client = GrpcClient(replicas[0].grpc_url)
+        prompt, (options, _) = ASKED[0]
+        parts = [part async for part in client.generate(prompt, NEW, streaming=True, **options)]
+        await client.close()
+        return parts
+
+    parts = asyncio.run(go())
+    assert [token for part in parts for token in part] == right[0]
+    assert min(map(len, parts[1:-1])) >= 3
+    assert len(parts) > 3
+
+
+DISTURBANCES = {
+    "kill -9": TritonServer.kill,
+    "a machine that is silent": lambda server: os.killpg(server.process.pid, signal.SIGSTOP),
+    "a replacement": TritonServer.stop,  # what runs may end, what comes is refused
+}
+LAST = [*DISTURBANCES][-1]
+
+
+@pytest.mark.parametrize("how", DISTURBANCES)
+def test_every_answer_is_whole_and_right(replicas, right, how, monkeypatch):
+    monkeypatch.setattr(client_module, "KEEPALIVE", [(name, min(ms, 1000)) for name, ms in client_module.KEEPALIVE])
+    victim, urls = replicas[0], [replica.grpc_url for replica in replicas]
+
+    async def go():
+        loop = asyncio.get_running_loop()
+        router, disturbed = Router(urls, block_tokens=16, limit=5), []
+
+        async def ask(prompt, options):
+            ids = []
+            async for new in router.generate(prompt, NEW, streaming=True, **options):
+                ids += new
+                if not disturbed and router.replicas[victim.grpc_url].requests:
+                    disturbed.append(loop.run_in_executor(None, DISTURBANCES[how], victim))
+            return ids
+
+        answers = await asyncio.gather(*(ask(prompt, options) for prompt, (options, _) in ASKED))
+        await asyncio.gather(*disturbed)
+        moved = router.counts["requests_moved_total"]
+        if how != LAST:
+            victim.kill()
+            await loop.run_in_executor(None, victim.start)
+            while not router.replicas[victim.grpc_url].up:
+                await asyncio.sleep(0.05)
+        await router.close()
+        return answers, moved
+
+    answers, moved = asyncio.run(asyncio.wait_for(go(), 120))
+    assert answers == right
+    assert moved > 0
