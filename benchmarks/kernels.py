@@ -44,20 +44,20 @@ def kernel_runs(model: Any, rows: int, context: int) -> dict[str, tuple[Callable
     each = 1 if scheme is FP8 else 2  # bytes of an activation
 
     def norm(i: int) -> None:
-        quant.norm(model.x, layers[i].input_norm, eps, *model.linears.input_of("qkv", layers[i].qkv), rows)
+        quant.norm(model.x, layers[i].input_norm, eps, *model.linears.input_of("qkv", layers[i].qkv, rows), rows)
 
     def attend(i: int) -> None:
-        out = model.linears.input_of("o", layers[i].o)
+        out = model.linears.input_of("o", layers[i].o, rows)
         model.attention.decode(model.qkv, model.kv[i], slots, model.position, *out, rows)
 
     runs = {
         "norm + quantize": (norm, rows * c.hidden_size * (2 + each)),
         "attention": (attend, rows * (c.kv_nbytes(2) // c.num_layers * context + c.qkv_size * 2 + c.q_size * each)),
     }
-    if scheme not in (FP16, INT4):
+    if model.linears.input_of("down", layers[0].down, rows)[1] is not None:
 
         def quantize(i: int) -> None:
-            quant.quantize_rows(model.linears.hidden, *model.linears.input_of("down", layers[i].down), rows)
+            quant.quantize_rows(model.linears.hidden, *model.linears.input_of("down", layers[i].down, rows), rows)
 
         runs["quantize"] = quantize, rows * c.intermediate_size * (2 + each)
     for name in (*LINEARS, "lm_head"):

@@ -99,17 +99,19 @@ class GpuModel:
         eps = self.config.rms_norm_eps
         rest = None  # what x still lacks
         for layer, kv in list(zip(self.weights.layers, self.kv))[part]:
-            quant.norm(self.x, layer.input_norm, eps, *self.linears.input_of("qkv", layer.qkv), rows, add=rest)
+            quant.norm(self.x, layer.input_norm, eps, *self.linears.input_of("qkv", layer.qkv, rows), rows, add=rest)
             self.linears.run("qkv", layer.qkv, self.qkv, rows)
-            query = self.linears.input_of("o", layer.o)
+            query = self.linears.input_of("o", layer.o, rows)
             attend(kv, *query)
             if ends is not None and layer is self.weights.layers[-1]:
                 rows = ends.numel()
+                query = self.linears.input_of("o", layer.o, rows)
                 quant.quantize_rows(self.attended, *query, rows, ends)
                 quant.gather_rows(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
             rest = self.linears.run("o", layer.o, x, rows)
-            quant.norm(x, layer.post_norm, eps, *self.linears.input_of("gate_up", layer.gate_up), rows, add=rest)
+            normed = self.linears.input_of("gate_up", layer.gate_up, rows)
+            quant.norm(x, layer.post_norm, eps, *normed, rows, add=rest)
             self.linears.gate_up(layer.gate_up, layer.down, rows)
             rest = self.linears.run("down", layer.down, x, rows)
         if rest is not None:
@@ -119,7 +121,9 @@ class GpuModel:
     def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
         """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
-        quant.norm(x, self.weights.final_norm, c.rms_norm_eps, *self.linears.input_of("lm_head", head), rows, which)
+        quant.norm(
+            x, self.weights.final_norm, c.rms_norm_eps, *self.linears.input_of("lm_head", head, rows), rows, which
+        )
         self.linears.run("lm_head", head, logits, rows)
         return -(-c.vocab_size // self.linears.tiles.get("lm_head", head, rows).n)
 

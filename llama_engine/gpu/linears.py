@@ -15,7 +15,7 @@ from llama_engine.kernels.gemm_kernel import LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.stream import StreamGemm
 from llama_engine.kernels.stream import supported as streaming_supported
 from llama_engine.kernels.tiles import Tiles
-from llama_engine.model.schemes import BF16, FP8, FP16, INT4
+from llama_engine.model.schemes import BF16, FP8, FP16, INT4, INT8
 from llama_engine.model.weights import LINEARS, EngineWeights, Linear
 
 EPILOGUES = {"qkv": STORE, "o": RESIDUAL, "gate_up": SILU_MUL, "down": RESIDUAL, "lm_head": LOGITS}
@@ -63,14 +63,16 @@ class Linears:
             buffers["int8", name] = whole.view(2, capacity, k)
             buffers["fp8", name] = one.view(FP8.weight_dtype).view(capacity, k)
             buffers["fp16", name] = self.hidden if name == "down" else whole.view(torch.float16).view(capacity, k)
-            buffers["int4", name] = buffers["fp16", name]
         buffers["fp16", "lm_head"] = torch.zeros(LM_HEAD_ROWS, c.hidden_size, dtype=torch.float16, device=self.device)
         return buffers
 
-    def input_of(self, name: str, linear: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The buffers that hold the activations of ``linear``, called ``name``, in the form that
+    def input_of(self, name: str, linear: Linear, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The buffers that hold ``rows`` rows of activations of ``linear``, called ``name``, in the form that
         :func:`llama_engine.kernels.quant.norm` gives them: with their row scales, or fp16 and None."""
-        return self._inputs[linear.scheme.name, name], None if linear.scheme in (FP16, INT4) else self.a_scale
+        form = linear.scheme.name
+        if linear.scheme is INT4:  # what the kernel multiplies that runs so many rows
+            form = INT8.name if self.streams(name, linear, rows) else FP16.name
+        return self._inputs[form, name], None if form == FP16.name else self.a_scale
 
     def run(
         self, name: str, linear: Linear, out: torch.Tensor, rows: int, tile: gemm.Tile | None = None
@@ -79,7 +81,7 @@ class Linears:
 
         Returns what the caller has still to add to ``out``, if anything.
         """
-        a, a_scale = self.input_of(name, linear)
+        a, a_scale = self.input_of(name, linear, rows)
         if tile is None and self.streams(name, linear, rows):
             self.streaming.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
             return None
@@ -96,7 +98,7 @@ class Linears:
         self, name: str, linear: Linear, out: torch.Tensor, out_scale: torch.Tensor | None, rows: int
     ) -> torch.Tensor | None:
         """:meth:`run` through cuBLAS; what gate_up leaves takes the form of ``out``, with ``out_scale``."""
-        a, a_scale = self.input_of(name, linear)
+        a, a_scale = self.input_of(name, linear, rows)
         n = linear.weight.shape[0]
         step = rows if name == "qkv" else self.product.numel() // n
         for first in range(0, rows, step):
@@ -115,7 +117,7 @@ class Linears:
 
     def gate_up(self, gate_up: Linear, down: Linear, rows: int) -> None:
         """``silu(gate) * up`` as the activations of ``down``."""
-        out, scale = self.input_of("down", down)
+        out, scale = self.input_of("down", down, rows)
         if down.scheme is gate_up.scheme and self.tiles.get("gate_up", gate_up, rows).library:
             self._by_library("gate_up", gate_up, out, scale, rows)
             return

@@ -150,7 +150,9 @@ def gemm(
 
 
 def gemm_reference(a: torch.Tensor, a_scale: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 ``linear``, or of e4m3 ``[M, K]`` times the FP8 one,
-    exact up to the final scaling."""
-    values = 256 * a[0].double() + a[1].double() if linear.scheme is INT8 else a.double()
+    """float32 ``[M, N]`` of digits ``[2, M, K]`` times the INT8 or INT4 ``linear``, or of e4m3 ``[M, K]`` times the FP8
+    one, exact up to the final scaling."""
+    values = a.double() if linear.scheme is FP8 else 256 * a[0].double() + a[1].double()
+    if linear.scheme is INT4:
+        return (values @ linear.dequantize(torch.float64).T * a_scale[:, None]).float()
     return (values @ linear.weight.double().T * a_scale[:, None] * linear.scale[None, :]).float()

@@ -1,8 +1,8 @@
 """Linear layers of up to 32 rows on Hopper GPUs: ``stream.cu``, whose weights are on their way before their turn comes.
 
 With INT8 bitwise equal to :func:`llama_engine.kernels.gemm.gemm`, which runs everything else and is the off-switch
-(``kernels="tiled"``); FP8 is summed in another order. The reference of both is
-:func:`llama_engine.kernels.gemm.gemm_reference`.
+(``kernels="tiled"``). FP8 is summed in another order, and INT4 multiplies INT8's fixed-point activations where gemm
+takes fp16. The reference of all is :func:`llama_engine.kernels.gemm.gemm_reference`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.common import multiprocessors
 from llama_engine.kernels.gemm_kernel import RESIDUAL, SILU_MUL, STORE
-from llama_engine.model.schemes import FP8, INT8
+from llama_engine.model.schemes import FP8, INT4, INT8
 from llama_engine.model.weights import Linear
 
 SOURCE = Path(__file__).with_name("stream.cu")
+HEADERS = (SOURCE.with_name("stream_tile.cuh"),)
 ROW_BUCKETS = (8, 16, 32)  # activation rows a kernel is compiled for
 SHARED_BYTES = 112 * 1024  # two blocks on a multiprocessor, so that the next matrix loads while this one runs
 MAX_STAGES = 8
-STEP_BYTES = 128  # of K in a stage
+STEP = 128  # of K in a stage; INT4's group
 FLIGHT_BYTES = 64 * 1024  # of weights on their way to one block
 
 
@@ -45,13 +46,14 @@ class Shape:
     blocks: int
 
 
-def shape_of(n: int, k: int, epilogue: int, processors: int) -> Shape | None:
-    """The cut of ``n`` by ``k`` one-byte weights that occupies most of ``processors`` with one block each, or None if
-    the kernel cannot run the matrix."""
-    if k % 128 or n % 16 or n * k >= 1 << 32:
+def shape_of(n: int, k: int, epilogue: int, processors: int, steps: int = 1) -> Shape | None:
+    """The cut of ``n`` by ``k`` weights that occupies most of ``processors`` with one block each, or None if the kernel
+    cannot run the matrix. A part of K is a multiple of ``steps`` stages."""
+    unit = STEP * steps
+    if k % unit or n % 16 or n * k >= 1 << 32:
         return None
     gated = epilogue == SILU_MUL
-    splits = [split for split in ((1,) if gated else (1, 2, 4)) if k % (128 * split) == 0]
+    splits = [split for split in ((1,) if gated else (1, 2, 4)) if k % (unit * split) == 0]
     choices = [
         Shape(slabs, split, -(-n // (16 * slabs)) * split) for split in splits for slabs in range(1, 17 if gated else 9)
     ]
@@ -75,12 +77,15 @@ class StreamGemm:
 
     def _function(self, linear: Linear, rows: int, epilogue: int) -> nvrtc.Function | None:
         bucket = next((bucket for bucket in ROW_BUCKETS if rows <= bucket), None)
-        if bucket is None or linear.scheme not in (INT8, FP8) or epilogue not in (STORE, RESIDUAL, SILU_MUL):
+        if bucket is None or linear.scheme not in (INT8, FP8, INT4) or epilogue not in (STORE, RESIDUAL, SILU_MUL):
             return None
-        n, k = linear.weight.shape
+        packed = linear.scheme is INT4
+        if packed and linear.group != STEP:
+            return None
+        n, k = linear.shape
         key = n, k, epilogue, bucket, linear.scheme.name
         if key not in self._functions:
-            shape, self._functions[key] = shape_of(n, k, epilogue, self._processors), None
+            shape, self._functions[key] = shape_of(n, k, epilogue, self._processors, 8 if packed else 1), None
             try:
                 self._functions[key] = shape and self._compile(*key, shape)
             except RunError as error:
@@ -89,22 +94,18 @@ class StreamGemm:
 
     def _compile(self, n: int, k: int, epilogue: int, bucket: int, scheme: str, shape: Shape) -> nvrtc.Function | None:
         rows, columns = 16 * shape.slabs, bucket if scheme == FP8.name else 2 * bucket
-        stage = (rows + columns) * STEP_BYTES
-        groups = -(-rows // 64)
-        behind = max(0, (64 * groups - rows - columns) * STEP_BYTES)  # what the last warpgroup reads behind the ring
+        packed, groups = scheme == INT4.name, -(-rows // 64)
+        row = STEP // 2 if packed else STEP
+        stage = rows * row + columns * STEP
+        # Behind the ring: what the last warpgroup reads beyond its rows, and group scales.
+        behind = 64 * groups * (k // shape.split // STEP) * 2 if packed else max(0, 64 * groups * row - stage)
         stages = min(MAX_STAGES, (SHARED_BYTES - behind) // stage)
         if stages < 3:  # blocks so tall (fewer processors) that the ring does not turn
             return None
         macros = {"N": n, "K": k, "SILU": int(epilogue == SILU_MUL), "RESIDUAL": int(epilogue == RESIDUAL)}
-        macros |= {
-            "FP8": int(scheme == FP8.name),
-            "SLABS": shape.slabs,
-            "SPLIT": shape.split,
-            "MB": bucket,
-            "KC": STEP_BYTES,
-        }
-        macros |= {"STAGES": stages, "FLIGHT": FLIGHT_BYTES}
-        cubin = nvrtc.compile_cubin(SOURCE, macros, nvrtc.architecture(self.device) + "a")
+        macros |= {"FP8": int(scheme == FP8.name), "INT4": int(packed), "SLABS": shape.slabs, "SPLIT": shape.split}
+        macros |= {"MB": bucket, "KC": STEP, "STAGES": stages, "FLIGHT": FLIGHT_BYTES}
+        cubin = nvrtc.compile_cubin(SOURCE, macros, nvrtc.architecture(self.device) + "a", HEADERS)
         attributes = {nvrtc.PROGRAMMATIC: (1,)} | ({nvrtc.CLUSTER: (shape.split, 1, 1)} if shape.split > 1 else {})
         return nvrtc.Function(
             cubin,
@@ -119,19 +120,19 @@ class StreamGemm:
     def launch(
         self, digits: torch.Tensor, scale: torch.Tensor, linear: Linear, out: torch.Tensor, rows: int, epilogue: int
     ) -> None:
-        """As :func:`llama_engine.kernels.gemm.gemm` with INT8 or FP8 weights and epilogue STORE, RESIDUAL or SILU_MUL.
+        """As :func:`llama_engine.kernels.gemm.gemm` with epilogue STORE, RESIDUAL or SILU_MUL.
 
-        ``digits`` int8 ``[2, capacity, K]`` (of FP8 e4m3 ``[capacity, K]``) and ``scale`` float32 ``[capacity]`` with a
-        capacity of at least 32;
-        ``out`` fp16 ``[*, N]`` (``[*, N / 2]`` for SILU_MUL). Raises :class:`InputError` for other shapes.
+        ``digits`` int8 ``[2, capacity, K]`` for INT8 and INT4, e4m3 ``[capacity, K]`` for FP8, and ``scale`` float32
+        ``[capacity]`` with a capacity of at least 32; ``out`` fp16 ``[*, N]`` (``[*, N / 2]`` for SILU_MUL). Raises
+        :class:`InputError` for other shapes.
         """
-        n, k = linear.weight.shape
+        n, k = linear.shape
         function = self._function(linear, rows, epilogue)
         if function is None:
             raise InputError(f"the streaming kernel does not run {rows} rows of a {n}x{k} matrix")
         width = n // 2 if epilogue == SILU_MUL else n
-        planes = (2,) if linear.scheme is INT8 else ()
-        fits = digits.dtype == linear.weight.dtype and (*digits.shape[:-2], digits.shape[-1]) == (*planes, k)
+        planes, form = ((), FP8.weight_dtype) if linear.scheme is FP8 else ((2,), torch.int8)
+        fits = digits.dtype == form and (*digits.shape[:-2], digits.shape[-1]) == (*planes, k)
         if not fits or digits.shape[-2] < ROW_BUCKETS[-1] or out.shape[-1] != width:
             raise InputError(f"digits {tuple(digits.shape)} and out {tuple(out.shape)} do not fit weights {n}x{k}")
         if out.dtype != torch.float16 or not all(t.is_contiguous() for t in (digits, linear.weight, out)):

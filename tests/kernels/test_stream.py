@@ -90,27 +90,39 @@ def test_equals_triton_to_the_bit_and_the_reference(hopper, geometry, rows):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 13, 16, 32])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_fp8_is_the_reference_and_every_launch_the_same(hopper, geometry, rows):
+@pytest.mark.parametrize("scheme", ["fp8", "int4"])
+def test_fp8_and_int4_are_the_reference_and_every_launch_the_same(hopper, scheme, geometry, rows):
     from llama_engine.kernels.gemm import gemm_reference
+    from llama_engine.kernels.quant import quantize_reference
     from llama_engine.kernels.stream import StreamGemm
     from llama_engine.model.schemes import quantize_e4m3
 
     device = hopper
     torch.manual_seed(rows)
     n, k, epilogue = GEOMETRIES[geometry]
-    weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    linear = Linear(weight, torch.rand(n, device=device) * 1e-3)
-    values, scale = quantize_e4m3(torch.randn(rows, k, device=device))
-    padded = torch.full((128, k), 0x7F, dtype=torch.uint8, device=device)  # NaN, in rows that are not asked for
-    padded[:rows] = values.view(torch.uint8)
+    stream, results, x = StreamGemm(device), [], torch.randn(rows, k, device=device)
+    if scheme == "fp8":
+        weight = (torch.randn(n, k, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        linear, (values, scale) = Linear(weight, torch.rand(n, device=device) * 1e-3), quantize_e4m3(x)
+        padded = torch.full((128, k), 0x7F, dtype=torch.uint8, device=device)  # NaN, in rows that are not asked for
+        padded[:rows] = values.view(torch.uint8)
+        padded = padded.view(weight.dtype)
+    else:
+        weight = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+        group_scale = (torch.rand(n, k // 128, device=device) - 0.5).half() * 0.02
+        linear, (values, scale) = Linear(weight, group_scale), quantize_reference(x)
+        padded = torch.randint(-128, 128, (2, 128, k), dtype=torch.int8, device=device)
+        padded[:, :rows] = values
+        if k % 1024:
+            assert not stream.runs(linear, rows, epilogue)  # group scales are loaded eight at a time
+            return
     scales = torch.full((128,), float("nan"), device=device)
     scales[:rows] = scale
     before = torch.randn(rows + 1, n // 2 if epilogue == 2 else n, device=device).half()
-    stream, results = StreamGemm(device), []
     assert stream.runs(linear, rows, epilogue)
     for _ in range(3):
         results.append(before.clone())
-        stream.launch(padded.view(weight.dtype), scales, linear, results[-1], rows, epilogue)
+        stream.launch(padded, scales, linear, results[-1], rows, epilogue)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[0][rows], before[rows])
