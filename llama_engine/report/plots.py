@@ -5,32 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from llama_engine.measure.stats import PERCENTILES
+from llama_engine.report.drawing import (
+    BASE,
+    COLOURS,
+    ENGINE,
+    IDEAL,
+    STYLE,
+    TRITON,
+    draw_bars,
+    draw_groups,
+    finish,
+    short,
+    stack_groups,
+    stack_rows,
+)
 from llama_engine.report.ladder import rungs
 from llama_engine.report.pareto import draw as draw_pareto
 from llama_engine.report.story import Story, best_load, roofline_points, waterfall_steps
-
-BASE, ENGINE, TRITON, IDEAL = "#7f7f7f", "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's colour-blind-safe set
-COLOURS = {"base": BASE, "engine": ENGINE, "triton": TRITON}
-STYLE = {
-    "font.size": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "figure.dpi": 120,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-}
-Bar = tuple[str, float, str]  # label, value, colour
-Group = tuple[dict[str, float] | None, str, str]  # percentiles, label, colour
 
 
 def draw_all(story: Story, folder: Path) -> list[Path]:
@@ -46,72 +39,6 @@ def draw_all(story: Story, folder: Path) -> list[Path]:
             os.replace(partial, path)
             written.append(path)
     return written
-
-
-def _finish(figure: plt.Figure, story: Story, title: str) -> plt.Figure:
-    workload = story.any["workload"]
-    note = story.any["model"]["name"] + (" geometry, synthetic weights" if story.synthetic else "")
-    note += f" on {story.machine}"
-    if {"input_tokens", "output_tokens"} <= set(workload):
-        note += f", {workload['input_tokens']}-token prompt, {workload['output_tokens']} new tokens, greedy"
-    figure.suptitle(title, x=0.02, ha="left", fontsize=17, fontweight="bold")
-    figure.text(0.02, 0.032, note, fontsize=10, color="#444444")
-    figure.draw_without_rendering()  # makes the labels of the ticks
-    starred = any("*" in text.get_text() for text in figure.findobj(plt.Text))
-    whole = [name for name in story.invalid if name in story.files]
-    if whole or starred:
-        names = ", ".join([*whole, *("*" if starred else "")])
-        warning = f"{names} INVALID: the reasons are in the report"
-        figure.text(0.02, 0.008, warning, fontsize=10, color="#b00000", weight="bold")
-    if story.synthetic:
-        badge = {"boxstyle": "round", "facecolor": "#fff3cd", "edgecolor": "#8a6d00"}
-        figure.text(0.985, 0.985, "SYNTHETIC WEIGHTS", fontsize=12, ha="right", va="top", weight="bold", bbox=badge)
-        figure.text(0.5, 0.5, "synthetic weights", fontsize=54, color="#000000", alpha=0.06, rotation=20, ha="center")
-    figure.tight_layout(rect=(0, 0.055, 1, 1))
-    return figure
-
-
-def _rows(story: Story, path: str, factor: float = 1.0) -> list[Bar]:
-    values = [(label, story.get(file, path), COLOURS[file]) for file, label in story.stacks()]
-    return [(label, value * factor, colour) for label, value, colour in values if value is not None]
-
-
-def _groups(story: Story, path: str) -> list[Group]:
-    return [(story.get(file, path), label.replace("\n", " "), COLOURS[file]) for file, label in story.stacks()]
-
-
-def _bars(axes: plt.Axes, rows: list[Bar], form: str, unit: str, title: str) -> None:
-    """One labelled bar a row; says so where nothing was measured."""
-    axes.set_title(title)
-    if not rows:
-        axes.axis("off")
-        axes.text(0.5, 0.5, "not measured on this machine", ha="center", color="#666666", transform=axes.transAxes)
-        return
-    labels, values, colours = zip(*rows)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # so that no line crosses a figure
-    bars = axes.bar(labels, values, color=colours, width=0.55)
-    axes.bar_label(bars, fmt=form, padding=3, fontweight="bold", bbox=behind, zorder=5)
-    axes.set(ylim=(0, max(values) * 1.22 or 1), ylabel=unit)
-
-
-def _grouped(axes: plt.Axes, groups: list[Group], unit: str, title: str) -> None:
-    """Bars of p50 to p99 of each (statistics, label, colour) that was measured."""
-    groups = [group for group in groups if group[0]]
-    width = 0.8 / max(1, len(groups))
-    for index, (values, label, colour) in enumerate(groups):
-        places = [i - 0.4 + width * (index + 0.5) for i in range(len(PERCENTILES))]
-        bars = axes.bar(places, [values[f"p{q}"] for q in PERCENTILES], width * 0.92, color=colour, label=label)
-        axes.bar_label(bars, fmt=_short, fontsize=10 if len(groups) <= 3 else 8, padding=2)
-    axes.set_xticks(range(len(PERCENTILES)), [f"p{q}" for q in PERCENTILES])
-    axes.set(ylabel=unit, title=title)
-    if groups:
-        axes.set_ylim(0, max(values["p99"] for values, _, _ in groups) * 1.3)
-        axes.legend(loc="upper left", ncols=3 if len(groups) > 3 else 1)
-
-
-def _short(value: float) -> str:
-    """Three digits, never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(story: Story, metric: str, what: str, fallback: str) -> str:
@@ -136,7 +63,7 @@ def _headline(story: Story) -> str:
 
 def _speeds(axes: plt.Axes, story: Story, title: str) -> None:
     """Tokens per second of one request, with the engine's speed at MBU 1 as a line."""
-    _bars(axes, _rows(story, "summary.output_tokens_per_s.p50"), "{:,.1f}", "tokens/s, one request", title)
+    draw_bars(axes, stack_rows(story, "summary.output_tokens_per_s.p50"), "{:,.1f}", "tokens/s, one request", title)
     bandwidth = story.get("engine", "environment.read_bandwidth.bytes_per_s")
     if nbytes := story.get("engine", "summary.step_nbytes"):
         limit = bandwidth / nbytes
@@ -151,14 +78,14 @@ def executive_summary(story: Story) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(15, 6.2))
     _speeds(axes[0], story, _ratio(story, "tpot", "INT8 decode", "Decode: measured, no speed-up claimed"))
     title = _ratio(story, "ttft", "First token", "Time to first token")
-    _bars(axes[1], _rows(story, "summary.ttft_ms.p50"), "{:,.1f}", "TTFT p50, ms (lower is better)", title)
+    draw_bars(axes[1], stack_rows(story, "summary.ttft_ms.p50"), "{:,.1f}", "TTFT p50, ms (lower is better)", title)
     served = story.throughput("triton")
     rows = [(f"{users}{mark}", rate, TRITON) for users, rate, mark in served]
     title = "Served: {1:,.0f} tok/s at {0}".format(*best_load(served)) if rows else "Served through Triton"
-    _bars(axes[2], rows, "{:,.0f}", "tokens/s through Triton", title)
+    draw_bars(axes[2], rows, "{:,.0f}", "tokens/s through Triton", title)
     each = story.get("triton", "workload.output_tokens")
     axes[2].set_xlabel("concurrent requests" + (f", {each} new tokens each" if each else ""))
-    return _finish(figure, story, _headline(story))
+    return finish(figure, story, _headline(story))
 
 
 def performance_comparison(story: Story) -> plt.Figure | None:
@@ -170,42 +97,44 @@ def performance_comparison(story: Story) -> plt.Figure | None:
     _speeds(axes[0], story, _ratio(story, "tpot", "Each token comes", "Decode speed"))
     size = story.get("engine", "summary.prefill_ttft_ms.input_tokens")
     title = _ratio(story, "prefill", f"{size}-token prompt", "Long prompt, time to first token")
-    _bars(axes[1], _rows(story, "summary.prefill_ttft_ms.p50"), "{:,.1f}", f"TTFT p50 of {size} tokens, ms", title)
-    _grouped(axes[2], _groups(story, "summary.itl_ms"), "ms", "Inter-token latency, pooled over tokens")
-    for times, label, colour in _groups(story, "samples.latency_s"):
+    draw_bars(
+        axes[1], stack_rows(story, "summary.prefill_ttft_ms.p50"), "{:,.1f}", f"TTFT p50 of {size} tokens, ms", title
+    )
+    draw_groups(axes[2], stack_groups(story, "summary.itl_ms"), "ms", "Inter-token latency, pooled over tokens")
+    for times, label, colour in stack_groups(story, "samples.latency_s"):
         axes[3].plot(range(1, len(times) + 1), times, "o-", color=colour, label=label)
     axes[3].set(xlabel="timed run (interleaved)", ylabel="latency, s", title="Every run, not the best")
     axes[3].set_ylim(0, axes[3].get_ylim()[1] * 1.35)
     axes[3].xaxis.get_major_locator().set_params(integer=True)
     axes[3].legend(loc="upper right")
-    used = _rows(story, "summary.mbu", 100)
+    used = stack_rows(story, "summary.mbu", 100)
     title = f"{used[-1][1]:.0f}% of read bandwidth used" if used else "Memory bandwidth used (MBU)"
-    _bars(axes[4], used, "{:.0f} %", "MBU, % of measured read bandwidth", title)
+    draw_bars(axes[4], used, "{:.0f} %", "MBU, % of measured read bandwidth", title)
     launches = [
         (label, story.get("profile", f"stacks.{story.get(file, 'backend')}.launches_per_token"), COLOURS[file])
         for file, label in story.stacks()
     ]
     if all(value for _, value, _ in launches):
-        _bars(axes[5], launches, "{:,.1f}", "CPU launches per token", f"{launches[-1][1]:,.1f} launches per token")
+        draw_bars(axes[5], launches, "{:,.1f}", "CPU launches per token", f"{launches[-1][1]:,.1f} launches per token")
     else:
-        rows = _rows(story, "summary.step_nbytes", 1e-6)
+        rows = stack_rows(story, "summary.step_nbytes", 1e-6)
         title = f"{rows[0][1] / rows[-1][1]:.2f}x fewer bytes per token" if len(rows) > 1 else "Bytes per token"
-        _bars(axes[5], rows, "{:,.0f}", "MB a decode step must read", title)
-    return _finish(figure, story, _headline(story))
+        draw_bars(axes[5], rows, "{:,.0f}", "MB a decode step must read", title)
+    return finish(figure, story, _headline(story))
 
 
 def ttft_percentiles(story: Story) -> plt.Figure:
     """TTFT p50 to p99: both stacks in process and the served levels."""
     figure, axes = plt.subplots(figsize=(13, 7))
-    groups = _groups(story, "summary.ttft_ms")
+    groups = stack_groups(story, "summary.ttft_ms")
     levels = [x for _, x in story.levels("triton")]
     levels = [x for x in levels if x["concurrency"] <= 8] or levels[:4]  # more bars cannot be read
     shades = plt.get_cmap("Oranges")
     for i, x in enumerate(levels):
         shade = shades(0.4 + 0.5 * i / len(levels))
         groups.append((x["summary"].get("ttft_ms"), f"Triton, {x['concurrency']} at once", shade))
-    _grouped(axes, groups, "TTFT, ms", "Time to first token by percentile (linear interpolation)")
-    return _finish(figure, story, _ratio(story, "ttft", "First token: INT8 engine", "Time to first token, every stack"))
+    draw_groups(axes, groups, "TTFT, ms", "Time to first token by percentile (linear interpolation)")
+    return finish(figure, story, _ratio(story, "ttft", "First token: INT8 engine", "Time to first token, every stack"))
 
 
 def triton_scaling(story: Story) -> plt.Figure:
@@ -214,8 +143,8 @@ def triton_scaling(story: Story) -> plt.Figure:
     served = [level for _, level in story.levels("triton")]
     if not served:
         for axes, title in ((left, "Throughput"), (right, "Latency")):
-            _bars(axes, [], "", "", title)
-        return _finish(figure, story, "Serving through Triton: not measured")
+            draw_bars(axes, [], "", "", title)
+        return finish(figure, story, "Serving through Triton: not measured")
     x, y, marks = zip(*story.throughput("triton"))
     left.plot(x, [y[0] * n / x[0] for n in x], "--", color=IDEAL, label=f"linear from {x[0]}")
     left.plot(x, y, "o-", color=TRITON, label="through Triton", linewidth=2.5)
@@ -235,7 +164,7 @@ def triton_scaling(story: Story) -> plt.Figure:
         points = {n: level["summary"][key]["p50"] for n, level in zip(x, served) if key in level["summary"]}
         right.plot(points.keys(), points.values(), "o-", color=colour, label=label, linewidth=2.5)
         for n, value in points.items():
-            right.annotate(_short(value), (n, value), textcoords="offset points", xytext=(0, 8), ha="center")
+            right.annotate(short(value), (n, value), textcoords="offset points", xytext=(0, 8), ha="center")
     right.set(xlabel="concurrent requests", ylabel="ms", yscale="log", title="What each user sees")
     low, high = right.get_ylim()
     right.set_ylim(low / 1.3, high * 1.6)
@@ -250,7 +179,7 @@ def triton_scaling(story: Story) -> plt.Figure:
         axes.set_xticks(x, [str(n) for n in x])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-    return _finish(figure, story, f"Triton serves {rate:,.0f} tokens/s at {users} concurrent requests")
+    return finish(figure, story, f"Triton serves {rate:,.0f} tokens/s at {users} concurrent requests")
 
 
 def waterfall(story: Story) -> plt.Figure | None:
@@ -274,7 +203,7 @@ def waterfall(story: Story) -> plt.Figure | None:
     axes.set(ylabel="latency / output tokens, ms (p50)", title="One request at a time, same prompt and length")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
     gain = f"From {steps[0].ms.value:.1f} to {steps[-1].ms.value:.1f} ms per token"
-    return _finish(figure, story, "Where the time of a token goes" if story.withheld() else gain)
+    return finish(figure, story, "Where the time of a token goes" if story.withheld() else gain)
 
 
 def roofline(story: Story) -> plt.Figure | None:
@@ -301,7 +230,7 @@ def roofline(story: Story) -> plt.Figure | None:
     axes.legend(loc="lower right")
     axes.grid(alpha=0.25, which="both")
     used = story.get(file, "summary.mbu")
-    return _finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory-bandwidth limit")
+    return finish(figure, story, f"Decode of one request runs at {used:.0%} of the memory-bandwidth limit")
 
 
 def ladder(story: Story) -> plt.Figure | None:
@@ -321,13 +250,13 @@ def ladder(story: Story) -> plt.Figure | None:
         axis.set_xticks(range(len(found)), [rung.shown.replace(" (", "\n(") for rung in found], fontsize=10)
         axis.set(ylabel="output tokens/s (p50)", title=title)
         axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
-    return _finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
+    return finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
 
 
 def pareto(story: Story) -> plt.Figure | None:
     """Tokens/s of a GPU, energy and price against what a user sees."""
     drawn = draw_pareto(story)
-    return drawn and _finish(drawn[0], story, drawn[1])
+    return drawn and finish(drawn[0], story, drawn[1])
 
 
 def failover(story: Story) -> plt.Figure | None:
@@ -350,8 +279,12 @@ def failover(story: Story) -> plt.Figure | None:
     axes.set_title(f"{users} users of {replicas} replicas; longest gap {seen['longest_gap_s']:.2f} s{mark}")
     axes.legend(loc="lower right")
     bad = seen["lost"] + seen["duplicated"] + seen["wrong"]
-    what = "all of them whole and right" if not bad else f"{bad} of them lost, duplicated or wrong"
-    return _finish(figure, story, f"One of {replicas} replicas dies: {seen['answers']} answers, {what}")
+    what = f"{bad} of them lost, duplicated or wrong" if bad else "none lost, none wrong"
+    if seen["diverged"]:
+        what += f", {seen['diverged']} diverged"
+    tokens = [story.get("failover", f"workload.{key}_tokens") for key in ("input", "output")]
+    asked = "prompts of {} tokens, {} new tokens, greedy and sampled".format(*tokens)
+    return finish(figure, story, f"One of {replicas} replicas dies: {seen['answers']:,} answers, {what}", asked)
 
 
 PICTURES = {

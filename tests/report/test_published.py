@@ -55,6 +55,7 @@ def test_published_reports_hold_every_table(page):
     headline = folder != page.parent
     expected = TABLES | {"Other machines": headline, "Other engines on the same GPU model": headline}
     expected["Do answers depend on their company"] = int((folder / "determinism-native.json").exists())
+    expected["When a replica dies"] = 2 * (folder / "failover.json").exists()
     expected["Throughput at several requests"] += (folder / "triton-native-whole.json").exists()
     assert Counter(title for title, _ in tables(page)) == Counter(expected)
     assert all(len(rows) > 2 for _, rows in tables(page))  # heads and a line under them
