@@ -19,7 +19,8 @@ import torch
 from llama_engine.backend import Batch
 from llama_engine.checkpoint.build import complete, own_names
 from llama_engine.checkpoint.packing import layout_for, visible_arch
-from llama_engine.checkpoint.unified import Checkpoint, recipe_key
+from llama_engine.checkpoint.reader import Checkpoint
+from llama_engine.checkpoint.unified import recipe_key
 from llama_engine.config import EngineConfig, check_request
 from llama_engine.engine_dir import TensorRTInfo, load_engine_json
 from llama_engine.errors import InputError, RunError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llama_engine import trtllm
 from llama_engine.checkpoint.build import build_native
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import WEIGHTS
 from llama_engine.errors import InputError, run_cli

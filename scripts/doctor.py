@@ -118,9 +118,9 @@ def native() -> Iterator[Finding]:
     slow = "no C++ compiler: a CPU runs PyTorch operations, which are slower (install g++)"
     yield "ok" if compiler else "note", "native: CPU kernel", compiler or slow
     try:
-        from llama_engine.serving import server
+        from llama_engine.serving import wheel
 
-        root = server.wheel()
+        root = wheel.wheel()
     except ImportError as error:
         yield "note", "native: Triton", f"not looked for: {error.name} is missing"
     except InputError as error:
@@ -172,7 +172,7 @@ def inside(what: str, folder: Path | None) -> Iterator[Finding]:
 def checkpoint(folder: Path) -> Iterator[Finding]:
     from llama_engine import trtllm
     from llama_engine.checkpoint.packing import layout_for, visible_arch
-    from llama_engine.checkpoint.unified import Checkpoint
+    from llama_engine.checkpoint.reader import Checkpoint
 
     source, arch = Checkpoint(folder), visible_arch()
     if source.layout is None:

@@ -7,7 +7,7 @@ import torch
 
 from llama_engine import trtllm
 from llama_engine.checkpoint.convert import ConvertOptions, convert
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError

@@ -17,7 +17,8 @@ import torch
 
 from llama_engine.checkpoint.calibration import activation_losses, calibration_ids
 from llama_engine.checkpoint.packing import quantize
-from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
+from llama_engine.checkpoint.unified import DTYPES, EMBEDDING, FINAL_NORM, LM_HEAD
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError

@@ -16,6 +16,7 @@ from llama_engine.checkpoint.awq import Scaling, search
 from llama_engine.checkpoint.calibration import TEXT, text_ids
 from llama_engine.checkpoint.hf import HFModel, model_identity
 from llama_engine.checkpoint.packing import Layout, layout_for, pack, quantize, quantize_fp8, quantize_int4
+from llama_engine.checkpoint.reader import own_names
 from llama_engine.checkpoint.unified import (
     DTYPES,
     FP8_CLAMP,
@@ -23,7 +24,6 @@ from llama_engine.checkpoint.unified import (
     Target,
     check_tp,
     config_json,
-    own_names,
     packed_bits,
     plain_matrices,
     scale_name,

@@ -19,6 +19,7 @@ import torch
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.errors import InputError, RunError
+from llama_engine.gpu import buckets
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.gpu.handle import CudaHandle, Pass
 from llama_engine.gpu.ragged import RaggedInputs
@@ -28,22 +29,6 @@ from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.sampler import logprobs
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import SamplingParams
-
-DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Tokens of a prefill graph; more run eagerly, because from about here on they compute longer than they launch.
-PREFILL_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-PREFILL_CHUNKS = (1, 8, 64)
-# A step of few prefill tokens beside decodes is one pass, which reads the weights once: rows of decodes, then up to 64
-# or one or two times max_prefill_tokens rows of at most so many chunks.
-MIXED_DECODES = (8, 16, 32, 64, 128, 256, 512)
-MIXED_PREFILL, MIXED_CHUNKS = 64, 8
-# Layers in the first of the two graphs of a prefill: few, so that the device starts while the host launches the rest.
-FIRST_LAYERS = 4
-
-
-def bucket_of(n: int, buckets: Sequence[int]) -> int | None:
-    """The smallest bucket that holds ``n``, or None."""
-    return next((bucket for bucket in buckets if n <= bucket), None)
 
 
 class CudaExecutor:
@@ -77,7 +62,7 @@ class CudaExecutor:
         self.step_nbytes = weights.step_nbytes
         self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
         self._params = [SamplingParams()] * engine.max_batch_size
-        self._buckets = [b for b in DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
+        self._buckets = [b for b in buckets.DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
         self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
         self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
         self._bound: list[int] = []
@@ -102,14 +87,10 @@ class CudaExecutor:
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
         self._mixed_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        most = engine.max_batch_size, engine.max_prefill_tokens
-        self._mixed_buckets = [
-            (decodes, tokens)
-            for decodes in [*(b for b in MIXED_DECODES if b < most[0]), most[0]]
-            for tokens in sorted({min(MIXED_PREFILL, most[1]), most[1], 2 * most[1]})
-            if decodes + tokens <= model.x.shape[0]
-        ]
-        self._inputs = RaggedInputs(engine, model.attention, model.dummy_slot, PREFILL_BUCKETS[-1], PREFILL_CHUNKS[-1])
+        self._mixed_buckets = buckets.mixed(engine, model.x.shape[0])
+        self._inputs = RaggedInputs(
+            engine, model.attention, model.dummy_slot, buckets.PREFILL_BUCKETS[-1], buckets.PREFILL_CHUNKS[-1]
+        )
         if self._use_graphs:
             with torch.cuda.stream(self._stream):
                 self._capture_all()
@@ -159,7 +140,7 @@ class CudaExecutor:
     def _set_slots(self, chunks: list[Chunk]) -> int:
         """Name the slots of the first rows on the device; returns the bucket that holds them."""
         slots = [chunk.slot for chunk in chunks]
-        bucket = bucket_of(len(slots), self._buckets)
+        bucket = buckets.bucket_of(len(slots), self._buckets)
         if bucket is None:
             raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine_config.max_batch_size}")
         padded = slots + [self.model.dummy_slot] * (bucket - len(slots))
@@ -183,7 +164,7 @@ class CudaExecutor:
         total = sum(chunk.length for chunk in chunks)
         if total > self.engine_config.max_num_tokens:
             raise InputError(f"a step of {total} tokens exceeds max_num_tokens {self.engine_config.max_num_tokens}")
-        key = bucket_of(total, PREFILL_BUCKETS), bucket_of(len(chunks), PREFILL_CHUNKS)
+        key = buckets.bucket_of(total, buckets.PREFILL_BUCKETS), buckets.bucket_of(len(chunks), buckets.PREFILL_CHUNKS)
         graphs = None if step.every_row else self._prefill_graphs.get(key)
         if graphs is not None:
             inputs = self._ragged(chunks, *key)
@@ -210,14 +191,14 @@ class CudaExecutor:
 
     def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
         """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= MIXED_CHUNKS or step.every_row:
+        if not decodes or not 0 < len(prefills) <= buckets.MIXED_CHUNKS or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
         return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
 
     def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> Pass:
         first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
-        inputs = self._ragged(rest, bucket[1], MIXED_CHUNKS, first, bucket[0])
+        inputs = self._ragged(rest, bucket[1], buckets.MIXED_CHUNKS, first, bucket[0])
         if bucket in self._mixed_graphs:
             self._mixed_graphs[bucket].replay()
         else:
@@ -237,12 +218,12 @@ class CudaExecutor:
     # -- graphs -----------------------------------------------------------------------------------------------------
 
     def _capture_all(self) -> None:
-        first = min(FIRST_LAYERS, self.model.config.num_layers - 1)
+        first = min(buckets.FIRST_LAYERS, self.model.config.num_layers - 1)
         for bucket in self._buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
             self._sampler_graphs[bucket] = self._capture(lambda b=bucket: self._sampler_kernel(b))
-        for tokens in PREFILL_BUCKETS:
-            for chunks in PREFILL_CHUNKS:
+        for tokens in buckets.PREFILL_BUCKETS:
+            for chunks in buckets.PREFILL_CHUNKS:
                 if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine_config.max_batch_size):
                     continue
                 views = self._inputs.blank(tokens, chunks)
@@ -252,7 +233,7 @@ class CudaExecutor:
                 ]
 
         for bucket in self._mixed_buckets:
-            views = self._inputs.blank(bucket[1], MIXED_CHUNKS, bucket[0])
+            views = self._inputs.blank(bucket[1], buckets.MIXED_CHUNKS, bucket[0])
             self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from llama_engine.engine.kv_cache import block_key
 from llama_engine.engine_dir import EngineInfo
 from llama_engine.errors import ErrorCode, RunError
 from llama_engine.serving.client import GrpcClient, RequestFailed
+from llama_engine.serving.replica import Job, Replica
 
 # What another replica may do better. A timeout is the user's limit; bad input, infinite logits are the same anywhere.
 MOVES = {ErrorCode.UNAVAILABLE, ErrorCode.SHUTTING_DOWN, ErrorCode.CANCELLED, ErrorCode.QUEUE_FULL, ErrorCode.INTERNAL}
@@ -31,54 +30,10 @@ MAX_TRIES = 3  # without a new token: a request that kills its replica must not 
 PATIENCE_S = 60.0  # for a replica to come back, of a request that had one
 POLL_S = 0.5
 PAUSE_S = (0.1, 5.0)  # before a replica whose engine fails is asked whether it is ready: doubled until it answers
-PREFILL_TOKENS = 256  # prompt tokens that hold up the others about as much as one more request that runs
-KNOWN_BLOCKS = 1 << 16  # of a replica's prefix cache that are remembered, the latest
-
-
-@dataclass(eq=False)
-class Replica:
-    """One server. ``up`` is None while it is asked; ``leaving`` ones end what they have and are forgotten."""
-
-    url: str
-    client: GrpcClient
-    up: bool | None = None
-    version: str = ""
-    leaving: bool = False
-    requests: int = 0
-    prefill_tokens: int = 0  # of requests without a first token
-    pause_s: float = 0.0
-    doubt: asyncio.Event = field(default_factory=asyncio.Event)
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
-    blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # keys, most recently used last
-    watcher: asyncio.Task[None] | None = None
-
-    def cost(self, keys: Sequence[bytes], tokens: int, block_tokens: int) -> float:
-        """Of answering a prompt of ``tokens`` ids whose full blocks have ``keys``."""
-        cached = sum(1 for _ in itertools.takewhile(self.blocks.__contains__, keys)) * block_tokens
-        return self.requests + (self.prefill_tokens + tokens - cached) / PREFILL_TOKENS
-
-    def remember(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self.blocks[key] = None
-            self.blocks.move_to_end(key)
-        while len(self.blocks) > KNOWN_BLOCKS:
-            self.blocks.popitem(last=False)
-
-
-@dataclass(eq=False)
-class _Job:
-    """One request on its way: the prompt and what has been made of its answer."""
-
-    prompt: list[int]
-    made: list[int] = field(default_factory=list)
-    version: str = ""  # of what made them
-    keys: list[bytes] = field(default_factory=list)
-    tried: set[Replica] = field(default_factory=set)  # since the last new token
-    tries: int = 0
 
 
 Discover = Callable[[], Iterable[str] | Mapping[str, str]]
-_Waiting = tuple[_Job, "asyncio.Future[Replica]"]
+_Waiting = tuple[Job, "asyncio.Future[Replica]"]
 
 
 class Router:
@@ -151,7 +106,7 @@ class Router:
     ) -> AsyncIterator[list[int]]:
         """As :meth:`GrpcClient.generate`. Raises :class:`RequestFailed` of the last replica that was tried, or
         :class:`RunError` when there is none, or too many requests wait."""
-        job = _Job(prompt, keys=self._keys(prompt))
+        job = Job(prompt, keys=self._keys(prompt))
         stops = {options.get("end_id", -1), *options.get("stop_words_list", [[]])[0]}
         await self.ready()
         replica = (None if self._waiting else self._take(job)) or await self._wait(job)
@@ -205,7 +160,7 @@ class Router:
             keys.append(block_key(keys[-1], ids[end - size : end]))
         return keys[1:]
 
-    def _take(self, job: _Job) -> Replica | None:
+    def _take(self, job: Job) -> Replica | None:
         """A place at the cheapest replica that has one, rather where the job has not failed."""
         able = [replica for replica in self._up() if not job.made or replica.version == job.version]
         rather = [replica for replica in able if replica not in job.tried] or able
@@ -220,7 +175,7 @@ class Router:
         self.replicas[best.url] = self.replicas.pop(best.url)  # last in turn among equals
         return best
 
-    async def _wait(self, job: _Job, error: RequestFailed | None = None) -> Replica:
+    async def _wait(self, job: Job, error: RequestFailed | None = None) -> Replica:
         """In the queue for a place. A job that had one and failed with ``error`` goes first, and gives up with that.
 
         Raises :class:`RunError` where there is nothing to wait for.
@@ -246,7 +201,7 @@ class Router:
                 self._leave(entry[1].result(), None)
             raise
 
-    async def _move(self, job: _Job, replica: Replica, error: RequestFailed) -> Replica:
+    async def _move(self, job: Job, replica: Replica, error: RequestFailed) -> Replica:
         """Another replica for a job that failed on ``replica``. Raises ``error`` where none can help."""
         job.tries += 1
         job.tried.add(replica)

@@ -13,7 +13,7 @@ from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel, model_identity
 from llama_engine.checkpoint.packing import quantize
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.engine_dir import ACTIVATION_BUDGET, load_engine_json

@@ -17,7 +17,8 @@ from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel, model_identity, tensor_shapes
 from llama_engine.checkpoint.packing import LAYOUTS, quantize, unpack
 from llama_engine.checkpoint.prepare import GEOMETRIES
-from llama_engine.checkpoint.unified import Checkpoint, targets
+from llama_engine.checkpoint.reader import Checkpoint
+from llama_engine.checkpoint.unified import targets
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.native import load_engine

@@ -15,7 +15,7 @@ from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel
 from llama_engine.checkpoint.packing import LEVELS, quantize, quantize_int4
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
-from llama_engine.checkpoint.unified import Checkpoint
+from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
 from llama_engine.engine.step import Chunk, Step
 from llama_engine.engine_dir import load_engine_json

@@ -48,7 +48,7 @@ def test_no_matrix_of_a_large_batch_leaves_most_of_the_gpu_idle(rows, monkeypatc
 
 
 def test_every_bucket_of_rows_is_tuned_for_itself():
-    from llama_engine.gpu.executor import DECODE_BUCKETS
+    from llama_engine.gpu.buckets import DECODE_BUCKETS
     from llama_engine.gpu.tuner import candidates
     from llama_engine.kernels.tiles import ROW_BUCKETS, default_tile, row_bucket
 
