@@ -55,7 +55,15 @@ command -v flock >/dev/null && exec 9>"$kept.lock" && flock 9
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the tests that take many minutes together")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        late = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
     if not torch.cuda.is_available():
         # By marker, not keyword: the directory tests/gpu is a keyword of all that lies in it.
         needing = [item for item in items if item.get_closest_marker("gpu")]

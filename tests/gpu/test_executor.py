@@ -80,6 +80,7 @@ def test_a_request_alone_equals_the_same_request_in_a_batch():
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.slow
 def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
     """Bit for bit on a GPU, where the kernels are the same; the interpreter's products round by their shapes."""
     config = ModelConfig(96, 64, 96, 2, 4, 2, 32, 128)
@@ -142,13 +143,15 @@ def test_what_one_pass_cannot_hold_takes_two():
 
     assert bucket(decode, prompt) == (8, 30)
     assert bucket(*(Chunk(i, 4) for i in range(9)), Chunk(9, 0, [1] * 30)) == (16, 30)
-    assert bucket(decode, Chunk(1, 0, [1] * 31)) is None
+    assert bucket(decode, Chunk(1, 0, [1] * 31)) == (8, 60)
+    assert bucket(decode, Chunk(1, 0, [1] * 61)) is None
     assert bucket(decode, *(Chunk(i, 0, [1]) for i in range(1, 10))) is None
     assert bucket(decode, prompt, logits="all") is None
     assert bucket(decode) is None
     assert bucket(prompt) is None
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_tile_of_lm_head():
     rows = 70
     engine = EngineConfig(rows, max_seq_len=16, max_num_tokens=rows, tokens_per_block=16, num_kv_blocks=rows + 1)

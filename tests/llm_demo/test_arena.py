@@ -16,6 +16,8 @@ from llama_engine.measure.result import load_result
 from llama_engine.serving.server import free_port
 from tests.llm_demo.conftest import wait_for
 
+pytestmark = pytest.mark.slow
+
 PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)  # of an environment with llama-cpp-python[server]
 FEW = ("--concurrency", 2, "--requests", 6, "--input-tokens", 12)
 

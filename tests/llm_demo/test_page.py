@@ -239,6 +239,7 @@ def test_a_key_is_asked_for_and_sent(page):
     expect(last_answer(page).locator(".body")).to_contain_text("Paris")
 
 
+@pytest.mark.slow
 def test_the_race_ends_with_a_ratio(page, tmp_path):
     page.focus("#tab-chat")
     page.keyboard.press("ArrowRight")
@@ -269,6 +270,7 @@ def test_the_race_ends_with_a_ratio(page, tmp_path):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_a_stopped_server_is_said_and_recovered_from(page, triton):
     ask(page, "What is the capital of France? Answer briefly.")
     expect(last_answer(page).locator(".body")).to_contain_text("Paris")

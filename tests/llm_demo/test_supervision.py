@@ -13,6 +13,8 @@ from llama_engine.serving.server import free_port
 from tests.conftest import ROOT
 from tests.llm_demo.conftest import THREADS, healthy, wait_for
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"model": "SmolLM2-135M-Instruct", "prompt": "1, 2, 3,", "temperature": 0, "max_tokens": 6}
 SERVER, BACKEND = "tritonserver", "triton_python_backend_stub"
 

@@ -27,6 +27,7 @@ from llama_engine.measure.load import Generator
 from llama_engine.measure.text import RandomIds, Text
 from llama_engine.measure.traffic import Traffic
 from llama_engine.serving import server as server_module
+from llama_engine.serving import wheel
 from llama_engine.serving.client import KEY_VARIABLE
 from llama_engine.serving.repository import ServeConfig, render
 from llama_engine.serving.server import TritonServer, free_port
@@ -113,6 +114,7 @@ def test_shutdown_drains_what_runs(faulty, tiny_engine):
     assert answers == alone(tiny_engine, prompts, 250)
 
 
+@pytest.mark.slow
 def test_plain_infer_calls_without_decoupling(smollm2_engine):
     prompts = some_prompts(6, seed=2)
     with TritonServer(smollm2_engine, ServeConfig(decoupled=False, text=TEXT, drain_s=2), env=ONE_THREAD) as server:
@@ -145,7 +147,7 @@ def test_starting_errors_are_one_line(tiny_engine, tmp_path, monkeypatch):
         TritonServer(tmp_path / "none", run_dir=tmp_path / "run").start()
     with pytest.raises(InputError, match="negative"):
         ServeConfig(max_queue_size=-1)
-    monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="not available on linux"):
         TritonServer(tiny_engine)
 
@@ -181,6 +183,7 @@ def test_a_server_that_cannot_load_says_why(tiny_engine, tmp_path, monkeypatch):
         server.start()  # over what it wrote before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TEXT, reason="needs NumPy 1")
 def test_text_in_text_out(smollm2_engine, tmp_path):
     """Of a model whose answers end at a full stop, too."""
@@ -247,6 +250,7 @@ def test_without_http_grpc_is_the_only_way_in(tiny_engine):
         assert ports == {server.grpc_port, server.metrics_port}
 
 
+@pytest.mark.slow
 def test_a_dead_backend_is_a_dead_server(tiny_engine):
     with TritonServer(tiny_engine, ServeConfig(drain_s=1), env=ONE_THREAD) as server:
         assert server.alive
@@ -259,6 +263,7 @@ def test_a_dead_backend_is_a_dead_server(tiny_engine):
         assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
 
 
+@pytest.mark.slow
 def test_nothing_survives_a_starter_that_is_killed(tiny_engine):
     ports = [part for name in ("http", "grpc", "metrics") for part in (f"--{name}-port", str(free_port()))]
     starter = subprocess.Popen(
