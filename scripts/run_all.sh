@@ -84,7 +84,7 @@ step 5 "accuracy of the engine, and whether its answers depend on their company"
 "$PY" benchmarks/benchmark_determinism.py --model-dir "$model" --engine-dir "$engine" --device "$device" \
   --output "$results/determinism-native.json" --force "${company[@]}" || [ $? -eq 1 ]
 
-step 6 "Triton Inference Server under load, token by token and with whole answers"
+step 6 "Triton Inference Server under load, streaming and not"
 load+=(--engine-dir "$engine" --device "$device" --force)
 "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
   [ $? -eq 1 ] # so is an INVALID run
