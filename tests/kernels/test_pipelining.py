@@ -17,7 +17,8 @@ from llama_engine.kernels.attention_{name} import {name} as kernel
 if "{name}" == "decode":
     shape, sizes = DECODE, dict(GP=16, CHUNK=DECODE.chunk, MAXC=64, BT=DECODE.keys)
 else:
-    shape, sizes = PREFILL, dict(GP=4, BQ=PREFILL.rows // 4, BT=PREFILL.keys, TMA=False)
+    shape, sizes = PREFILL, dict(GP=4, BQ=PREFILL.rows // 4, BT=PREFILL.keys, PART=PREFILL.part)
+    sizes |= dict(MAXP=PREFILL.max_parts, SPLIT=False, TMA=False)
 constants = dict(KVH=8, G=4, HEAD=128, HEAD_P=128, TPB=64, PDL=True) | sizes
 types = dict(qkv_ptr="*fp16", kv="*fp16", kv_ptr="*fp16", out_ptr="*fp16", cos_ptr="*fp32", sin_ptr="*fp32")
 types |= dict(part_ptr="*fp32", stat_ptr="*fp32", scale="fp32", max_blocks="i32", v_offset="i32")

@@ -450,7 +450,7 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
 ):
     """The requests go to the native engine; what is known of it is what is known of NVIDIA's."""
     metrics, script = f"{server.host}:{server.metrics_port}", "benchmarks/benchmark_triton.py"
-    load = ["--url", server.grpc_url, "--concurrency", 2, "--requests", 6, "--output-tokens", 64, "--metrics-url"]
+    load = ["--url", server.grpc_url, "--concurrency", 2, "--requests", 6, "--output-tokens", 32, "--metrics-url"]
     results = []
     for name, known in (("with", ["--engine-dir", trt_engine]), ("without", ["--model-dir", tiny_model])):
         output = ["--output", tmp_path / f"{name}.json"]
@@ -459,7 +459,7 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
         results.append(json.loads(output[1].read_text()))
         assert results[-1]["backend"] == results[-1]["engine"]["backend"] == "tensorrt_llm"
         assert results[-1]["model"]["name"] == "synthetic-tiny"
-        assert results[-1]["levels"][0]["samples"]["output_tokens"] == [64] * 6
+        assert results[-1]["levels"][0]["samples"]["output_tokens"] == [32] * 6
         refused = run_script(script, *known, *output, "--force", *load, metrics)
         assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
     assert results[0]["levels"][0]["summary"]["mbu"] > 0
