@@ -59,7 +59,7 @@ def test_responses_hold_as_many_tokens_as_asked_for_after_the_first(replicas, ri
 
     parts = asyncio.run(go())
     assert [token for part in parts for token in part] == right[0]
-    assert all(len(part) >= 3 for part in parts[1:-1])  # more where a busy machine let them pile up
+    assert len(parts) <= 2 + (NEW - 1) // 3  # fewer where a busy machine let tokens pile up
 
 
 DISTURBANCES = {

@@ -11,6 +11,7 @@ import zlib
 import pytest
 
 from llama_engine.errors import ErrorCode, RunError, with_code
+from llama_engine.serving import replica as replica_module
 from llama_engine.serving import router as router_module
 from llama_engine.serving.client import RequestFailed
 from llama_engine.serving.router import MAX_TRIES, Router
@@ -114,7 +115,7 @@ def test_requests_spread_evenly():
 def test_a_long_prompt_weighs_as_much_as_several_requests():
     async def go():
         async with routed(2) as (router, fakes):
-            long = [*range(4 * router_module.PREFILL_TOKENS)]
+            long = [*range(4 * replica_module.PREFILL_TOKENS)]
             await asyncio.gather(ask(router, long), *(ask(router, [1, i]) for i in range(4)))
             assert sorted(len(fake.served) for fake in fakes) == [1, 4]
 
