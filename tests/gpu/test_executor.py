@@ -324,6 +324,7 @@ def test_a_deep_model_serves_the_reference_and_repeats_itself(kernels, graphs):
     assert max(errors) < 0.01
 
 
+@pytest.mark.slow
 def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     from llama_engine.engine.engine import Engine
 
@@ -346,6 +347,7 @@ def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
     assert preemptions > 0
 
 
+@pytest.mark.slow
 def test_a_prompt_whose_start_is_cached_is_answered_as_without():
     from llama_engine.engine.engine import Engine
     from tests.engine.test_engine import generate
@@ -386,6 +388,7 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
             assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8_head", [False, True])
 def test_values_beyond_fp16_end_their_own_request_with_an_error(int8_head):
     from llama_engine.gpu.executor import CudaExecutor

@@ -102,6 +102,7 @@ def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
     assert_equal(arguments[1], on_gpu(*arguments, device), reference(*arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "programs"), [("normal", 2), ("tied", 4), ("flat", 4), ("mostly banned", 2), ("equal", 8), ("peaked", 16)]
 )

@@ -84,6 +84,7 @@ def test_a_single_bad_answer_makes_the_run_invalid(checks, reason):
     assert reason in verdict["reasons"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
 def test_a_run_over_two_servers(tiny_engine, run_script, tmp_path):
     output = tmp_path / "failover.json"

@@ -165,6 +165,7 @@ def test_every_parameter_of_the_cpp_backend_is_filled(trt_engine, tmp_path):
         assert "optional" not in line
 
 
+@pytest.mark.slow
 def test_the_real_server_objects_only_to_the_missing_backend(trt_engine, tmp_path, monkeypatch):
     root = server_module.wheel()
     monkeypatch.setattr(repository, "BACKEND", tmp_path)  # no container, so paths are those of this machine

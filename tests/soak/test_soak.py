@@ -32,6 +32,7 @@ def resident(pid):
     return {(part.pid, part.name()): part.memory_info().rss for part in [process, *process.children(recursive=True)]}
 
 
+@pytest.mark.slow
 def test_soak(tiny_engine):
     rng = random.Random(0)
     prompts = [[rng.randrange(512) for _ in range(rng.randint(1, 120))] for _ in range(64)]
