@@ -1,6 +1,6 @@
 """Mixed load for SOAK_S seconds (15 by default, 1200 for a release): nothing leaks, nothing answers differently.
 
-SOAK_S=1200 python -m pytest tests/soak
+SOAK_S=1200 python -m pytest tests/soak --slow
 """
 
 import asyncio
