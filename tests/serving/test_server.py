@@ -388,6 +388,11 @@ def test_listens_on_loopback_only(server):
     assert addresses == {"0100007F"}
 
 
+def has_mbu(summary):
+    """So small an engine may make a whole answer before the first response is sent: then there is no time per token."""
+    return summary["mbu"] > 0 if summary["tpot_ms"]["p50"] > 0 else summary["mbu"] is None
+
+
 def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp_path, small_ceilings):
     output = tmp_path / "triton-native.json"
     flags = ["--concurrency", 1, 3, "--rate", 50, "--requests", 12, "--output-tokens", 16, "--slo", "ttft_ms:1000"]
@@ -400,7 +405,7 @@ def test_benchmark_writes_a_complete_result(server, tiny_engine, run_script, tmp
     assert all(level["samples"]["output_tokens"] == [16] * 12 for level in result["levels"])
     assert result["null_model"]["responses_per_s"] > 0
     assert result["engine"]["kernels"] != "unknown"
-    assert result["levels"][0]["summary"]["mbu"] > 0
+    assert has_mbu(result["levels"][0]["summary"])
     assert (result["validity"]["status"] == "VALID") == (done.returncode == 0)
     assert all(level["checks"]["prefix_cache_hit_tokens"] == 0 for level in result["levels"])
     assert run_script(*command).returncode == 2
@@ -462,7 +467,7 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
         assert results[-1]["levels"][0]["samples"]["output_tokens"] == [32] * 6
         refused = run_script(script, *known, *output, "--force", *load, metrics)
         assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
-    assert results[0]["levels"][0]["summary"]["mbu"] > 0
+    assert has_mbu(results[0]["levels"][0]["summary"])
     assert "mbu" not in results[1]["levels"][0]["summary"]
 
 
