@@ -38,7 +38,7 @@ from llama_engine.measure.failover import Move, Phase, Request
 from llama_engine.measure.protocol import describe
 from llama_engine.measure.result import Result, check_output, new_result, write_result
 from llama_engine.report.show import show
-from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.repository import ServeConfig, add_kernels
 from llama_engine.serving.router import Router
 from llama_engine.serving.server import TritonServer, supervise
 
@@ -50,12 +50,7 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--engine-dir", type=Path, default=Path("engines/smollm2-135m-instruct"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument(
-        "--kernels",
-        choices=["auto", "streaming", "tiled", "torch"],
-        default="auto",
-        help="of the engine (default: auto)",
-    )
+    add_kernels(parser)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument(
         "--concurrency", type=int, nargs="+", default=[4], help="users a replica; killed at the last (default: 4)"

@@ -15,6 +15,7 @@ from llama_engine.errors import ErrorCode, InputError
 DEFAULT_MODEL = "smollm2-135m-instruct"  # what a script takes when no model is named
 C = TypeVar("C", bound="_Config")
 FLOAT32_MAX = 3.4e38
+KERNELS = ("auto", "streaming", "tiled", "torch")  # what llama_engine.native.load_engine takes; a CPU the ends alone
 KV_ELEMENT_NBYTES = {"fp16": 2, "fp8": 1}  # of a key or a value, by what EngineConfig.kv_cache says
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_engine.backend import Batch
-from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.config import KERNELS, EngineConfig, ModelConfig
 from llama_engine.cpu import fused
 from llama_engine.cpu.executor import HostExecutor
 from llama_engine.device import pick_device
@@ -51,7 +51,7 @@ def make_executor(
     engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
 ) -> Executor:
     """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
-    choices = ("auto", "streaming", "tiled", "torch") if device.type == "cuda" else ("auto", "torch")
+    choices = KERNELS if device.type == "cuda" else ("auto", "torch")
     if kernels not in choices:
         raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
     weights = load_weights(engine_dir, model, device)

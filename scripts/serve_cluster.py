@@ -25,7 +25,7 @@ from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.serving.cluster import Cluster
-from llama_engine.serving.repository import ServeConfig
+from llama_engine.serving.repository import ServeConfig, add_kernels
 from llm_demo.gateway import Gateway
 from llm_demo.server import answering, listen
 
@@ -38,12 +38,7 @@ def main() -> None:
         "--address", help="HOST:PORT of the Ray cluster that this machine has joined (default: one of its own)"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument(
-        "--kernels",
-        choices=["auto", "streaming", "tiled", "torch"],
-        default="auto",
-        help="of the engine (default: auto)",
-    )
+    add_kernels(parser)
     parser.add_argument("--cpus", type=float, help="cores a replica (default: 1 beside a GPU, else an equal share)")
     parser.add_argument("--resource", action="append", default=[], metavar="NAME=AMOUNT", help="what else each needs")
     parser.add_argument("--host", default="127.0.0.1", help="the gateway's address (default: this machine only)")

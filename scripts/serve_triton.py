@@ -29,7 +29,7 @@ from llama_engine.errors import InputError, run_cli
 from llama_engine.files import atomic_dir
 from llama_engine.flags import Parser
 from llama_engine.serving.client import KEY_NAME, KEY_VARIABLE, inference_key
-from llama_engine.serving.repository import ServeConfig, own_names, render, serve_command
+from llama_engine.serving.repository import ServeConfig, add_kernels, own_names, render, serve_command
 from llama_engine.serving.server import TritonServer, listening, supervise
 
 
@@ -39,12 +39,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=["auto", *WEIGHTS], default="auto", help="auto: the engine's")
     parser.add_argument("--print", action="store_true", help="tensorrt_llm: render, print the command, start nothing")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument(
-        "--kernels",
-        choices=["auto", "streaming", "tiled", "torch"],
-        default="auto",
-        help="of the engine (default: auto)",
-    )
+    add_kernels(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)

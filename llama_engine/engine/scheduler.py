@@ -198,9 +198,8 @@ class Scheduler:
     def _admits(self, sequence: Sequence) -> bool:
         """Take the blocks of a waiting sequence, if one more is left for each that runs: or it would be preempted."""
         size, table = self.blocks.tokens_per_block, sequence.table
-        if (
-            self._config.enable_prefix_cache and not sequence.scoring
-        ):  # the last token is computed always: its logits are wanted
+        if self._config.enable_prefix_cache and not sequence.scoring:
+            # The last token is computed always: its logits are wanted.
             self.blocks.match(table, self._keys(sequence, (sequence.known - 1) // size))
         cached = len(table)
         if self.blocks.free - (self.blocks.blocks_for(sequence.known) - cached) < len(self.running):

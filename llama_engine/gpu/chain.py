@@ -11,6 +11,7 @@ from llama_engine.errors import InputError, RunError
 from llama_engine.gpu.linears import Linears, checked_weights
 from llama_engine.kernels import gemm, quant
 from llama_engine.kernels.attention import PagedAttention
+from llama_engine.kernels.common import has_e4m3
 from llama_engine.kernels.gemm import LM_HEAD_ROWS
 from llama_engine.kernels.greedy import greedy
 from llama_engine.kernels.tiles import Tiles, gpu_name
@@ -68,11 +69,7 @@ class GpuModel:
             )
         shape = (2, blocks, c.num_kv_heads, e.tokens_per_block, c.head_size)
         dtype = KV_DTYPES[e.kv_cache]
-        if (
-            e.kv_cache == "fp8"
-            and self.device.type == "cuda"
-            and torch.cuda.get_device_capability(self.device) < (8, 9)
-        ):
+        if e.kv_cache == "fp8" and not has_e4m3(self.device):
             raise InputError(f"{gpu_name(self.device)} holds no FP8 KV cache: that needs sm89 (Ada) or later")
         return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.num_layers)]
 

@@ -17,9 +17,7 @@ class Pass:
     sampling: list[int]  # the chunks that end in a token
     ids: torch.Tensor  # their tokens, pinned int32
     logits: dict[int, torch.Tensor]  # [n, vocab] of the chunks for which they were asked
-    logprobs: tuple[
-        dict[int, SamplingParams], list[torch.Tensor]
-    ]  # which chunks ask for them, sampling.logprobs pinned
+    logprobs: tuple[dict[int, SamplingParams], list[torch.Tensor]]  # which chunks ask, and sampling.logprobs pinned
     scored: dict[int, tuple[SamplingParams, list[torch.Tensor]]] = field(default_factory=dict)  # the same of prompts
 
 

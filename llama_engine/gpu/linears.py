@@ -10,6 +10,7 @@ import torch
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.kernels import gemm, library, quant
+from llama_engine.kernels.common import has_e4m3
 from llama_engine.kernels.gemm import LM_HEAD_ROWS
 from llama_engine.kernels.gemm_kernel import LOGITS, RESIDUAL, SILU_MUL, STORE
 from llama_engine.kernels.stream import StreamGemm
@@ -138,13 +139,12 @@ class Linears:
 def checked_weights(config: ModelConfig, weights: EngineWeights) -> EngineWeights:
     """``weights`` with embedding and bf16 matrices in fp16. Raises :class:`InputError` for what no kernel runs."""
     device = weights.embedding.device
-    before_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     for i, layer in enumerate(weights.layers):
         for name in LINEARS:
             scheme = getattr(layer, name).scheme
             if "gpu" not in scheme.executors:
                 raise InputError(f"layer {i} {name} is {scheme.name}, which no GPU kernel runs: give kernels='torch'")
-            if scheme is FP8 and before_fp8:
+            if scheme is FP8 and not has_e4m3(device):
                 arch = "sm{}{}".format(*torch.cuda.get_device_capability(device))
                 raise InputError(
                     f"layer {i} {name} is fp8, and this GPU is {arch}: FP8 needs sm89 (Ada) or later. Convert with "

@@ -32,3 +32,8 @@ def shared_memory(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of ``device``; the interpreter counts as one of them."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def has_e4m3(device: torch.device) -> bool:
+    """Whether kernels on ``device`` can convert e4m3: from Ada (sm89) on, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -19,7 +19,7 @@ from typing import Any
 
 from llama_engine.errors import RunError
 from llama_engine.measure.generation import GenerationRun
-from llama_engine.measure.load import TICK_S
+from llama_engine.measure.load import lag_into
 from llama_engine.measure.stats import percentile, summary
 from llama_engine.serving.client import Client
 from llama_engine.serving.router import Router
@@ -99,15 +99,8 @@ async def closed_loop(
                 answer.error = str(error)[:200] or type(error).__name__
                 await asyncio.sleep(0.05)
 
-    async def tick() -> None:
-        while True:
-            due = time.perf_counter() + TICK_S
-            await asyncio.sleep(TICK_S)
-            phase.lag_s.append(time.perf_counter() - due)
-
-    ticking = asyncio.create_task(tick())
-    await asyncio.gather(*(user() for _ in range(users)))
-    ticking.cancel()
+    async with lag_into(phase.lag_s):
+        await asyncio.gather(*(user() for _ in range(users)))
     phase.end = time.perf_counter()
     return phase
 

@@ -7,12 +7,13 @@ once, how many responses a second it could take.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,17 +184,25 @@ class Generator:
         return events
 
     async def _watched(self, load: Load, work: list[Any]) -> None:
-        async def tick() -> None:
-            while True:
-                due = time.perf_counter() + TICK_S
-                await asyncio.sleep(TICK_S)
-                load.lag_s.append(time.perf_counter() - due)
-
-        ticking = asyncio.create_task(tick())
-        try:
+        async with lag_into(load.lag_s):
             await asyncio.gather(*work)
-        finally:
-            ticking.cancel()
+
+
+@contextlib.asynccontextmanager
+async def lag_into(lag_s: list[float]) -> AsyncIterator[None]:
+    """While it is open, how late this event loop wakes, every :data:`TICK_S`, is added to ``lag_s``."""
+
+    async def tick() -> None:
+        while True:
+            due = time.perf_counter() + TICK_S
+            await asyncio.sleep(TICK_S)
+            lag_s.append(time.perf_counter() - due)
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield
+    finally:
+        ticking.cancel()
 
 
 def level(load: Load, *, streaming: bool, limits: Limits | None = None, text: Text | None = None) -> dict[str, Any]:

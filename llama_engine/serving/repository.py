@@ -5,6 +5,7 @@ Templates lie in triton_model_repo/ with ``${name}`` placeholders, as in NVIDIA'
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_engine.config import KERNELS
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
 
@@ -53,6 +55,11 @@ class ServeConfig:
             raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
         if self.stream_interval < 1:
             raise InputError(f"stream_interval must be at least 1, got {self.stream_interval}")
+
+
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """``--kernels`` of the scripts that start servers, for :attr:`ServeConfig.kernels`."""
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of the engine (default: auto)")
 
 
 def own_names(models_dir: Path) -> tuple[str, ...]:

@@ -138,6 +138,18 @@ def test_fp8_is_refused_by_name_on_gpus_that_lack_it(monkeypatch):
         checked_weights(config, weights)
 
 
+def test_an_fp8_cache_is_refused_by_name_on_gpus_that_lack_it(monkeypatch):
+    pytest.importorskip("triton")
+    from llama_engine.gpu import chain
+    from llama_engine.kernels.tiles import Tiles
+
+    config = ModelConfig(64, 32, 64, 1, 2, 1, 32, 128)
+    engine = EngineConfig(2, 64, 64, 16, num_kv_blocks=3, kv_cache="fp8")
+    monkeypatch.setattr(chain, "has_e4m3", lambda device: False)
+    with pytest.raises(InputError, match="holds no FP8 KV cache: that needs sm89"):
+        chain.GpuModel(config, engine, random_weights(config, "cpu"), Tiles(None, ""))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_reference_multiplies_the_quantized_values_exactly(dtype):
     config = ModelConfig(64, 32, 64, 1, 2, 1, 32, 128)
