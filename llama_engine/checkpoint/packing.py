@@ -153,14 +153,15 @@ def quantize_int4(
     """``[N, K]`` floating point to int8 ``[N, K]`` from -8 to 7 and float16 scales ``[N, K / group]``.
 
     Of the scales that put a group's largest value at one of ``levels``, the one with the least squared error, each
-    input weighed by its ``importance`` ``[K]`` (default: all alike). A scale has the sign that makes the level
-    negative; a group of zeros gets scale 0.
+    input weighed by its ``importance`` ``[K]``; without it nothing is clipped, because the least error of the weights
+    alone makes a worse model (docs/LOG.md). A scale has the sign that makes the level negative; a group of zeros gets
+    scale 0.
     """
     groups = weight.float().unflatten(1, (-1, group))
     weigh = None if importance is None else importance.float().unflatten(0, (-1, group))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     best_error = best_scale = best_values = None
-    for level in levels:
+    for level in levels if importance is not None else levels[:1]:
         scale = (largest / -level).half().float()
         values = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
         error = (values * scale).sub_(groups).square_()

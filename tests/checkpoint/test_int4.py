@@ -33,7 +33,7 @@ def test_group_scales_have_the_least_error_of_the_levels():
     weight = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     weight[0, 5], weight[1, 130] = 9.0, -9.0
     weight[2, :64] = 0
-    q, scale = quantize_int4(weight, 64)
+    q, scale = quantize_int4(weight, 64, torch.ones(256))
     assert (q.dtype, scale.dtype) == (torch.int8, torch.float16)
     for row in range(3):
         for group in range(4):
@@ -63,7 +63,15 @@ def test_importance_moves_the_error_to_inputs_that_matter_less():
         q, scale = quantize_int4(weight, 128, *args)
         return (Linear(pack_int4(q, 128), scale).dequantize() - weight).square()[:, :16].mean()
 
-    assert error(importance) < 0.9 * error()
+    assert error(importance) < 0.9 * error(torch.ones(128))
+
+
+def test_without_importance_nothing_is_clipped():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    q, scale = quantize_int4(weight, 64)
+    largest = weight.unflatten(1, (2, 64)).abs().amax(2)
+    assert torch.equal(scale.abs(), (largest / 8).half())
+    assert torch.equal(q.unflatten(1, (2, 64)).amin(2), torch.full((8, 2), -8, dtype=torch.int8))
 
 
 def test_a_scale_is_found_that_spares_strong_inputs():
