@@ -52,6 +52,20 @@ def test_compare_writes_three_results(run_main, tiny_model, tiny_engine, tmp_pat
     assert bool(results["comparison"]["speedup"]) == valid
 
 
+def test_sampling_is_measured_beside_greedy(run_main, tiny_engine):
+    flags = ("--engine-dir", tiny_engine, "--device", "cpu", "--threads", 1, "--output-tokens", 3, "--rounds", 2)
+    done = run_main("sampling", *flags, "--batch", 1, 2)
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"{count} at once") for count in (1, 2)] == [1, 1]
+    assert "top-p" in done.stdout
+    for more, message in (
+        (("--batch", 5), "--batch 5: this engine was built for 1 to 4"),
+        (("--rounds", 0), "--rounds"),
+    ):
+        done = run_main("sampling", *flags, *more)
+        assert (done.returncode, message in done.stderr) == (2, True)
+
+
 def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_path):
     model = ("--model-dir", tiny_model)
     done = run_main("baseline", *model, *SHORT, "--prefill-tokens", 0, "--output", tmp_path / "baseline.json")
