@@ -63,8 +63,8 @@ def show(findings: list[Finding]) -> None:
 
 def machine() -> Iterator[Finding]:
     version = platform.python_version()
-    fits = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    yield "ok" if fits else "missing", "Python", f"{version}, {sys.executable}" + ("" if fits else ": 3.10 to 3.13")
+    fits = (3, 10) <= sys.version_info[:2] <= (3, 14)
+    yield "ok" if fits else "missing", "Python", f"{version}, {sys.executable}" + ("" if fits else ": 3.10 to 3.14")
     yield "ok", "machine", f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     if not importlib.util.find_spec("torch"):
         yield "note", "GPU", "not looked for: PyTorch is missing"
@@ -121,14 +121,20 @@ def native() -> Iterator[Finding]:
         from llama_engine.serving import wheel
 
         root = wheel.wheel()
+        runs = wheel.interpreter(root)
     except ImportError as error:
         yield "note", "native: Triton", f"not looked for: {error.name} is missing"
     except InputError as error:
         yield "missing", "native: Triton", str(error)
     else:
-        stub = f"tritonserver/python_backend_stubs/{sys.version_info.major}.{sys.version_info.minor}"
-        there = (root / stub / "triton_python_backend_stub").is_file()
-        yield "ok" if there else "missing", "native: Triton", str(root) if there else "no backend for this Python"
+        other = "" if runs.executable == sys.executable else f", run by {runs.executable}"
+        yield "ok", "native: Triton", f"{root}{other}"
+        if not runs.numpy1:
+            yield (
+                "note",
+                "native: Triton's text",
+                f"NumPy {runs.numpy}: --text needs a Python with NumPy 1 ({wheel.VARIABLE})",
+            )
 
 
 def tensorrt_llm() -> Iterator[Finding]:
