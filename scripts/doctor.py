@@ -83,8 +83,9 @@ def packages(backend: str) -> Iterator[Finding]:
     """Whether what a requirements file lists is installed, and in a version that it allows."""
     file, lacking, other, count = REQUIREMENTS[backend], [], [], 0
     for line in (ROOT / file).read_text().splitlines():
+        line, _, marker = line.partition(";")
         found = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?(.*)", line)
-        if not found or found[1] in NVIDIAS:
+        if not found or found[1] in NVIDIAS or not applies(marker):
             continue
         name, extras, wanted = found[1], (found[2] or "").split(","), found[3].strip()
         count += 1
@@ -102,6 +103,12 @@ def packages(backend: str) -> Iterator[Finding]:
         yield "ok", f"{backend}: packages", f"all {count} of {file}"
     if other:
         yield "note", f"{backend}: versions", f"not as tested: {', '.join(other)}"
+
+
+def applies(marker: str) -> bool:
+    """Whether a line is for this Python: what the requirements files say of it, which need no package to be read."""
+    found = re.search(r'python_version (<|>=) "3\.(\d+)"', marker)
+    return not found or (sys.version_info[1] < int(found[2])) == (found[1] == "<")
 
 
 def allows(wanted: str, version: str) -> bool:

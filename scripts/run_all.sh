@@ -86,10 +86,12 @@ step 5 "accuracy of the engine, and whether its answers depend on their company"
 
 step 6 "Triton Inference Server under load, streaming and not"
 load+=(--engine-dir "$engine" --device "$device" --force)
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
-  [ $? -eq 1 ] # so is an INVALID run
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
-  --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+if "$PY" -m llama_engine.serving.wheel > /dev/null; then # which says why not
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
+    [ $? -eq 1 ] # so is an INVALID run
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
+    --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+fi
 
 step 7 "profile"
 ./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" \
