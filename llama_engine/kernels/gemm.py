@@ -4,8 +4,8 @@ widened to those in registers.
 ``y[m, n] = (256 * sum_k hi[m, k] W[n, k] + sum_k lo[m, k] W[n, k]) * row_scale[m] * weight_scale[n]``. Both sums are
 exact in int32 for K <= 65,536, so the result does not depend on tiling, on split-K or on the batch's other rows.
 Other products are summed in float32, FP8's inside the tensor cores, which on Hopper keep 14 bits of a sum: that adds
-one part in a hundred to what FP8 loses, and saves 5 to 10 % of a large batch (docs/LOG.md). Last bits depend on the tiling,
-which is a matter of the number of rows, but never on the other rows' values nor on timing.
+one part in a hundred to what FP8 loses, and saves 5 to 10 % of a large batch (docs/LOG.md). Last bits depend on the
+tiling, which is a matter of the number of rows, but never on the other rows' values nor on timing.
 """
 
 from __future__ import annotations
