@@ -472,6 +472,18 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_no_answer_ends_before_its_fewest_tokens(server, tiny_engine, protocol):
+    greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
+    ends = stop_inputs(greedy[3:6])
+    assert len(ask(server, [[1, 2, 3]], 20, protocol, **ends)[0]) <= 4
+    ids = ask(server, [[1, 2, 3]], 20, protocol, min_length=9, **ends)[0]
+    assert len(ids) > 9
+    assert not set(ids[:9]) & set(greedy[3:6])
+    (error,) = ask(server, [[1, 2, 3]], 20, protocol, min_length=21, **ends)
+    assert (error.code, "min_tokens must be an integer in [0, 20]" in str(error)) == (ErrorCode.INVALID, True)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_an_answer_ends_at_any_of_several_ids(server, tiny_engine, protocol, streaming):
     greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
