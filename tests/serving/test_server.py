@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
+from tritonclient.utils import InferenceServerException
 
 from llama_engine.errors import ErrorCode
 from llama_engine.measure.lengths import Length
@@ -378,6 +379,29 @@ def test_two_hundred_more_than_the_queue_holds(server, tiny_engine):
 def test_administration_is_closed(server, path):
     status, _ = post(server, path, {"log_verbose_level": 9, "key": "/x", "offset": 0, "byte_size": 64})
     assert status == 403
+    assert isinstance(ask(server, [[1]], 2)[0], list)
+
+
+def test_administration_is_closed_over_grpc(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    calls = {
+        client.get_model_repository_index: (),
+        client.load_model: ("tensorrt_llm",),
+        client.unload_model: ("tensorrt_llm",),
+        client.get_log_settings: (),
+        client.update_log_settings: ({"log_verbose_level": 9},),
+        client.get_trace_settings: (),
+        client.update_trace_settings: (None, {"trace_level": ["TIMESTAMPS"]}),
+        client.get_system_shared_memory_status: (),
+        client.register_system_shared_memory: ("x", "/x", 64),
+        client.unregister_system_shared_memory: (),
+        client.get_cuda_shared_memory_status: (),
+        client.register_cuda_shared_memory: ("x", b"", 0, 64),
+        client.unregister_cuda_shared_memory: (),
+    }
+    for call, given in calls.items():
+        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+            call(*given)
     assert isinstance(ask(server, [[1]], 2)[0], list)
 
 
