@@ -172,9 +172,12 @@ def _event(answer: dict[str, Any], counted: int) -> Event:
         cached = (found.get("prompt_tokens_details") or {}).get("cached_tokens")
         usage = {name: found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")}
         usage |= {} if cached is None else {"cached_tokens": cached}
+        if resumed := found.get("resumed_after"):  # this gateway's own, after a replica died
+            usage["resumed_after"] = resumed[0]
         if choice:  # beside text it counts up to here; alone at the end it is the total
             tokens = usage["completion_tokens"] - counted
-    return Event(at, tokens, (), text, choice.get("finish_reason"), usage)
+    ids = choice.get("token_ids") or ()
+    return Event(at, len(ids) if ids and tokens is None else tokens, ids, text, choice.get("finish_reason"), usage)
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class ServeConfig:
     ``decoupled`` chooses Triton's transaction policy: true serves gRPC streams and HTTP ``generate`` and
     ``generate_stream``; false serves the plain HTTP and gRPC ``infer`` calls, which Triton refuses for decoupled
     models. ``text`` adds the ensemble, text in and text out. ``enable_prefix_cache`` is the parameter
-    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off.
+    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off. ``instances`` is
+    the count of Triton's instance group: so many engines in one server, on GPUs one a card.
     """
 
     device: str = "auto"
@@ -49,12 +50,15 @@ class ServeConfig:
     enable_prefix_cache: bool = True
     null_model: bool = False
     text: bool = False
+    instances: int = 1
 
     def __post_init__(self) -> None:
         if not all(0 <= value < math.inf for value in (self.max_queue_size, self.request_timeout_s, self.drain_s)):
             raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
         if self.stream_interval < 1:
             raise InputError(f"stream_interval must be at least 1, got {self.stream_interval}")
+        if self.instances < 1:
+            raise InputError(f"instances must be at least 1, got {self.instances}")
 
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +83,8 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
             f"serving text needs NumPy 1.26, found {np.__version__} (pip install numpy==1.26.4): this Triton's "
             "Python backend was built for NumPy 1 and loses strings under NumPy 2; token ids work with both"
         )
+    if config.instances > 1 and backend != "native":
+        raise InputError("several instances in one server are the native backend's: start a server a GPU instead")
     in_container = backend == "tensorrt_llm" and not BACKEND.is_dir()
     values: dict[str, object] = asdict(config) | {
         "max_batch_size": info.engine.max_batch_size,
