@@ -87,11 +87,9 @@ def main() -> int:
     )
     with contextlib.ExitStack() as stack, console.status("starting servers and gateways"):
         fleet = stack.enter_context(replicas(args.engine_dir, servers, config))
-
-        def before(urls: list[str]) -> Gateways:
-            return stack.enter_context(gateways(args.engine_dir, urls, args.gateways, args.instances))
-
-        doors = Doors(before(fleet.urls[:1]) if servers > 1 else None, before(fleet.urls))
+        groups = [*([fleet.urls[:1]] if servers > 1 else []), fleet.urls]
+        found = stack.enter_context(gateways(args.engine_dir, groups, args.gateways, args.instances))
+        doors = Doors(found[0] if servers > 1 else None, found[-1])
         result = asyncio.run(measure(asked, fleet, doors, info, config, fingerprint(config.device)))
     write_result(output, result, force=args.force)
     show([result])

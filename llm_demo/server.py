@@ -90,9 +90,9 @@ def answering(
 @contextlib.contextmanager
 def serving(app: ASGIApp, door: socket.socket) -> Iterator[threading.Event]:
     """The gateway in a thread of its own, while the main one minds Triton. The event is set when it ends."""
-    web = uvicorn.Server(
-        uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-    )
+    options = {"loop": "asyncio", "log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 2}
+    # longer than clients keep an idle connection: one that sends into a connection that closes gets an error
+    web = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=75, **options))
     ended = threading.Event()
 
     def run() -> None:

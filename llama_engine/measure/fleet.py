@@ -24,7 +24,7 @@ from llama_engine.serving.repository import REPOSITORY, ServeConfig
 from llama_engine.serving.server import TritonServer, free_port, supervise
 
 GATEWAY = REPOSITORY.parent / "llm_demo/server.py"
-START_S = 120
+START_S = 180
 NICE = 10
 METRIC = re.compile(r"^llm_demo_(\S+) (\S+)$", re.MULTILINE)
 
@@ -114,23 +114,30 @@ class Gateways:
 
 
 @contextlib.contextmanager
-def gateways(engine_dir: Path, urls: Sequence[str], count: int, instances: int = 1) -> Iterator[Gateways]:
-    """``count`` of them, once all see all replicas at ``urls``."""
-    ports = [free_port() for _ in range(count)]
+def gateways(
+    engine_dir: Path, groups: Sequence[Sequence[str]], count: int, instances: int = 1
+) -> Iterator[list[Gateways]]:
+    """``count`` of them before the replicas of each group of URLs, once all see all of theirs."""
     command = [sys.executable, str(GATEWAY), "--engine-dir", str(engine_dir), "--instances", str(instances)]
-    command += [part for url in urls for part in ("--replica", url)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, "--port", str(port)], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
-        for port in ports
-    ]
-    found = Gateways(ports, processes)
+    found = [Gateways([free_port() for _ in range(count)], []) for _ in groups]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for urls, group in zip(groups, found):
+            flags = [part for url in urls for part in ("--replica", url)]
+            group.processes += [
+                subprocess.Popen(
+                    [*command, *flags, "--port", str(port)], env=env, stdout=subprocess.DEVNULL, start_new_session=True
+                )
+                for port in group.ports
+            ]
+            processes += group.processes
         deadline = time.monotonic() + START_S
-        while not _all_up(found, urls):
-            if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
-                raise RunError("a gateway did not start")
-            time.sleep(0.1)
+        for urls, group in zip(groups, found):
+            while not _all_up(group, urls):
+                if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+                    raise RunError("a gateway did not start")
+                time.sleep(0.1)
         yield found
     finally:
         for process in processes:

@@ -55,7 +55,8 @@ class OpenAITarget:
         key = os.environ.get(key_variable) if key_variable else None
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else None,
-            connector=aiohttp.TCPConnector(limit=0),
+            # uvicorn, under most servers, closes a connection after 5 s of nothing: do not send into one that closes
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             read_bufsize=1 << 20,
         )

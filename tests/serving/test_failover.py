@@ -70,22 +70,25 @@ DISTURBANCES = {
 LAST = [*DISTURBANCES][-1]
 
 
-KILLED_AT = 400  # tokens of the victim's
+KILLED_AT = 400  # tokens
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", DISTURBANCES)
 def test_every_answer_is_whole_and_right(replicas, right, how, monkeypatch):
-    """Users ask on until the disturbance is over, so that however fast the engine is the victim has work when it comes:
-    more of them than both replicas may have at once."""
+    """Users, more than both replicas take at once, ask on until an answer was moved: whatever the speed of the engine,
+    and however far behind it this process is, that comes, for a disturbance that met no answer is made again."""
     monkeypatch.setattr(client_module, "KEEPALIVE", [(name, min(ms, 1000)) for name, ms in client_module.KEEPALIVE])
     victim, urls = replicas[0], [replica.grpc_url for replica in replicas]
+    # a replacement lets what runs end, so that only answers which had not begun need move
+    counted = "requests_moved_total" if how == LAST else "answers_resumed_total"
 
     async def go():
         loop = asyncio.get_running_loop()
-        router, answers, made = Router(urls, block_tokens=16, limit=5), [], 0
-        disturbing = asyncio.Event()
-        over = asyncio.Event()
+        router, answers, made = Router(urls, block_tokens=16, limit=4), [], 0
+        begun, over = asyncio.Event(), asyncio.Event()
+        await router.ready()
+        there = router.replicas[victim.grpc_url]
 
         async def user(number):
             nonlocal made
@@ -95,28 +98,32 @@ def test_every_answer_is_whole_and_right(replicas, right, how, monkeypatch):
                 async for new in router.generate(prompt, NEW, streaming=True, **options):
                     ids += new
                     made += len(new)
-                    if made >= KILLED_AT and router.replicas[victim.grpc_url].requests:
-                        disturbing.set()
+                    if made >= KILLED_AT and there.requests:
+                        begun.set()
                 answers.append((number, ids))
 
+        async def again():
+            victim.kill()
+            await loop.run_in_executor(None, victim.start)
+            while not there.up:
+                await asyncio.sleep(0.05)
+
         async def disturb():
-            await disturbing.wait()
+            await begun.wait()
             await loop.run_in_executor(None, DISTURBANCES[how], victim)
-            while not router.counts["requests_moved_total"]:
+            while not router.counts[counted]:
                 await asyncio.sleep(0.01)
+                if there.up is False and not there.requests:
+                    await again()
+                    await loop.run_in_executor(None, DISTURBANCES[how], victim)
             over.set()
 
         await asyncio.gather(disturb(), *map(user, range(len(ASKED))))
-        resumed = router.counts["answers_resumed_total"]
         if how != LAST:
-            victim.kill()
-            await loop.run_in_executor(None, victim.start)
-            while not router.replicas[victim.grpc_url].up:
-                await asyncio.sleep(0.05)
+            await again()
         await router.close()
-        return answers, resumed
+        return answers
 
-    answers, resumed = asyncio.run(asyncio.wait_for(go(), 120))
+    answers = asyncio.run(asyncio.wait_for(go(), 240))
     assert all(ids == right[number] for number, ids in answers)
     assert {number for number, _ in answers} == set(range(len(ASKED)))
-    assert resumed > 0
