@@ -61,6 +61,8 @@ if [ -n "$quick" ]; then # five timed runs are the fewest that are VALID
 else
   measure=() load=(--output-tokens 512) accuracy=() profile=()
 fi
+# what FP8 is worth shows in large batches
+if [ -n "$ladder" ] && [ "$device" = cuda ]; then batch=256 measure+=(--batch 8 32 64 256); fi
 
 step 1 "prepare the model"
 model=$("$PY" scripts/prepare_model.py "${model_args[@]}" | tail -n 1)
