@@ -51,12 +51,13 @@ class EngineLoop:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        min_tokens: int = 0,
         output: abc.Sequence[int] = (),
         grammar: Grammar | None = None,
         on_tokens: OnTokens,
         timeout_s: float | None = None,
     ) -> int:
-        """Queue a request; returns its id. ``output`` and ``grammar``: see :meth:`Engine.make_request`.
+        """Queue a request; returns its id. What it asks for: see :meth:`Engine.make_request`.
 
         Raises :class:`InputError` for one that can never run, :class:`RunError` when the queue is full or the engine is
         shutting down.
@@ -64,7 +65,13 @@ class EngineLoop:
         if timeout_s is not None and not timeout_s >= 0:
             raise InputError(f"timeout_s must be a number >= 0, got {timeout_s!r}")
         sequence = self._engine.make_request(
-            prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids, output=output, grammar=grammar
+            prompt,
+            max_new_tokens,
+            params=params,
+            stop_token_ids=stop_token_ids,
+            min_tokens=min_tokens,
+            output=output,
+            grammar=grammar,
         )
         sequence.on_tokens = on_tokens
         if timeout_s is not None:

@@ -53,6 +53,9 @@ class Sequence:
 
     ``on_tokens`` and ``deadline`` (``time.monotonic()``) are the loop's, which calls the one with each
     :class:`~llama_engine.engine.engine.Output` and looks at the other; nothing here does.
+
+    ``params`` are in force for the next token. Once ``min_tokens`` of the answer are asked for, ``released`` replaces
+    them, if there is one: until then ``params`` ban what would end the answer.
     """
 
     request_id: int
@@ -61,6 +64,8 @@ class Sequence:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    min_tokens: int = 0
+    released: SamplingParams | None = None
     output: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     slot: int = -1
@@ -103,6 +108,7 @@ class Plan:
     work: list[tuple[Sequence, Chunk]]
     grown: list[Sequence]  # their block tables are longer, or new
     admitted: list[Sequence]  # their slots are new
+    released: list[Sequence]  # their parameters are: from this step on, what ends their answers may come
 
 
 class Scheduler:
@@ -183,17 +189,21 @@ class Scheduler:
             budget -= self._prefill(work, sequence, budget)
         # what was preempted after it was planned does not run
         work = [(sequence, chunk) for sequence, chunk in work if sequence.slot >= 0]
+        released = []
         for sequence, chunk in work:
             sequence.computed += chunk.length
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
+                if sequence.released and sequence.sampled > sequence.min_tokens:
+                    sequence.params, sequence.released = sequence.released, None
+                    released.append(sequence)
             if chunk.tokens is not None:  # decodes are seen to when their tables grow
                 self._register(sequence)
         if not work:
             return None
         grown, self._grown = [sequence for sequence in self._grown if sequence.slot >= 0], []
-        return Plan(work, grown, admitted)
+        return Plan(work, grown, admitted, released)
 
     def _admissible(self) -> int:
         """About how many waiting sequences have room to run."""
