@@ -45,7 +45,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 MAX_WORKERS = 8
 # What takes longest goes first; the other files follow in the order of their names.
 DEMO = "tests/llm_demo"
-SHARE_SERVERS = tuple(f"{DEMO}/test_{name}.py" for name in ("arena", "gateway", "openai", "page"))
+SHARE_SERVERS = tuple(f"{DEMO}/test_{name}.py" for name in ("arena", "gateway", "openai", "page", "replay"))
 LONGEST = (DEMO, "tests/test_readme.py", "tests/serving/test_lifecycle.py", "tests/serving/test_server.py")
 # Called as cpu/fused.py calls it: FLAGS -o TARGET SOURCE. Two workers that want the same wait for one compiler.
 CACHING_COMPILER = """#!/bin/sh
