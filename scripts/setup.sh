@@ -98,7 +98,7 @@ if [ -z "${LLAMA_ENGINE_PYTHON:-}" ]; then
       ! uv pip install -q --python "$PY" --torch-backend=auto "$torch" 2> /dev/null; then
       "$PY" -m pip install -q --disable-pip-version-check "$torch"
     fi
-    echo "PyTorch $("$PY" -c 'import torch; print(torch.__version__)') is there; the rest is small"
+    echo "PyTorch $("$PY" -c 'import importlib.metadata as m; print(m.version("torch"))') is there; the rest is small"
     "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
     "$PY" -m pip install -q --disable-pip-version-check --no-deps -e .
     # CUDA builds of torch bring their own triton; a CPU build needs one to run the kernels' tests in its interpreter.
