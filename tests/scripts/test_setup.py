@@ -14,7 +14,6 @@ case "$1 $2" in
   "--version ") echo "Python 3.MINOR.0" ;;
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   "-m pip") shift 2; echo "pip of 3.MINOR: $*" >>"$LOG" ;;
-  *import\\ torch*) echo 2.13.0 ;;
   *) exec REAL -c 'import sys; sys.version_info = (3, MINOR, 0); exec(sys.argv.pop(1))' "$2" ;;
 esac
 """
