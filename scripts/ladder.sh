@@ -22,10 +22,11 @@ build() { # scheme, model, where to: convert and build
 }
 [ "$lm_head" = int8 ] || schemes=(int8-head "${schemes[@]}")
 for scheme in fp16 int8 fp8-kv "${schemes[@]}"; do
-  own=engines/$(basename "$model")-$scheme judged=engines/$(basename "$real")-$scheme
+  own=engines/$(basename "$model")-$scheme judged=engines/$(basename "$real")-$scheme score=("${accuracy[@]}")
   if [ "$scheme" = int8 ]; then
     [ "$real" != "$model" ] || continue # the folder's own gate says it
-  elif [[ $device = cpu && $scheme = fp8* ]]; then # emulated by PyTorch operations: accuracy alone
+  elif [[ $device = cpu && $scheme = fp8* ]]; then # emulated by PyTorch operations, slowly: accuracy alone, a quick gate
+    score=(--quick --greedy-prompts 2 --greedy-tokens 32)
     [ "$real" != "$model" ] || build "$scheme" "$model" "$(basename "$own")"
   else
     build "$scheme" "$model" "$(basename "$own")"
@@ -33,9 +34,11 @@ for scheme in fp16 int8 fp8-kv "${schemes[@]}"; do
   fi
   [ "$real" = "$model" ] || build "$scheme" "$real" "$(basename "$judged")"
   "$PY" benchmarks/accuracy.py --model-dir "$real" --engine-dir "$judged" "${common[@]}" \
-    --output "$results/ladder-$scheme-accuracy.json" "${accuracy[@]}" || [ $? -eq 1 ]
+    --output "$results/ladder-$scheme-accuracy.json" "${score[@]}" || [ $? -eq 1 ]
 done
 [ "$device" = cpu ] || optimized "$engine" --kernels streaming --output "$results/ablation-int8.json"
-"$PY" benchmarks/baseline.py --compile --model-dir "$model" "${common[@]}" --output "$results/ablation-compiled.json" \
-  $([ -z "$quick" ] || echo "--output-tokens 64 --warmup 1 --runs 5 --prefill-tokens 128") ||
+compiled=()
+[ "$device" = cuda ] || compiled=(--warmup 1 --runs 5 --prefill-tokens 0) # the fewest that are VALID: this is slow
+[ -z "$quick" ] || compiled=(--output-tokens 64 --warmup 1 --runs 5 --prefill-tokens 128)
+"$PY" benchmarks/baseline.py --compile --model-dir "$model" "${common[@]}" --output "$results/ablation-compiled.json" "${compiled[@]}" ||
   echo "note: transformers did not compile here; the ablation goes on without that step" >&2
