@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -111,6 +112,16 @@ def test_a_run_through_a_gateway(layout, worded_engine, run_script, tmp_path):
     assert f"{seen['answers']} answers: 0 lost, 0 duplicated, 0 wrong" in done.stdout
     assert json.loads(output.read_text())["workload"]["replicas"] == 2
     assert ("ratio" in result["scaling"][0]) == (not layout)
+
+
+@pytest.mark.slow
+def test_what_a_gateway_carries_without_engines(worded_engine, run_script):
+    flags = ("--users", 12, "--interval", 4, "--output-tokens", 10, "--duration", 1, "--gateways", 2)
+    done = run_script("benchmarks/benchmark_gateway.py", "--engine-dir", worded_engine, *flags)
+    (line,) = done.stdout.splitlines()
+    responses, tokens = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:responses|tokens)/s", line))
+    assert tokens > responses * 3  # 4, 4 and 2
+    assert re.search(r"2 gateways: 0\.\d\d of a core each, [1-9]\d* us a response", line)
 
 
 def test_what_cannot_be_tried_is_refused(tiny_engine, run_script):
