@@ -97,12 +97,17 @@ class CudaExecutor:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+    def bind(
+        self, slot: int, params: SamplingParams, prompt: Sequence[int] | None = (), output: Sequence[int] = ()
+    ) -> None:
         if params.mode or self._params[slot].mode:
             with torch.cuda.stream(self._stream):
                 for target, values in self._sampler.updates(slot, params, prompt, output):
                     self._upload(target, values)
         self._params[slot] = params
+
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        self.bind(slot, params, None)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
@@ -113,8 +118,8 @@ class CudaExecutor:
         with torch.cuda.stream(self._stream):
             self._upload_tables()
             passes = []
-            if mixed := self._mixed_bucket(step, decodes, prefills):
-                passes.append(self._mixed(step, decodes, prefills, mixed))
+            if mixed := self._mixed_shape(step, decodes, prefills):
+                passes.append(self._mixed(step, decodes, prefills, *mixed))
             else:
                 if decodes:
                     passes.append(self._decode(step, decodes))
@@ -189,26 +194,33 @@ class CudaExecutor:
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
-    def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
-        """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= buckets.MIXED_CHUNKS or step.every_row:
+    def _mixed_shape(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int, int | None] | None:
+        """Rows of decodes, of prefill and chunks of the one pass that holds a step, if one does: a graph's, or those of
+        the step itself, with None, where the prefill is too long for a graph."""
+        if not decodes or not prefills or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
-        return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
+        fitting = (b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1])
+        if len(prefills) <= buckets.MIXED_CHUNKS and (bucket := next(fitting, None)):
+            return *bucket, buckets.MIXED_CHUNKS
+        return (len(decodes), tokens, None) if tokens > buckets.PREFILL_BUCKETS[-1] else None
 
-    def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> Pass:
+    def _mixed(
+        self, step: Step, decodes: list[int], prefills: list[int], before: int, tokens: int, chunks: int | None
+    ) -> Pass:
         first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
-        inputs = self._ragged(rest, bucket[1], buckets.MIXED_CHUNKS, first, bucket[0])
-        if bucket in self._mixed_graphs:
-            self._mixed_graphs[bucket].replay()
+        inputs = self._ragged(rest, tokens, chunks, first, before)
+        graph = self._mixed_graphs.get((before, tokens)) if chunks else None
+        if graph is not None:
+            graph.replay()
         else:
-            self._mixed_kernels(bucket, inputs)
+            self._mixed_kernels(before, inputs)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
         logits = self._rows(sampling) if step.logits == "last" else {}
         return self._pass(sampling, logits, self._draw(step, sampling))
 
-    def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
-        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
+    def _mixed_kernels(self, decodes: int, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=decodes)
 
     def _ragged(self, *batch: Any) -> tuple[torch.Tensor, ...]:
         host, views = self._inputs.pack(*batch)
@@ -234,7 +246,7 @@ class CudaExecutor:
 
         for bucket in self._mixed_buckets:
             views = self._inputs.blank(bucket[1], buckets.MIXED_CHUNKS, bucket[0])
-            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
+            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b[0], v))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         run()  # compiles and loads the kernels
