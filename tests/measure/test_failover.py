@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import pytest
@@ -98,19 +99,32 @@ def test_a_run_through_a_gateway(layout, worded_engine, run_script, tmp_path):
     flags = ("--engine-dir", worded_engine, "--device", "cpu", "--output-tokens", 200, "--duration", 3, *layout)
     done = run_script("benchmarks/benchmark_failover.py", *flags, "--output", output)
     result = load_result(output)
-    reasons = [reason for reason in result["validity"]["reasons"] if "lagged" not in reason]  # a busy machine may
-    assert not reasons
+    # A busy machine may lag. Where one server has all engines, nobody is left to answer while it starts.
+    expected = ("lagged", "lost answers") if layout else ("lagged",)
+    assert not [reason for reason in result["validity"]["reasons"] if not any(what in reason for what in expected)]
+    assert all("none of 1 replicas is up" in message for message in result["failures"])
     assert done.returncode == (result["validity"]["status"] != "VALID")
     seen = result["failover"]
     assert seen["answers"] >= 32
-    counted = ("lost", "duplicated", "wrong", "diverged", "requests_without_one_right_answer")
+    counted = ("duplicated", "wrong", "diverged", "requests_without_one_right_answer")
     assert {seen[name] for name in counted} == {0}
+    assert seen["lost"] == 0 or layout
     assert seen["full_strength_s"] > 0
     assert result["checks"]["moved_requests"] == seen["moved"] >= max(1, seen["resumed"])
     assert all(a["s"] < b["s"] for a, b in itertools.pairwise(seen["timeline"]))
-    assert f"{seen['answers']} answers: 0 lost, 0 duplicated, 0 wrong" in done.stdout
+    assert f"{seen['answers']} answers: {seen['lost']} lost, 0 duplicated, 0 wrong" in done.stdout
     assert json.loads(output.read_text())["workload"]["replicas"] == 2
     assert ("ratio" in result["scaling"][0]) == (not layout)
+
+
+@pytest.mark.slow
+def test_what_a_gateway_carries_without_engines(worded_engine, run_script):
+    flags = ("--users", 12, "--interval", 4, "--output-tokens", 10, "--duration", 1, "--gateways", 2)
+    done = run_script("benchmarks/benchmark_gateway.py", "--engine-dir", worded_engine, *flags)
+    (line,) = done.stdout.splitlines()
+    responses, tokens = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:responses|tokens)/s", line))
+    assert tokens > responses * 3  # 4, 4 and 2
+    assert re.search(r"2 gateways: 0\.\d\d of a core each, [1-9]\d* us a response", line)
 
 
 def test_what_cannot_be_tried_is_refused(tiny_engine, run_script):

@@ -422,6 +422,19 @@ def test_whatever_dies_under_load_every_answer_is_right(seed):
     run(go())
 
 
+def test_where_an_answer_goes_on_is_told_once():
+    async def go():
+        async with routed(2) as (router, fakes):
+            for fake in fakes:
+                fake.fails.append((3, ErrorCode.UNAVAILABLE))
+            parts = [part async for part in router.generate([1], 8, streaming=True)]
+            assert [token for part in parts for token in part] == right([1], 8)
+            assert [part.resumed_after for part in parts] == [None] * 3 + [3, None, None, 6, None]
+            assert [part.resumed_after async for part in router.generate([2], 4, streaming=True)] == [None] * 4
+
+    run(go())
+
+
 def test_metrics_name_every_replica():
     async def go():
         async with routed(2) as (router, _):
