@@ -151,16 +151,16 @@ def test_the_script_over_two_engines_of_its_own(run_script, tiny_engine, tiny_mo
         "--model-dir",
         tiny_model,
         "--workload",
-        workload,
+        f"{workload}@2",
         "--device",
         "cpu",
     ]
-    done = run_script(*command, "--concurrency", 2, "--prefix-cache", "--output", output)
+    done = run_script(*command, "--concurrency", 7, "--prefix-cache", "--output", output)
     assert done.returncode == 0, done.stderr
     result = load_result(output)
     assert [(x["name"], x["kind"], x["memory"]) for x in result["contestants"]] == [
         ("one", "native", "shared"), ("two", "native", "shared")]  # fmt: skip
-    assert [x["contestant"] for x in result["levels"]] == ["one", "two"]
+    assert [(x["contestant"], x["concurrency"]) for x in result["levels"]] == [("one", 2), ("two", 2)]
     assert result["levels"][0]["samples"]["output_tokens"] == result["levels"][1]["samples"]["output_tokens"]
     assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] == 5 * 2 * 32
     assert {x["metric"] for x in result["ratios"]} == {"output_tokens_per_s", "ttft", "tpot", "latency"}
@@ -189,6 +189,7 @@ def test_a_stack_that_cannot_be_loaded_says_why(tiny_engine, tmp_path):
             "requests of 1250 tokens, native holds 256",
         ),
         (["--target", "a=http://x", "--target", "b=http://y", "--workload", "nonsense"], "there are chat"),
+        (["--target", "a=http://x", "--target", "b=http://y", "--workload", "short@1,0"], "NAME or NAME@N,N... with"),
     ],
 )
 def test_bad_flags_are_one_line(run_script, tiny_engine, tiny_model, flags, message):
