@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--per-user", type=int, default=2, help="requests of each user of a server in a turn")
     parser.add_argument("--endpoint", choices=["completions", "chat"], default="completions", help="of OpenAI's API")
     parser.add_argument("--swap", action="store_true", help="load one stack at a time")
+    parser.add_argument("--most-seconds", type=float, help="begin no further load after so long; not with --swap")
     parser.add_argument("--prefix-cache", action="store_true", help="let them answer from a prefix cache")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a server has for one answer")
@@ -71,6 +72,8 @@ def main() -> int:
     cells = [cell for text in args.workload for cell in cells_of(text, args.concurrency)]
     if args.swap and any(kind == "target" for _, kind, _ in entries):
         raise InputError("--swap loads and unloads stacks: a --target is loaded all the time")
+    if args.most_seconds is not None and (args.swap or args.most_seconds <= 0):
+        raise InputError("--most-seconds must be above 0, and with --swap no load ends before all do")
     output = check_output(args.output, args.force, args.model_dir)
     identity = model_identity(args.model_dir)
     device = pick_device(args.device).type
@@ -81,7 +84,7 @@ def main() -> int:
     present = len((Nvml().read("nvmlDeviceGetComputeRunningProcesses") or ()) if device == "cuda" else ())
     contestants = [contestant(args, name, kind, what, codec.decode, device, stacks) for name, kind, what in entries]
     tournament = Tournament(
-        contestants, cells, args.rounds, lambda: Text(codec, args.seed), swapped=args.swap, seed=args.seed
+        contestants, cells, args.rounds, lambda: Text(codec, args.seed), args.swap, args.seed, args.most_seconds
     )
     rates: dict[str, float | None] = {}
 
@@ -102,7 +105,8 @@ def main() -> int:
                 rates[key] = (await served.null_rate_of(idle, asked, Text(codec)))[0]
         return rates[key]
 
-    own = 1 + stacks + (present if stacks < len(entries) else 0)
+    cores = sum(what.startswith("vllm:") for _, _, what in entries)  # vLLM's core may be a second process
+    own = 1 + stacks + cores + (present if stacks < len(entries) else 0)
     work = play(tournament, environment, identity, prefix_cache=args.prefix_cache, null=null, own_processes=own)
     result = asyncio.run(work)
     write_result(output, result, force=args.force)

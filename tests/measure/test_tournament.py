@@ -102,6 +102,15 @@ def test_swapped_stacks_are_loaded_one_at_a_time():
     assert log.count(("a", "short")) == 10
 
 
+def test_no_load_begins_after_its_time_and_those_left_are_named():
+    log = []
+    players = [Player("a", 0.1, log), Player("b", 0.1, log)]
+    result = contest(players, [Cell(SHORT, 1), Cell(LONG, 1)], most_s=1e-9)
+    assert result["workload"]["left_out"] == ["short, 1 at once", "long, 1 at once"]
+    assert log == [("start", "a"), ("start", "b"), ("stop", "a"), ("stop", "b")]
+    assert "left_out" not in contest(players, [Cell(SHORT, 1)], most_s=600)["workload"]
+
+
 def test_an_invalid_load_and_a_crowded_one_enter_no_ratio():
     log = []
     players = [Player("a", 0.1, log), Player("b", 0.1, log, fails=1), Player("c", 0.1, log, most=2)]
@@ -189,6 +198,10 @@ def test_a_stack_that_cannot_be_loaded_says_why(tiny_engine, tmp_path):
             "requests of 1250 tokens, native holds 256",
         ),
         (["--target", "a=http://x", "--target", "b=http://y", "--workload", "nonsense"], "there are chat"),
+        (
+            ["--stack", "native:{engine}", "--stack", "b=native:{engine}", "--swap", "--most-seconds", "9"],
+            "no load ends",
+        ),
         (["--target", "a=http://x", "--target", "b=http://y", "--workload", "short@1,0"], "NAME or NAME@N,N... with"),
     ],
 )
