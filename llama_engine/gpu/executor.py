@@ -97,12 +97,17 @@ class CudaExecutor:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+    def bind(
+        self, slot: int, params: SamplingParams, prompt: Sequence[int] | None = (), output: Sequence[int] = ()
+    ) -> None:
         if params.mode or self._params[slot].mode:
             with torch.cuda.stream(self._stream):
                 for target, values in self._sampler.updates(slot, params, prompt, output):
                     self._upload(target, values)
         self._params[slot] = params
+
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        self.bind(slot, params, None)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)

@@ -210,7 +210,13 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
     steps = [Step(tuple(Chunk(s, 0, prompts[s] + outputs[s]) for s in (0, 1, 3)), "last")]
     steps += [Step((*(Chunk(s, lengths[s]) for s in (3, 0, 1)), Chunk(2, 0, prompts[2] + outputs[2])), "last")]
     steps += [Step(tuple(Chunk(s, lengths[s] + i - (s == 2)) for s in (2, 3, 0, 1)), "last") for i in (1, 2, 3)]
-    for step in steps:
+    banned = tuple((i,) for i in range(0, TINY.vocab_size, 2))
+    changes = {2: (1, {"bad_words": banned}), 3: (0, {"bad_words": banned}), 4: (1, {"bad_words": ()})}
+    for number, step in enumerate(steps):
+        if number in changes:
+            slot, change = changes[number]
+            params[slot] = dataclasses.replace(params[slot], **change)
+            fused.rebind(slot, params[slot])
         handle = fused.submit(step)
         logits, tokens, scores = handle.logits(), handle.tokens(), handle.logprobs()
         slots = [chunk.slot for chunk in step.chunks]
