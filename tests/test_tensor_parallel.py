@@ -102,7 +102,7 @@ def test_what_cannot_be_split_is_refused_by_name(tiny_model, tmp_path):
 def test_more_ranks_than_gpus_are_refused(tiny_model, tmp_path, monkeypatch):
     engine = build(tiny_model, tmp_path, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="split over 2 GPUs .* PyTorch sees 1"):
+    with pytest.raises(InputError, match=r"split over 2 GPUs .* PyTorch sees 1"):
         make_executor(tmp_path / "e2", engine.model_config, engine.config, torch.device("cuda"), "auto", None)
 
 

@@ -1,0 +1,130 @@
+"""What ranks exchange: kernels whose peers have already arrived, and a whole rank that takes itself for both."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.engine.step import Chunk, Step
+from llama_engine.errors import InputError
+from llama_engine.model.schemes import FP16, INT8
+from llama_engine.model.weights import Linear, random_weights
+from llama_engine.sampling import SamplingParams
+from tests.split import rank_of
+
+pytest.importorskip("triton")
+
+from llama_engine.kernels import quant
+from llama_engine.kernels.exchange import PROGRAMS, Exchange, connect
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS, HIDDEN, COLUMNS = 5, 96, 4500
+CONFIG = ModelConfig(192, 64, 192, 1, 4, 2, 32, 128)
+ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
+
+
+@pytest.fixture
+def pair():
+    """Two ranks on one device, their peers' flags ahead of the first three exchanges."""
+    ranks = [Exchange(DEVICE, rank, 2, 128, HIDDEN, COLUMNS) for rank in (0, 1)]
+    connect(ranks)
+    generator = torch.Generator().manual_seed(3)
+    for rank in ranks:
+        rank.flags.fill_(3)
+        for buffer in rank._buffers:
+            buffer[:ROWS] = torch.randn(buffer[:ROWS].shape, generator=generator)
+    return ranks
+
+
+@pytest.mark.parametrize("name", ["o", "down"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_both_ranks_add_the_same_parts_in_the_same_order(pair, name, first):
+    x = torch.randn((ROWS, HIDDEN), generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    gain = (torch.rand(HIDDEN, generator=torch.Generator().manual_seed(2)) + 0.5).half().to(DEVICE)
+    want = ((x.float() + pair[0].sum(name).mine[:ROWS].float()) + pair[1].sum(name).mine[:ROWS].float()).half()
+    results = []
+    for rank in (first, 1 - first):
+        mine, out = x.clone(), torch.zeros_like(x)
+        quant.norm(mine, gain, 1e-5, out, None, ROWS, add=(pair[rank], pair[rank].sum(name)))
+        assert torch.equal(mine, want)
+        results.append(out)
+        again = x.clone()
+        quant.add_rows(again, (pair[rank], pair[rank].sum(name)), ROWS)
+        assert torch.equal(again, want)
+    assert torch.equal(*results)
+    for rank in pair:
+        assert rank.count[:ROWS].tolist() == [2] * ROWS
+        assert rank.flags[0, :ROWS].tolist() == [2] * ROWS  # what the other has said
+        assert not rank.count[ROWS:].any()
+        assert not rank.error.any()
+
+
+def test_columns_of_all_ranks_are_put_side_by_side_with_their_maxima(pair):
+    pair[1]._buffers[2][2, 4400] = 50.0
+    pair[0]._buffers[2][3, 17] = float("nan")
+    whole = torch.cat([rank.logits(0).mine[:ROWS] for rank in pair], dim=1)
+    for rank in pair:
+        out = torch.zeros((ROWS, 2 * COLUMNS), device=DEVICE)
+        best, index = torch.zeros(64, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
+        tiles = rank.gather_logits(rank.logits(0), out, (best, index), ROWS)
+        assert torch.equal(out.nan_to_num(7), whole.nan_to_num(7))
+        best, index = best[: ROWS * tiles].view(ROWS, tiles), index[: ROWS * tiles].view(ROWS, tiles)
+        top = best.argmax(1)
+        found = index.gather(1, top[:, None])[:, 0].tolist()
+        expected = whole.nan_to_num(1e9).argmax(1).tolist()
+        assert found == expected
+        assert found[2] == COLUMNS + 4400
+        assert best[3].max() == float("inf")
+
+
+def test_a_peer_that_never_comes_is_an_error_and_no_hang(pair):
+    x = torch.zeros((ROWS, HIDDEN), dtype=torch.float16, device=DEVICE)
+    for rank in pair:
+        rank.reset()
+    pair[0].count[PROGRAMS] = 1  # as after a first wait in vain: the next ones are short
+    quant.add_rows(x, (pair[0], pair[0].sum("o")), ROWS)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert pair[0].error.item() == 1
+    assert pair[1].error.item() == 0
+
+
+def test_more_rows_than_flags_are_refused():
+    with pytest.raises(InputError, match="exchange at most 32768 tokens a step"):
+        Exchange(DEVICE, 0, 2, 40000, HIDDEN, COLUMNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [INT8, FP16])
+def test_a_rank_alone_is_a_model_whose_sums_are_twice_its_own(scheme):
+    """All of a rank's chain but the peers: partial sums, their exchange, the logits' columns and the greedy token."""
+    from llama_engine.gpu.executor import CudaExecutor
+
+    share = CONFIG.share(2)
+    weights = rank_of(random_weights(CONFIG, DEVICE, scheme=scheme), CONFIG, 1, 2)
+    engine = dataclasses.replace(ENGINE, tp_size=2)
+    alone = CudaExecutor(share, engine, weights, graphs=False, rank=1)
+
+    def twice(linear):
+        if linear.scale is None:
+            return Linear(linear.weight * 2)
+        return Linear(linear.weight, linear.scale * 2)
+
+    layers = [dataclasses.replace(layer, o=twice(layer.o), down=twice(layer.down)) for layer in weights.layers]
+    head = Linear(torch.cat([weights.lm_head.weight] * 2))
+    doubled = dataclasses.replace(weights, layers=layers, lm_head=head)
+    whole = CudaExecutor(share, ENGINE, doubled, graphs=False)
+    steps = [
+        Step((Chunk(0, 0, [5, 9, 33, 2, 70]), Chunk(2, 0, list(range(20)), samples=False)), "all"),
+        Step((Chunk(0, 5), Chunk(2, 20, list(range(7)))), "last"),
+        Step((Chunk(2, 27), Chunk(0, 6)), "last"),
+    ]
+    for executor in (alone, whole):
+        for slot in range(4):
+            executor.bind(slot, SamplingParams(temperature=float(slot == 2), seed=4))
+            executor.set_block_table(slot, [1 + 4 * slot + i for i in range(4)])
+    for step in steps:
+        got, want = alone.submit(step), whole.submit(step)
+        assert (got.logits() - want.logits()).abs().max() < 0.01 * want.logits().abs().max()
+        assert got.tokens() == want.tokens()
