@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.engine.step import Step
 from llama_engine.gpu.executor import CudaExecutor, run_together
 from llama_engine.gpu.handle import CudaHandle
-from llama_engine.kernels.exchange import connect
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import SamplingParams
 
@@ -43,21 +44,36 @@ class TensorParallelExecutor:
         if graphs:
             for rank in self.ranks:
                 rank.capture()
-            self._connect()  # with nothing counted of what ran alone
+        self._reset()  # of what ran alone
         first = self.ranks[0]
         self.num_kv_blocks = min(rank.num_kv_blocks for rank in self.ranks)
         self.kernels = f"{first.kernels}, {len(weights)} ranks"
         self.step_nbytes, self.kv_nbytes_per_token = first.step_nbytes, first.kv_nbytes_per_token
 
     def _connect(self) -> None:
-        connect([rank.model.exchange for rank in self.ranks])
-        decodes = [rank.persistent for rank in self.ranks if rank.persistent is not None]
-        if len(decodes) < len(self.ranks):  # where one has none, none runs it
+        exchanges = [rank.model.exchange for rank in self.ranks]
+        decodes = [rank.persistent for rank in self.ranks]
+        for exchange in exchanges:
+            exchange.connect(exchanges)
+        if None in decodes:  # where one has none, none runs it
             for rank in self.ranks:
                 rank.persistent = None
-        for decode in decodes:
-            decode.connect(decodes, [rank.model.logits for rank in self.ranks])
-        connect([rank.model.exchange for rank in self.ranks])  # waits for all that
+        else:
+            for decode in decodes:
+                decode.connect(decodes, [rank.model.logits for rank in self.ranks])
+
+    def _reset(self) -> None:
+        """Forget what has been counted: all ranks begin to exchange anew."""
+        self._synchronize()
+        for rank in self.ranks:
+            for part in (rank.model.exchange, rank.persistent):
+                if part is not None:
+                    part.reset()
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        for rank in self.ranks:
+            torch.cuda.synchronize(rank.device)
 
     def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
         for rank in self.ranks:

@@ -137,7 +137,7 @@ class Exchange:
         return [torch.tensor(row, dtype=torch.int64, device=self.device) for row in rows]
 
     def connect(self, every: Sequence[Exchange]) -> None:
-        """Exchange with ``every`` rank (this one among them) from now on, all counts at zero."""
+        """Exchange with ``every`` rank (this one among them) from now on; once, since graphs keep the addresses."""
         peers = [peer for peer in every if peer is not self]
         for peer in peers:
             if peer.device != self.device:
@@ -146,7 +146,6 @@ class Exchange:
         # on a peer, the row of flags that is this rank's: its ranks but itself, in order
         signals = [peer.flags[self.rank - (peer.rank < self.rank)].data_ptr() for peer in peers]
         self._tables = self._connected = self._table(buffers, signals)
-        self.reset()
 
     def reset(self) -> None:
         """All counts at zero. Every rank must be idle, and reset before any goes on."""
@@ -192,18 +191,6 @@ class Exchange:
             **launch_options(self.device),
         )
         return chunks
-
-
-def connect(every: Sequence[Exchange]) -> None:
-    """Let ``every`` rank's exchange know the others; what runs on their devices ends first."""
-    for rank in every:
-        if rank.device.type == "cuda":
-            torch.cuda.synchronize(rank.device)
-    for rank in every:
-        rank.connect(every)
-    for rank in every:
-        if rank.device.type == "cuda":
-            torch.cuda.synchronize(rank.device)
 
 
 Added = torch.Tensor | tuple[Exchange, Parts]

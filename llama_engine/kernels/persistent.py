@@ -194,6 +194,9 @@ class PersistentDecode:
         self._peers = every
         self._params.alone = 0
         self._params.all_logits[:] = [t.data_ptr() for t in logits]
+
+    def reset(self) -> None:
+        """Nothing counted, nothing exchanged. Every rank must be idle, and reset before any goes on."""
         for rows in self.row_counts:
             self.inboxes[rows].zero_()
             for words in self.scratch[rows].values():

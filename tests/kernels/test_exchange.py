@@ -16,7 +16,7 @@ from tests.split import rank_of
 pytest.importorskip("triton")
 
 from llama_engine.kernels import quant
-from llama_engine.kernels.exchange import PROGRAMS, Exchange, connect
+from llama_engine.kernels.exchange import PROGRAMS, Exchange
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS, HIDDEN, COLUMNS = 5, 96, 4500
@@ -28,7 +28,8 @@ ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, token
 def pair():
     """Two ranks on one device, their peers' flags ahead of the first three exchanges."""
     ranks = [Exchange(DEVICE, rank, 2, 128, HIDDEN, COLUMNS) for rank in (0, 1)]
-    connect(ranks)
+    for rank in ranks:
+        rank.connect(ranks)
     generator = torch.Generator().manual_seed(3)
     for rank in ranks:
         rank.flags.fill_(3)
