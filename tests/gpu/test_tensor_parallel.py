@@ -49,6 +49,8 @@ def _pair(config, devices, kernels):
 
 
 def _same_state(split):
+    for rank in split.ranks:
+        torch.cuda.synchronize(rank.device)
     first, *others = (rank.model for rank in split.ranks)
     for other in others:
         for name in ("last_token", "position"):
@@ -67,8 +69,9 @@ PLACES = [
 def test_ranks_agree_with_the_reference_and_to_the_bit_with_each_other(config, devices, kernels):
     split, host = _pair(config, devices, kernels)
     assert ("persistent" in split.kernels) == (kernels == "auto" and devices == (0, 1))
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, 1500, 300)]
+    # On one GPU a rank that waits must leave its peer room: fewer rows than programs that run at once.
+    generator, long = torch.Generator().manual_seed(1), 1500 if devices == (0, 1) else 200
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, long, 300)]
     for executor in (split, host):
         for slot in range(4):
             executor.bind(slot, SamplingParams())
@@ -78,9 +81,9 @@ def test_ranks_agree_with_the_reference_and_to_the_bit_with_each_other(config, d
         *(Step((Chunk(0, 20 + i),), "last") for i in range(3)),  # the persistent kernel, where there is one
         Step((Chunk(0, 23), Chunk(1, 0, prompts[1])), "last"),
         *(Step((Chunk(1, 5 + i), Chunk(0, 24 + i)), "last") for i in range(2)),
-        Step((Chunk(2, 0, prompts[2]),), "last"),  # eagerly
+        Step((Chunk(2, 0, prompts[2]),), "last"),  # on two GPUs eagerly
         Step((Chunk(3, 0, prompts[3]),), "all"),
-        Step((Chunk(0, 26), Chunk(1, 7), Chunk(2, 1500), Chunk(3, 300)), "last"),
+        Step((Chunk(0, 26), Chunk(1, 7), Chunk(2, long), Chunk(3, 300)), "last"),
         Step((Chunk(0, 27), Chunk(1, 8)), "last"),
     ]
     for step in steps:
@@ -108,7 +111,6 @@ def test_long_answers_repeat_to_the_bit_and_leave_the_ranks_alike(config, device
             for output in engine.step():
                 assert not isinstance(output.reason, Exception), output.reason
                 found.setdefault(output.request_id, []).extend(output.token_ids)
-        torch.cuda.synchronize(0)
         _same_state(split)
         return list(found.values())
 
