@@ -34,10 +34,8 @@ class TensorParallelExecutor:
         kernels: str = "auto",
         graphs: bool = True,
     ) -> None:
-        """``config`` is a rank's share, ``weights`` are the ranks', on the device of each. Otherwise as
+        """``config`` is a rank's share, ``weights`` are the ranks', each on a device of its own. Otherwise as
         :class:`CudaExecutor`. Raises :class:`RunError` where devices cannot reach each other's memory."""
-        if kernels == "auto" and len({part.embedding.device for part in weights}) < len(weights):
-            kernels = "streaming"  # the persistent kernel takes a whole GPU
         options = {"tuning": tuning, "kernels": kernels}
         self.ranks = [CudaExecutor(config, engine, part, rank=rank, **options) for rank, part in enumerate(weights)]
         self._connect()

@@ -91,6 +91,55 @@ def test_a_peer_that_never_comes_is_an_error_and_no_hang(pair):
     assert pair[1].error.item() == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_ranks_on_two_streams_wait_for_each_other(pair, graphs):
+    """Rounds of o and down: what one rank adds may come from no other round of its peer."""
+    streams, rounds = [torch.cuda.Stream() for _ in pair], 50
+    for rank in pair:
+        rank.reset()
+    x = [torch.zeros((ROWS, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
+    seen = [torch.zeros((2 * rounds, ROWS, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
+
+    def run(i, first, count):
+        rank = pair[i]
+        for turn in range(first, first + count):
+            parts = rank.sum(("o", "down")[turn % 2])
+            parts.mine[:ROWS].fill_(turn % 16 + 100 * i)
+            x[i].zero_()
+            quant.add_rows(x[i], (rank, parts), ROWS)
+            seen[i][turn] = x[i]
+
+    def both(step):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                step(i)
+
+    with pair[0].alone():  # loads the kernels, while nobody waits
+        run(0, 0, 2)
+    torch.cuda.synchronize()
+    for rank in pair:
+        rank.reset()
+    torch.cuda.synchronize()
+    if graphs:
+        captured = [torch.cuda.CUDAGraph() for _ in pair]
+        for i, graph in enumerate(captured):
+            with torch.cuda.graph(graph, stream=streams[i]):
+                run(i, 0, 2 * rounds)
+        torch.cuda.synchronize()
+        for _ in range(3):
+            both(lambda i: captured[i].replay())
+    else:
+        for first in range(0, 2 * rounds, 10):
+            both(lambda i, first=first: run(i, first, 10))
+    torch.cuda.synchronize()
+    assert not any(rank.error.item() for rank in pair)
+    want = torch.tensor([2 * (turn % 16) + 100 for turn in range(2 * rounds)], dtype=torch.float16, device=DEVICE)
+    for found in seen:
+        assert torch.equal(found, want[:, None, None].expand_as(found))
+
+
 def test_more_rows_than_flags_are_refused():
     with pytest.raises(InputError, match="exchange at most 32768 tokens a step"):
         Exchange(DEVICE, 0, 2, 40000, HIDDEN, COLUMNS)
