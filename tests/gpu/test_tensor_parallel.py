@@ -1,5 +1,7 @@
-"""Tensor-parallel ranks on two GPUs against the unsplit model. tests/kernels/test_exchange.py has what one GPU can show:
-whole chains of two ranks do not fit one, since kernels that wait their turn hold the shared memory of their peers'."""
+"""Tensor-parallel ranks on two GPUs against the unsplit model; tests/kernels/test_exchange.py has what one GPU can show.
+
+Whole chains of two ranks do not fit one: kernels that wait their turn hold the shared memory that their peers need.
+"""
 
 import dataclasses
 
