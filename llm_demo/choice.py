@@ -56,7 +56,7 @@ class Choice:
         """The last one alone has a reason."""
         request, tools, counts = self.request, self.tools, self.source.counts
         start, first = time.perf_counter(), 0.0
-        text = TextStream(self.source.tokenizer, request.stop)
+        text = TextStream(self.source.tokenizer, request.stop, request.min_tokens)
         held, scores, length = "", [], 0
         seed = request.seed + self.number
         if request.echoes:

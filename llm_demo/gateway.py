@@ -106,7 +106,10 @@ class Gateway:
                     f"This model's context is {limit} tokens; the prompt has {len(prompt)}{more}. Shorten one of them."
                 )
             raise ApiError(400, message, code=error.code.value, param=where) from None
-        return limit - len(prompt) if asked is None else asked
+        room = limit - len(prompt) if asked is None else asked
+        if request.min_tokens > room:
+            raise ApiError(400, f"min_tokens={request.min_tokens} is more than the {room} that fit", param="min_tokens")
+        return room
 
     async def ids(
         self, prompt: list[int], max_tokens: int, request: Sampling, seed: int, grammar: str | None
@@ -115,6 +118,7 @@ class Gateway:
         ends = [*(() if request.ignore_eos else self.tokenizer.eos_token_ids), *request.stop_token_ids]
         if request.model == self.name:
             options = stop_inputs(ends) | request.engine_options(self.info.model.vocab_size, seed)
+            options |= {"min_length": request.min_tokens} if ends and request.min_tokens else {}
             options |= {"grammar": grammar} if grammar else {}
             source = self.client.generate(prompt, max_tokens, streaming=True, **options)
         else:

@@ -19,7 +19,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_engine.checkpoint.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
-from llama_engine.config import DEFAULT_MODEL, ModelConfig
+from llama_engine.checkpoint.hf_config import model_config
+from llama_engine.config import DEFAULT_MODEL
 from llama_engine.errors import InputError
 from llama_engine.files import atomic_dir, read_json, sha256_files, write_json
 from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
@@ -124,7 +125,7 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
         "eos_token_id": int(meta["tokenizer.ggml.eos_token_id"]),
         "pad_token_id": int(meta["tokenizer.ggml.padding_token_id"]),
     }
-    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
+    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(model_config(hf_config, name=name))}
     with atomic_dir(target, own_names, inputs=[gguf], force=True) as out:
         writer = TensorFileWriter(out / SINGLE, specs)
 
@@ -156,7 +157,7 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
     target = Path(models_dir) / name
     if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == f"seed {seed}":
         return target
-    config = ModelConfig.from_hf(hf_config, name=name, source="synthetic")
+    config = model_config(hf_config, name=name, source="synthetic")
     shapes = dict(tensor_shapes(config))
     split = split_state_dict_into_shards_factory(
         shapes,  # type: ignore[arg-type]

@@ -47,11 +47,14 @@ class HostExecutor:
         self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
 
     def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
-        self._params[slot] = params
         if params.penalized:
             self._counts[slot] = torch.from_numpy(count_tokens(prompt, output, self._vocab_size)).to(self._device)
         if params.phrases:
             self._recent[slot] = recent_tokens(prompt, output)
+        self.rebind(slot, params)
+
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        self._params[slot] = params
         if isinstance(self._model, CpuModel):
             counts = self._counts[slot] if params.penalized else None
             self._views[slot] = SampleView.of(params, counts, self._recent[slot])

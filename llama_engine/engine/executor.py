@@ -54,6 +54,11 @@ class Executor(Protocol):
         """Give ``slot`` to a new sequence with these sampling parameters; penalties count the tokens so far."""
         ...
 
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        """From the next step on, other parameters for the slot's sequence. They are penalized, and have bad words of
+        several tokens, where those before are and had: what has been counted goes on counting."""
+        ...
+
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         """Set the slot's whole block table; position p lives in ``blocks[p // tokens_per_block]``."""
         ...

@@ -85,7 +85,7 @@ class CudaExecutor:
         parts = ("persistent", self.persistent), ("streaming", model.linears.streaming)
         used = [name for name, part in parts if part]
         self.kernels = "cuda-" + "+".join([*used, "tiled"])
-        self._tried: set[tuple[int, int, bool]] = set()
+        self._tried: set[tuple[int, ...]] = set()
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
         self._mixed_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -98,12 +98,17 @@ class CudaExecutor:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+    def bind(
+        self, slot: int, params: SamplingParams, prompt: Sequence[int] | None = (), output: Sequence[int] = ()
+    ) -> None:
         if params.mode or self._params[slot].mode:
             with torch.cuda.stream(self._stream):
                 for target, values in self._sampler.updates(slot, params, prompt, output):
                     self._upload(target, values)
         self._params[slot] = params
+
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        self.bind(slot, params, None)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
         self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
@@ -118,8 +123,8 @@ class CudaExecutor:
         prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
         self._upload_tables()
         passes = []
-        if mixed := self._mixed_bucket(step, decodes, prefills):
-            passes.append((yield from self._mixed(step, decodes, prefills, mixed)))
+        if mixed := self._mixed_shape(step, decodes, prefills):
+            passes.append((yield from self._mixed(step, decodes, prefills, *mixed)))
         else:
             if decodes:
                 passes.append((yield from self._decode(step, decodes)))
@@ -201,25 +206,31 @@ class CudaExecutor:
                 scored[i] = params, [self._to_host(part) for part in parts]
         return self._pass(sampling, logits, self._draw(step, sampling), scored)
 
-    def _eager(self, inputs: tuple[torch.Tensor, ...], every_row: bool) -> Iterator[None]:
+    def _eager(self, inputs: tuple[torch.Tensor, ...], every_row: bool, decodes: int = 0) -> Iterator[None]:
         """A prefill without a graph, of a rank a few layers at a time, so that none gets far ahead of its peers."""
         layers, split = self.model.config.num_layers, self.model.exchange is not None
         cuts = [*range(buckets.FIRST_LAYERS, layers, buckets.FIRST_LAYERS)] if split else []
         parts = [slice(*ends) for ends in zip([None, *cuts], [*cuts, None])]
 
         def run(part: slice) -> None:
-            self.model.prefill(*inputs, self._sampled, every_row=every_row, part=part)
+            self.model.prefill(*inputs, self._sampled, every_row=every_row, part=part, decodes=decodes)
 
         # A kernel's first launch may wait for the device, and the device for a peer, whose turn is after this rank's.
-        # So kernels that no graph has run are first run alone; what that leaves is written again.
-        kind = (tiles.row_bucket(inputs[0].numel()), tiles.row_bucket(inputs[4].shape[1]), every_row)
+        # So kernels that no graph has run are first run alone; what that leaves in the cache is written again. A kernel
+        # is compiled for tiles, and for whether the rows after the decodes begin at 16 bytes.
+        shapes = tiles.row_bucket(inputs[0].numel()), tiles.row_bucket(inputs[4].shape[1])
+        kind = (*shapes, every_row, min(decodes, 1), decodes % 4 == 0)
         if split and self._cuda and kind not in self._tried:
             self._tried.add(kind)
+            state = self.model.last_token, self.model.position
+            before = [values.clone() for values in state]
             torch.cuda.synchronize(self.device)
             yield
             with self._alone():
                 for part in parts:
                     run(part)
+            for values, old in zip(state, before):
+                values.copy_(old)
             torch.cuda.synchronize(self.device)
         yield
         for part in parts:
@@ -228,30 +239,35 @@ class CudaExecutor:
 
     # -- both in one pass -------------------------------------------------------------------------------------------
 
-    def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
-        """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= buckets.MIXED_CHUNKS or step.every_row:
+    def _mixed_shape(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int, int | None] | None:
+        """Rows of decodes, of prefill and chunks of the one pass that holds a step, if one does: a graph's, or those of
+        the step itself, with None, where the prefill is too long for a graph."""
+        if not decodes or not prefills or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
-        return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
+        fitting = (b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1])
+        if len(prefills) <= buckets.MIXED_CHUNKS and (bucket := next(fitting, None)):
+            return *bucket, buckets.MIXED_CHUNKS
+        return (len(decodes), tokens, None) if tokens > buckets.PREFILL_BUCKETS[-1] else None
 
     def _mixed(
-        self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]
+        self, step: Step, decodes: list[int], prefills: list[int], before: int, tokens: int, chunks: int | None
     ) -> Generator[None, None, Pass]:
         first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
-        inputs = self._ragged(rest, bucket[1], buckets.MIXED_CHUNKS, first, bucket[0])
-        yield
-        if bucket in self._mixed_graphs:
-            self._mixed_graphs[bucket].replay()
+        inputs = self._ragged(rest, tokens, chunks, first, before)
+        graph = self._mixed_graphs.get((before, tokens)) if chunks else None
+        if graph is not None:
+            yield
+            graph.replay()
+            yield
         else:
-            self._mixed_kernels(bucket, inputs)
-        yield
+            yield from self._eager(inputs, True, before)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
         logits = self._rows(sampling) if step.logits == "last" else {}
         return self._pass(sampling, logits, self._draw(step, sampling))
 
-    def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
-        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
+    def _mixed_kernels(self, decodes: int, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=decodes)
 
     def _ragged(self, *batch: Any) -> tuple[torch.Tensor, ...]:
         host, views = self._inputs.pack(*batch)
@@ -290,7 +306,7 @@ class CudaExecutor:
 
         for bucket in self._mixed_buckets:
             views = self._inputs.blank(bucket[1], buckets.MIXED_CHUNKS, bucket[0])
-            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
+            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b[0], v))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         with self._alone():

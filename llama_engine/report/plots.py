@@ -235,7 +235,7 @@ def roofline(story: Story) -> plt.Figure | None:
 
 def ladder(story: Story) -> plt.Figure | None:
     """tok/s of every scheme alone and at its saturated load; grey where the accuracy gate lets it make no claim."""
-    found = rungs(story)
+    found = [rung for rung in rungs(story) if rung.measured]
     if not found:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(14, 6.6))

@@ -14,8 +14,6 @@ import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llama_engine.config import KERNELS
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
@@ -74,11 +72,6 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
     info = load_engine_json(engine_dir, backend=backend)
     if config.text and not (Path(engine_dir) / "tokenizer_config.json").is_file():
         raise InputError(f"{engine_dir} has no tokenizer, so it cannot serve text: serve token ids, without --text")
-    if config.text and backend == "native" and int(np.__version__.split(".")[0]) >= 2:
-        raise InputError(
-            f"serving text needs NumPy 1.26, found {np.__version__} (pip install numpy==1.26.4): this Triton's "
-            "Python backend was built for NumPy 1 and loses strings under NumPy 2; token ids work with both"
-        )
     in_container = backend == "tensorrt_llm" and not BACKEND.is_dir()
     values: dict[str, object] = asdict(config) | {
         "max_batch_size": info.engine.max_batch_size,

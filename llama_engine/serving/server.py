@@ -35,7 +35,7 @@ from llama_engine.files import check_apart, check_replaceable
 from llama_engine.serving import lifeline
 from llama_engine.serving.client import KEY_NAME, inference_key
 from llama_engine.serving.repository import ServeConfig, own_names, render
-from llama_engine.serving.wheel import environment, link_backend, own_backends, wheel
+from llama_engine.serving.wheel import environment, interpreter, link_backend, own_backends, wheel
 
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 READY_TIMEOUT_S = 600
@@ -109,7 +109,8 @@ class TritonServer:
         self.engine_dir, self.host = Path(engine_dir), host
         pick_device(self.config.device)  # a device that is not there is no failure of the server
         self._root = wheel()
-        self._env = environment(self._root) | (env or {})
+        self._python = interpreter(self._root, text=self.config.text)
+        self._env = environment(self._root, self._python) | (env or {})
         self.http_port = free_port(host, http_port, "HTTP") if http else None
         self.grpc_port = free_port(host, grpc_port, "gRPC")
         self.metrics_port = free_port(host, metrics_port, "metrics")
@@ -146,7 +147,7 @@ class TritonServer:
             check_replaceable(folder, own)
             shutil.rmtree(folder, ignore_errors=True)
         render(self.engine_dir, models, self.config)
-        stub = link_backend(self._root, backends)
+        stub = link_backend(self._root, backends, self._python.version)
         said = subprocess.run(["ldd", stub], env=self._env, capture_output=True, text=True, check=False).stdout
         if lacking := [line.split()[0] for line in said.splitlines() if "not found" in line]:
             raise InputError(

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.hf import HFModel, model_identity, tensor_shapes
+from llama_engine.checkpoint.hf_config import model_config
 from llama_engine.checkpoint.packing import LAYOUTS, quantize, unpack
 from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.checkpoint.unified import targets
-from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError
 from llama_engine.native import load_engine
 from llama_engine.tensor_files import TensorFileWriter
@@ -33,7 +34,7 @@ def write_model(target, **changes):
     target.mkdir()
     hf_config = GEOMETRIES["tiny"] | changes
     (target / "config.json").write_text(json.dumps(hf_config))
-    config = ModelConfig.from_hf(hf_config)
+    config = model_config(hf_config)
     specs = {name: (torch.float32, shape) for name, shape in tensor_shapes(config)}
     generator = torch.Generator().manual_seed(5)
     writer = TensorFileWriter(target / "model.safetensors", specs)

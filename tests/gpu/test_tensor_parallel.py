@@ -72,9 +72,9 @@ def test_ranks_agree_with_the_reference_and_to_the_bit_with_each_other(config, k
     split, host = _pair(config, kernels)
     assert ("persistent" in split.kernels) == (kernels == "auto")
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, 1500, 300)]
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, 1500, 300, 1100)]
     for executor in (split, host):
-        for slot in range(4):
+        for slot in range(5):
             executor.bind(slot, SamplingParams())
             executor.set_block_table(slot, _blocks(slot))
     steps = [
@@ -86,6 +86,8 @@ def test_ranks_agree_with_the_reference_and_to_the_bit_with_each_other(config, k
         Step((Chunk(3, 0, prompts[3]),), "all"),
         Step((Chunk(0, 26), Chunk(1, 7), Chunk(2, 1500), Chunk(3, 300)), "last"),
         Step((Chunk(0, 27), Chunk(1, 8)), "last"),
+        Step((Chunk(0, 28), Chunk(1, 9), Chunk(4, 0, prompts[4])), "last"),  # eagerly, beside decodes
+        Step((Chunk(1, 10), Chunk(0, 29), Chunk(4, 1100)), "last"),
     ]
     for step in steps:
         got, want = split.submit(step), host.submit(step)

@@ -158,6 +158,7 @@ class TritonPythonModel:
             wanted.max_new_tokens,
             params=wanted.params,
             stop_token_ids=wanted.stop_token_ids,
+            min_tokens=wanted.min_tokens,
             output=wanted.output,
             grammar=self._grammar(wanted),
             on_tokens=on_tokens,
