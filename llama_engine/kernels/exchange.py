@@ -1,11 +1,16 @@
 # ruff: noqa: ANN001, ANN201, ANN202 (Triton kernels take untyped pointers)
 """What tensor-parallel ranks exchange: partial sums for the residual, and their columns of the logits.
 
-All ranks belong to one process, so each reads the others' buffers through peer-mapped pointers. A program that needs
-them tells its namesakes on the other ranks that its own rank's part is written (the kernel before it made it), waits
-until they have said so, and adds all parts in rank order: every rank gets the same bits. Flags count the exchanges of a
-program, on the device, so the kernels can be captured into CUDA graphs; a wait that lasts for seconds gives up and sets
-:attr:`Exchange.error`, which the host reads.
+All ranks belong to one process, so each reaches the others' memory through peer-mapped pointers, in two ways:
+
+* **Many rows**: a program tells its namesakes on the other ranks that its own rank's part is written (the kernel before
+  it made it), waits until they have said so, and reads theirs (:func:`meet`).
+* **Few rows** (:data:`PUSHED_ROWS`), where the way there and back counts: it sends its row into every rank's inbox, in
+  words of two fp16 and a number, and waits until words with that number are in its own (:func:`add_pushed`).
+
+Either way all parts are added in rank order, so that every rank gets the same bits. The numbers count a program's
+exchanges, on the device, so the kernels can be captured into CUDA graphs; a wait that lasts for seconds gives up and
+sets :attr:`Exchange.error`, which the host reads.
 
 Nothing protects a buffer from being written while a peer still reads it but the exchanges themselves: a rank that has
 finished one knows that its peers have finished the one before. Hence two buffers for the sums, one for o and one for
@@ -30,6 +35,7 @@ from llama_engine.kernels.common import launch_options
 from llama_engine.kernels.gemm import LM_HEAD_ROWS
 
 PROGRAMS = 1 << 15  # that can exchange in one launch: rows of a sum, or rows times chunks of logits
+PUSHED_ROWS = 32  # up to so many rows are sent rather than fetched
 CHUNK = 4096  # columns of logits that a program copies
 _PROGRAMS, _SPINS = tl.constexpr(PROGRAMS), tl.constexpr(1 << 23)
 
@@ -64,6 +70,53 @@ def add_parts(x, parts_ptr, offs, mask, RANKS: tl.constexpr):
     for rank in tl.static_range(RANKS):
         part = tl.multiple_of(tl.load(parts_ptr + rank).to(tl.pointer_type(tl.float16)), 16)
         x += tl.load(part + offs, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def add_pushed(
+    x,
+    mine_ptr,
+    pushes_ptr,
+    inbox_ptr,
+    count_ptr,
+    error_ptr,
+    row,
+    K,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``x`` ``[BLOCK]`` and, in rank order, every rank's fp16 ``row`` of ``K``, of which this one's is at ``mine_ptr``.
+
+    ``pushes_ptr``: where each rank takes words from this one; ``inbox_ptr``: int64 ``[RANKS, ROWS, K / 2]``, where this
+    one does. A word is a pair and, in its upper half, the number of the exchange; it cannot tear.
+    """
+    turn = tl.load(count_ptr + row) + 1
+    limit = tl.where(tl.load(count_ptr + _PROGRAMS) == 0, _SPINS, 1)
+    pair = tl.arange(0, BLOCK // 2)
+    mask = pair < K // 2
+    at = row * (K // 2) + pair
+    number = turn.to(tl.int64) << 32
+    mine = tl.load(mine_ptr.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+    word = number | (mine.to(tl.int64) & 0xFFFFFFFF)
+    for rank in tl.static_range(RANKS):
+        there = tl.multiple_of(tl.load(pushes_ptr + rank).to(tl.pointer_type(tl.int64)), 16)
+        tl.store(there + at, word, mask=mask)
+    for rank in tl.static_range(RANKS):
+        here = inbox_ptr + rank * (ROWS * (K // 2)) + at
+        word = tl.load(here, mask=mask, other=number, volatile=True)
+        spins = 1
+        while (tl.min(((word >> 32) == turn).to(tl.int32), axis=0) == 0) & (spins < limit):
+            word = tl.load(here, mask=mask, other=number, volatile=True)
+            spins += 1
+        if spins >= limit:
+            tl.store(count_ptr + _PROGRAMS, 1)
+            tl.store(error_ptr, 1)
+        low = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = ((word >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        x += tl.interleave(low, high).to(tl.float32)
+    tl.store(count_ptr + row, turn)
     return x
 
 
@@ -105,10 +158,13 @@ def _gather_logits(
 
 @dataclass(frozen=True)
 class Parts:
-    """A buffer of this rank, and where all ranks' lie: int64 addresses ``[ranks]``, in rank order."""
+    """A buffer of this rank, and where all ranks' lie: int64 addresses ``[ranks]``, in rank order. Of sums also where
+    each rank takes words from this one, and where this one does, int64 ``[ranks, PUSHED_ROWS, hidden / 2]``."""
 
     mine: torch.Tensor
     every: torch.Tensor
+    pushes: torch.Tensor | None = None
+    inbox: torch.Tensor | None = None
 
 
 class Exchange:
@@ -122,6 +178,9 @@ class Exchange:
         if max(rows, heads * -(-columns // CHUNK) * ranks) > PROGRAMS:
             raise InputError(f"{ranks} ranks exchange at most {PROGRAMS} tokens a step: build with less max_num_tokens")
         shapes = [((rows, hidden), torch.float16)] * 2 + [((heads, columns), torch.float32)] * 2
+        self._inboxes = [
+            torch.zeros((ranks, PUSHED_ROWS, hidden // 2), dtype=torch.int64, device=device) for _ in range(2)
+        ]
         self._buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         self.flags = torch.zeros((ranks - 1, PROGRAMS), dtype=torch.int32, device=device)
         self.count = torch.zeros(PROGRAMS + 1, dtype=torch.int32, device=device)
@@ -129,11 +188,12 @@ class Exchange:
         if device.type == "cuda":
             self.error = self.error.pin_memory()
         own = [[buffer.data_ptr()] * ranks for buffer in self._buffers]
-        self._alone = self._table(own, [row.data_ptr() for row in self.flags])
+        pushes = [[part.data_ptr() for part in inbox] for inbox in self._inboxes]
+        self._alone = self._table(own, pushes, [row.data_ptr() for row in self.flags])
         self._tables, self._connected = self._alone, self._alone
 
-    def _table(self, buffers: list[list[int]], signals: list[int]) -> list[torch.Tensor]:
-        rows = [*buffers, signals]
+    def _table(self, buffers: list[list[int]], pushes: list[list[int]], signals: list[int]) -> list[torch.Tensor]:
+        rows = [*buffers, *pushes, signals]
         return [torch.tensor(row, dtype=torch.int64, device=self.device) for row in rows]
 
     def connect(self, every: Sequence[Exchange]) -> None:
@@ -143,13 +203,15 @@ class Exchange:
             if peer.device != self.device:
                 nvrtc.enable_peer_access(self.device, peer.device)
         buffers = [[rank._buffers[i].data_ptr() for rank in every] for i in range(len(self._buffers))]
+        pushes = [[rank._inboxes[i][self.rank].data_ptr() for rank in every] for i in range(2)]
         # on a peer, the row of flags that is this rank's: its ranks but itself, in order
         signals = [peer.flags[self.rank - (peer.rank < self.rank)].data_ptr() for peer in peers]
-        self._tables = self._connected = self._table(buffers, signals)
+        self._tables = self._connected = self._table(buffers, pushes, signals)
 
     def reset(self) -> None:
         """All counts at zero. Every rank must be idle, and reset before any goes on."""
-        self.flags.zero_(), self.count.zero_(), self.error.zero_()
+        for counted in (self.flags, self.count, self.error, *self._inboxes):
+            counted.zero_()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -163,7 +225,7 @@ class Exchange:
     def sum(self, name: str) -> Parts:
         """Where the matrix "o" or "down" leaves its partial sums, fp16 ``[rows, hidden]``."""
         i = ("o", "down").index(name)
-        return Parts(self._buffers[i], self._tables[i])
+        return Parts(self._buffers[i], self._tables[i], self._tables[len(self._buffers) + i], self._inboxes[i])
 
     def logits(self, piece: int) -> Parts:
         """Where lm_head leaves this rank's columns of the logits' ``piece``-th rows, float32 ``[rows, columns]``."""
@@ -196,9 +258,12 @@ class Exchange:
 Added = torch.Tensor | tuple[Exchange, Parts]
 
 
-def parts_arguments(add: Any) -> tuple[torch.Tensor | None, tuple[Any, ...], int]:
-    """What ``add`` is to a kernel that adds it: the tensor or None, what :func:`meet` takes, and how many ranks."""
-    if isinstance(add, tuple):
-        exchange, parts = add
-        return None, exchange.arguments(parts), exchange.ranks
-    return add, (None,) * 5, 1
+def parts_arguments(add: Any, rows: int) -> tuple[torch.Tensor | None, tuple[Any, ...], dict[str, int]]:
+    """What ``add`` is to a kernel that adds so many rows of it: the tensor or None, what :func:`add_pushed` and
+    :func:`meet` take, and the constants of the exchange."""
+    if not isinstance(add, tuple):
+        return add, (None,) * 8, {"RANKS": 1, "PUSHED": 0}
+    exchange, parts = add
+    pushed = PUSHED_ROWS if rows <= PUSHED_ROWS else 0
+    taken = parts.mine, parts.pushes, parts.inbox, *exchange.arguments(parts)
+    return None, taken, {"RANKS": exchange.ranks, "PUSHED": pushed}

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
-from llama_engine.kernels.exchange import Added, add_parts, meet, parts_arguments
+from llama_engine.kernels.exchange import Added, add_parts, add_pushed, meet, parts_arguments
 from llama_engine.model.schemes import DIGITS_MAX
 from llama_engine.model.weights import Linear
 
@@ -88,6 +88,9 @@ def _rows_kernel(
     add_ptr,
     out_ptr,
     scale_ptr,
+    mine_ptr,
+    pushes_ptr,
+    inbox_ptr,
     parts_ptr,
     signal_ptr,
     flags_ptr,
@@ -100,6 +103,7 @@ def _rows_kernel(
     GATHER: tl.constexpr,
     ADD: tl.constexpr,
     RANKS: tl.constexpr,
+    PUSHED: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -121,7 +125,9 @@ def _rows_kernel(
         x = gate / (1.0 + tl.exp(-gate)) * tl.load(at + K, mask=mask, other=0.0).to(tl.float32)
     else:
         x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
-    if RANKS > 1:
+    if PUSHED:
+        x = add_pushed(x, mine_ptr, pushes_ptr, inbox_ptr, count_ptr, error_ptr, row, K, PUSHED, RANKS, BLOCK)
+    elif RANKS > 1:
         meet(signal_ptr, flags_ptr, count_ptr, error_ptr, row, RANKS)
         x = add_parts(x, parts_ptr, row * K + offs, mask, RANKS)
     if ADD:
@@ -256,7 +262,7 @@ def _launch(
     gated: bool,
     add: Added | None,
 ) -> None:
-    add, exchanged, ranks = parts_arguments(add)
+    add, exchanged, constants = parts_arguments(add, num_rows)
     width = x.shape[-1] // 2 if gated else x.shape[-1]
     block = triton.next_power_of_2(width)
     _rows_kernel[(num_rows,)](
@@ -273,7 +279,7 @@ def _launch(
         NORM=weight is not None,
         GATHER=rows is not None,
         ADD=add is not None,
-        RANKS=ranks,
+        **constants,
         GATED=gated,
         BLOCK=block,
         num_warps=_warps(block),

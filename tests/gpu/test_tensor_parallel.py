@@ -72,7 +72,9 @@ def test_ranks_agree_with_the_reference_and_to_the_bit_with_each_other(config, k
     split, host = _pair(config, kernels)
     assert ("persistent" in split.kernels) == (kernels == "auto")
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, 1500, 300, 1100)]
+    prompts = [
+        torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in (20, 5, 1500, 300, 1100)
+    ]
     for executor in (split, host):
         for slot in range(5):
             executor.bind(slot, SamplingParams())

@@ -19,7 +19,8 @@ from llama_engine.kernels import quant
 from llama_engine.kernels.exchange import PROGRAMS, Exchange
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROWS, HIDDEN, COLUMNS = 5, 96, 4500
+ROWS, HIDDEN, COLUMNS = 40, 96, 4500  # more rows than are sent; FEW are
+FEW = 5
 CONFIG = ModelConfig(192, 64, 192, 1, 4, 2, 32, 128)
 ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
 
@@ -36,6 +37,33 @@ def pair():
         for buffer in rank._buffers:
             buffer[:ROWS] = torch.randn(buffer[:ROWS].shape, generator=generator)
     return ranks
+
+
+def arrive(pair, rank, name, turn, rows):
+    """What the other rank has sent to ``rank``."""
+    peer = pair[1 - rank.rank]
+    words = peer.sum(name).mine[:rows].view(torch.int32).long() & 0xFFFFFFFF
+    rank.sum(name).inbox[peer.rank, :rows] = words | turn << 32
+
+
+def test_few_rows_are_sent_to_every_rank(pair):
+    x = torch.randn((FEW, HIDDEN), generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    for name in ("o", "down"):
+        parts = [rank.sum(name).mine[:FEW].clone() for rank in pair]
+        want = ((x.float() + parts[0].float()) + parts[1].float()).half()
+        for turn in (1, 2):
+            for rank in pair:
+                rank.count.fill_(turn - 1)
+                rank.count[PROGRAMS] = 0
+                arrive(pair, rank, name, turn, FEW)
+                got = x.clone()
+                quant.add_rows(got, (rank, rank.sum(name)), FEW)
+                assert torch.equal(got, want)
+                assert rank.count[: FEW + 1].tolist() == [turn] * FEW + [turn - 1]
+                sent = pair[1 - rank.rank].sum(name).inbox[rank.rank, :FEW]
+                assert torch.equal(sent >> 32, torch.full_like(sent, turn))
+                assert torch.equal(sent.int().view(torch.float16).view(FEW, HIDDEN), parts[rank.rank])
+            assert not any(rank.error.item() for rank in pair)
 
 
 @pytest.mark.parametrize("name", ["o", "down"])
@@ -67,7 +95,7 @@ def test_columns_of_all_ranks_are_put_side_by_side_with_their_maxima(pair):
     whole = torch.cat([rank.logits(0).mine[:ROWS] for rank in pair], dim=1)
     for rank in pair:
         out = torch.zeros((ROWS, 2 * COLUMNS), device=DEVICE)
-        best, index = torch.zeros(64, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
+        best, index = torch.zeros(256, device=DEVICE), torch.zeros(256, dtype=torch.int32, device=DEVICE)
         tiles = rank.gather_logits(rank.logits(0), out, (best, index), ROWS)
         assert torch.equal(out.nan_to_num(7), whole.nan_to_num(7))
         best, index = best[: ROWS * tiles].view(ROWS, tiles), index[: ROWS * tiles].view(ROWS, tiles)
@@ -79,12 +107,13 @@ def test_columns_of_all_ranks_are_put_side_by_side_with_their_maxima(pair):
         assert best[3].max() == float("inf")
 
 
-def test_a_peer_that_never_comes_is_an_error_and_no_hang(pair):
+@pytest.mark.parametrize("rows", [FEW, ROWS])
+def test_a_peer_that_never_comes_is_an_error_and_no_hang(pair, rows):
     x = torch.zeros((ROWS, HIDDEN), dtype=torch.float16, device=DEVICE)
     for rank in pair:
         rank.reset()
     pair[0].count[PROGRAMS] = 1  # as after a first wait in vain: the next ones are short
-    quant.add_rows(x, (pair[0], pair[0].sum("o")), ROWS)
+    quant.add_rows(x, (pair[0], pair[0].sum("o")), rows)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     assert pair[0].error.item() == 1
@@ -94,21 +123,22 @@ def test_a_peer_that_never_comes_is_an_error_and_no_hang(pair):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("graphs", [True, False])
-def test_ranks_on_two_streams_wait_for_each_other(pair, graphs):
+@pytest.mark.parametrize("rows", [FEW, ROWS])
+def test_ranks_on_two_streams_wait_for_each_other(pair, graphs, rows):
     """Rounds of o and down: what one rank adds may come from no other round of its peer."""
     streams, rounds = [torch.cuda.Stream() for _ in pair], 50
     for rank in pair:
         rank.reset()
-    x = [torch.zeros((ROWS, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
-    seen = [torch.zeros((2 * rounds, ROWS, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
+    x = [torch.zeros((rows, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
+    seen = [torch.zeros((2 * rounds, rows, HIDDEN), dtype=torch.float16, device=DEVICE) for _ in pair]
 
     def run(i, first, count):
         rank = pair[i]
         for turn in range(first, first + count):
             parts = rank.sum(("o", "down")[turn % 2])
-            parts.mine[:ROWS].fill_(turn % 16 + 100 * i)
+            parts.mine[:rows].fill_(turn % 16 + 100 * i)
             x[i].zero_()
-            quant.add_rows(x[i], (rank, parts), ROWS)
+            quant.add_rows(x[i], (rank, parts), rows)
             seen[i][turn] = x[i]
 
     def both(step):
