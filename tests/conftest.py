@@ -155,6 +155,19 @@ def tiny_engine(tiny_checkpoint: Path, shared: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def worded_engine(shared: Callable[..., Path]) -> Path:
+    """The tiny model with a tokenizer of made-up words: what a gateway needs."""
+
+    def make(target: Path) -> None:
+        model = prepare_synthetic("tiny", target.parent / "worded-model", words=True)
+        convert(model, target.parent / "worded-checkpoint", ConvertOptions(int8=True))
+        limits = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
+        build(target.parent / "worded-checkpoint", target, limits)
+
+    return shared("engines/worded/engine", make)
+
+
+@pytest.fixture(scope="session")
 def smollm2_model(shared: Callable[..., Path]) -> Path:
     """The real default model, with its tokenizer; kept in models/ because preparing it takes a while."""
     shared("smollm2-intact", lambda checked: checked.write_text(str(prepare_default(ROOT / "models"))))

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_engine.checkpoint.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
 from llama_engine.checkpoint.hf_config import model_config
+from llama_engine.checkpoint.words import write_words
 from llama_engine.config import DEFAULT_MODEL
 from llama_engine.errors import InputError
 from llama_engine.files import atomic_dir, read_json, sha256_files, write_json
@@ -145,8 +146,11 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
     return Path(target)
 
 
-def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False) -> Path:
-    """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights.
+def prepare_synthetic(
+    geometry: str, models_dir: Path, *, seed: int = 0, words: bool = False, force: bool = False
+) -> Path:
+    """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights, and with
+    ``words`` a tokenizer of made-up ones.
 
     Values depend on (seed, tensor, row range) alone. Matrices are N(0, 1 / fan_in), so that activations keep the
     size that the norms give them; the two that write to the residual stream are smaller by sqrt(2 * layers).
@@ -154,8 +158,8 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
     if geometry not in GEOMETRIES:
         raise InputError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
     name, hf_config = f"synthetic-{geometry}", GEOMETRIES[geometry]
-    target = Path(models_dir) / name
-    if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == f"seed {seed}":
+    target, detail = Path(models_dir) / name, f"seed {seed}" + ", made-up words" * words
+    if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == detail:
         return target
     config = model_config(hf_config, name=name, source="synthetic")
     shapes = dict(tensor_shapes(config))
@@ -191,7 +195,9 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
             index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
             write_json(out / INDEX, index)
         write_json(out / "config.json", hf_config)
-        _record(out, name, "synthetic", f"seed {seed}")
+        if words:
+            write_words(out, config.vocab_size, config.eos_token_ids[0])
+        _record(out, name, "synthetic", detail)
     return target
 
 
