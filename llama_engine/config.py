@@ -121,6 +121,17 @@ class ModelConfig(_Config):
     def qkv_size(self) -> int:
         return self.q_size + 2 * self.kv_size
 
+    def share(self, ranks: int) -> ModelConfig:
+        """What one of ``ranks`` tensor-parallel ranks computes: its part of the heads and of the MLP, and all else.
+
+        Raises :class:`InputError` where a rank would get another share than the next.
+        """
+        for key in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+            if getattr(self, key) % ranks:
+                raise InputError(f"tp_size {ranks} does not divide the model's {key} {getattr(self, key)}")
+        parts = {key: getattr(self, key) // ranks for key in ("num_heads", "num_kv_heads", "intermediate_size")}
+        return dataclasses.replace(self, **parts)
+
     def kv_nbytes(self, element_nbytes: int) -> int:
         """Bytes that keys and values of one position take over all layers."""
         return 2 * self.num_layers * self.kv_size * element_nbytes
@@ -135,7 +146,8 @@ class EngineConfig(_Config):
     load": all of ``max_batch_size * max_seq_len`` on a CPU, ``kv_cache_free_gpu_memory_fraction`` of what is free on a
     GPU, never more than can be used. ``enable_prefix_cache`` keeps the KV blocks of finished requests for prompts that
     start alike (TensorRT-LLM's block reuse, ``enable_kv_cache_reuse``): serving turns it on, what measures leaves it
-    off. ``kv_cache`` is what the checkpoint says keys and values are held in: fp16, or fp8 (e4m3, unscaled).
+    off. ``kv_cache`` is what the checkpoint says keys and values are held in: fp16, or fp8 (e4m3, unscaled), and
+    ``tp_size`` over how many ranks, a GPU each, it is split.
     """
 
     max_batch_size: int = 16
@@ -148,6 +160,7 @@ class EngineConfig(_Config):
     max_prefill_tokens: int = 96
     enable_prefix_cache: bool = False
     kv_cache: str = "fp16"
+    tp_size: int = 1
 
     def __post_init__(self) -> None:
         self._check_integers("engine config")

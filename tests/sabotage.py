@@ -141,6 +141,12 @@ ROWS = [  # file, what it says, what it says instead, the tests that must fail
     ("llama_engine/kernels/gemm.py", "while stages > 2 and", "while stages > 9 and", "tests/kernels/test_gemm.py"),
     ("llama_engine/kernels/quant.py", "byte // half * GROUP", "byte // GROUP * GROUP", "tests/kernels/test_fp8.py"),
     (
+        "llama_engine/kernels/exchange.py",
+        "index_ptr + at, first + ",
+        "index_ptr + at, ",
+        "tests/kernels/test_exchange.py",
+    ),
+    (
         "llama_engine/kernels/persistent_reference.py",
         "(groups * linear.scale[rows].double())",
         "groups",

@@ -48,8 +48,9 @@ GAUGES = {
     "waiting": "queue depth",
     "kv_blocks_used": "KV cache blocks in use",
     "kv_blocks_total": "KV cache blocks that can be used",
-    "step_nbytes": "weight bytes one decode step reads",
-    "kv_nbytes_per_token": "KV cache bytes a token holds",
+    "step_nbytes": "weight bytes one decode step reads on a GPU",
+    "kv_nbytes_per_token": "KV cache bytes a token holds on a GPU",
+    "tp_size": "GPUs that one step runs on",
     "tokens_per_s": "tokens made in the last second",
 }
 COUNTERS = {
@@ -107,6 +108,7 @@ class TritonPythonModel:
         self.grammars, self.engine_dir, self.vocab_size = {}, options["engine_dir"], engine.model_config.vocab_size
         self.labels["kernels"] = engine.executor.kernels
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
+        self.sizes["tp_size"] = engine.config.tp_size
         self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
         self.live: dict[int, Live] = {}
         self.outbox: queue.SimpleQueue[Live | None] = queue.SimpleQueue()
