@@ -5,7 +5,8 @@ Of a row of logits, in this order:
 1. Penalties. A token of prompt or output: ``x > 0 ? x / repetition : x * repetition`` (the quotient as a product with
    the float32 reciprocal). A token of the output, which holds it ``n`` times: ``x - frequency * n - presence``.
 2. ``logit_bias`` is added. The last token of a bad word becomes -inf wherever the sequence, prompt included, ends in
-   the tokens before it; so a bad word of one token always does.
+   the tokens before it; so a bad word of one token always does. What ends an answer is such a word until
+   ``min_tokens`` of it are out.
 3. Temperature. With ``m`` the largest logit, ``t = (x - m) * (log2(e) / temperature)`` in float32, and the weight of a
    token is the integer part of ``2**t * 2**28``, by the polynomial :data:`EXP2`. Integers, because their sums do not
    depend on the order, so that every device keeps and draws the same token.
@@ -102,7 +103,10 @@ class SamplingParams:
             raise InputError("prompt_logprobs needs logprobs")
         if len(self.biases) > MAX_BIAS:
             count = len(self.biases)
-            raise InputError(f"logit_bias and bad_words name {count} tokens, at most {MAX_BIAS} are supported")
+            raise InputError(
+                f"logit_bias, bad_words and what min_tokens holds back name {count} tokens, at most {MAX_BIAS} are "
+                "supported"
+            )
 
     def _check(self, name: str, kind: type, low: float, high: float) -> None:
         value = getattr(self, name)

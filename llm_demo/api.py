@@ -54,6 +54,7 @@ class Sampling(Strict):
         "presence_penalty",
         "frequency_penalty",
         "logit_bias",
+        "min_tokens",
         "ignore_eos",
     )
     model: str
@@ -94,10 +95,8 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> Sampling:
-        if self.min_tokens > (self.limit or self.min_tokens):
+        if self.limit is not None and self.min_tokens > self.limit:
             raise ApiError(400, f"min_tokens={self.min_tokens} is more than {self.limit} at most", param="min_tokens")
-        if self.min_tokens and not self.ignore_eos:
-            raise ApiError(400, "min_tokens is supported together with ignore_eos only", param="min_tokens")
         return self
 
     @classmethod
@@ -127,6 +126,11 @@ class Sampling(Strict):
     @property
     def echoes(self) -> bool:
         """Whether the prompt comes before the answer."""
+        return False
+
+    @property
+    def gives_ids(self) -> bool:
+        """Whether token ids come beside the text."""
         return False
 
     @property
@@ -193,6 +197,9 @@ class ChatRequest(Sampling):
             raise ApiError(400, "tool_choice asks for a call of a tool that is not in tools", param="tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.min_tokens and (self.must_call or self.response_format.schema_object is not None):
+            message = "a response_format or a tool that must be called says where the answer ends: not with min_tokens"
+            raise ApiError(400, message, param="min_tokens")
         return self
 
     @property
@@ -233,6 +240,7 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    return_token_ids: bool = False
 
     @model_validator(mode="after")
     def _check_echo_and_best(self) -> CompletionRequest:
@@ -251,6 +259,10 @@ class CompletionRequest(Sampling):
     @property
     def echoes(self) -> bool:
         return self.echo
+
+    @property
+    def gives_ids(self) -> bool:
+        return self.return_token_ids
 
     @property
     def scores(self) -> int | None:

@@ -30,7 +30,8 @@ from llm_demo.tools import ToolFormat
 class Gateway:
     """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`.
 
-    ``triton_urls`` are its replicas; ``discover`` tells, again and again, which there are now.
+    ``triton_urls`` are its replicas, of ``instances`` engines each; ``discover`` tells, again and again, which there
+    are now.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Gateway:
         device: str,
         discover: Discover | None = None,
         others: Sequence[str] = (),
+        instances: int = 1,
     ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
         self._grammars: Grammars | None = None  # the first that is asked for takes a second
-        self.triton_urls, self.discover = triton_urls, discover
+        self.triton_urls, self.discover, self.instances = triton_urls, discover, instances
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
@@ -58,7 +60,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.client = Router.of(self.info, self.triton_urls, self.discover)
+        self.client = Router.of(self.info, self.triton_urls, self.discover, self.instances)
         yield
         await self.client.close()
         for other in self.others.values():
@@ -106,7 +108,10 @@ class Gateway:
                     f"This model's context is {limit} tokens; the prompt has {len(prompt)}{more}. Shorten one of them."
                 )
             raise ApiError(400, message, code=error.code.value, param=where) from None
-        return limit - len(prompt) if asked is None else asked
+        room = limit - len(prompt) if asked is None else asked
+        if request.min_tokens > room:
+            raise ApiError(400, f"min_tokens={request.min_tokens} is more than the {room} that fit", param="min_tokens")
+        return room
 
     async def ids(
         self, prompt: list[int], max_tokens: int, request: Sampling, seed: int, grammar: str | None
@@ -115,6 +120,7 @@ class Gateway:
         ends = [*(() if request.ignore_eos else self.tokenizer.eos_token_ids), *request.stop_token_ids]
         if request.model == self.name:
             options = stop_inputs(ends) | request.engine_options(self.info.model.vocab_size, seed)
+            options |= {"min_length": request.min_tokens} if ends and request.min_tokens else {}
             options |= {"grammar": grammar} if grammar else {}
             source = self.client.generate(prompt, max_tokens, streaming=True, **options)
         else:

@@ -12,12 +12,14 @@ MAX_UNFINISHED = 8  # tokens: no character is longer, so these bytes are no char
 class TextStream:
     """Ids in, text out: whole characters only, and nothing from a stop string on.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be. ``stopped`` is true once
-    a stop string was found; ``tokens`` counts the ids pushed.
+    Text that may be the beginning of a stop string is held back until it is known not to be. One that ends within the
+    first ``min_tokens`` tokens is text like any other. ``stopped`` is true once a stop string was found; ``tokens``
+    counts the ids pushed.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: list[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: ChatTokenizer, stop: list[str], min_tokens: int = 0) -> None:
+        self._tokenizer, self._stop, self._min_tokens = tokenizer, stop, min_tokens
+        self._early = 0  # characters of what is held that the first min_tokens made
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._pending: list[int] = []  # ids that gave no text yet
         self._held = ""
@@ -26,10 +28,12 @@ class TextStream:
 
     def push(self, ids: list[int], *, last: bool = False) -> str:
         """The text that these ids make final; with ``last``, all that is left."""
-        self.tokens += len(ids)
         for token in ids:
+            self.tokens += 1
             if token not in self._tokenizer.special_ids:
                 self._held += self._decode(token)
+            if self.tokens <= self._min_tokens:
+                self._early = len(self._held)
         if last:
             self._held += self._tokenizer.decode(self._pending)
             self._pending = []
@@ -52,7 +56,8 @@ class TextStream:
         return piece
 
     def _release(self, last: bool) -> str:
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        starts = ((stop, max(0, self._early + 1 - len(stop))) for stop in self._stop)
+        found = [at for stop, start in starts if (at := self._held.find(stop, start)) >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
@@ -63,4 +68,5 @@ class TextStream:
             keep = max(ends, default=0)
         text = self._held[: len(self._held) - keep]
         self._held = self._held[len(text) :]
+        self._early = max(0, self._early - len(text))
         return text

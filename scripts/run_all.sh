@@ -61,6 +61,8 @@ if [ -n "$quick" ]; then # five timed runs are the fewest that are VALID
 else
   measure=() load=(--output-tokens 512) accuracy=() profile=()
 fi
+# what FP8 is worth shows in large batches
+if [ -n "$ladder" ] && [ "$device" = cuda ]; then batch=256 measure+=(--batch 8 32 64 256); fi
 
 step 1 "prepare the model"
 model=$("$PY" scripts/prepare_model.py "${model_args[@]}" | tail -n 1)
@@ -86,10 +88,12 @@ step 5 "accuracy of the engine, and whether its answers depend on their company"
 
 step 6 "Triton Inference Server under load, streaming and not"
 load+=(--engine-dir "$engine" --device "$device" --force)
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
-  [ $? -eq 1 ] # so is an INVALID run
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
-  --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+if "$PY" -m llama_engine.serving.wheel > /dev/null; then # which says why not
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
+    [ $? -eq 1 ] # so is an INVALID run
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
+    --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+fi
 
 step 7 "profile"
 ./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" \

@@ -13,7 +13,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.fused import CpuModel, SampleView
 from llama_engine.engine.executor import ReadyHandle
 from llama_engine.engine.step import Chunk, Step
-from llama_engine.model.llama import TorchModel
+from llama_engine.model.llama import SplitModel, TorchModel
 from llama_engine.model.sampler import list_logprobs, logprobs, sample
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import NOT_FINITE, RECENT, Logprobs, SamplingParams, count_tokens, recent_tokens
@@ -26,7 +26,7 @@ class HostExecutor:
 
     def __init__(
         self,
-        model: TorchModel | CpuModel,
+        model: TorchModel | SplitModel | CpuModel,
         config: ModelConfig,
         engine: EngineConfig,
         weights: EngineWeights,
@@ -47,11 +47,14 @@ class HostExecutor:
         self._tables = torch.zeros((slots, engine.max_blocks_per_sequence), dtype=torch.int32, device=self._device)
 
     def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
-        self._params[slot] = params
         if params.penalized:
             self._counts[slot] = torch.from_numpy(count_tokens(prompt, output, self._vocab_size)).to(self._device)
         if params.phrases:
             self._recent[slot] = recent_tokens(prompt, output)
+        self.rebind(slot, params)
+
+    def rebind(self, slot: int, params: SamplingParams) -> None:
+        self._params[slot] = params
         if isinstance(self._model, CpuModel):
             counts = self._counts[slot] if params.penalized else None
             self._views[slot] = SampleView.of(params, counts, self._recent[slot])

@@ -53,9 +53,11 @@ class Engine:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        min_tokens: int = 0,
     ) -> int:
         """Queue a request and return its id. Raises :class:`InputError` for one that can never run."""
-        sequence = self.make_request(prompt, max_new_tokens, params=params, stop_token_ids=stop_token_ids)
+        asked = {"params": params, "stop_token_ids": stop_token_ids, "min_tokens": min_tokens}
+        sequence = self.make_request(prompt, max_new_tokens, **asked)
         self.add(sequence)
         return sequence.request_id
 
@@ -66,6 +68,7 @@ class Engine:
         *,
         params: SamplingParams | None = None,
         stop_token_ids: Iterable[int] = (),
+        min_tokens: int = 0,
         output: abc.Sequence[int] = (),
         grammar: Grammar | None = None,
     ) -> Sequence:
@@ -73,20 +76,33 @@ class Engine:
 
         ``output`` is what another engine has already made of the answer: this one goes on behind it, as after a
         preemption, with ``max_new_tokens`` more. Draws and penalties are those of an answer that was never broken off.
-        ``grammar`` belongs to this request alone; its answer ends where nothing more may follow.
+        ``grammar`` belongs to this request alone; its answer ends where nothing more may follow. None of
+        ``stop_token_ids`` comes before the answer has ``min_tokens``, of which ``output`` is a part.
         """
         self.validate([*prompt, *output] if output else prompt, max_new_tokens)
         for token in output if grammar else ():
             grammar.advance(token)
-        if params is not None:
-            params.check_vocabulary(self.model_config.vocab_size)
+        params, ends, limit = params or SamplingParams(), frozenset(stop_token_ids), len(output) + max_new_tokens
+        params.check_vocabulary(self.model_config.vocab_size)
+        if not (isinstance(min_tokens, int) and 0 <= min_tokens <= limit):
+            raise InputError(f"min_tokens must be an integer in [0, {limit}], the answer's limit; got {min_tokens!r}")
+        if min_tokens and grammar:
+            raise InputError("min_tokens and a grammar contradict each other: the grammar says where the answer ends")
+        if grammar:
+            params = replace(params, masked=True)
+        held, released = params, None
+        banned = [(token,) for token in ends if 0 <= token < self.model_config.vocab_size]
+        if banned and min_tokens > len(output):
+            held, released = replace(params, bad_words=(*params.bad_words, *banned)), params
         return Sequence(
             next(self._ids),
             list(prompt),
-            len(output) + max_new_tokens,
-            replace(params or SamplingParams(), masked=True) if grammar else params or SamplingParams(),
-            frozenset(stop_token_ids),
+            limit,
+            held,
+            ends,
             grammar,
+            min_tokens,
+            released,
             output=list(output),
             sampled=len(output),
         )
@@ -142,6 +158,8 @@ class Engine:
     def _submit(self, plan: Plan) -> tuple[Plan, StepHandle]:
         for sequence in plan.admitted:
             self.executor.bind(sequence.slot, sequence.params, sequence.prompt, sequence.output)
+        for sequence in plan.released:
+            self.executor.rebind(sequence.slot, sequence.params)
         for sequence in plan.grown:
             self.executor.set_block_table(sequence.slot, sequence.table)
         self.steps += 1

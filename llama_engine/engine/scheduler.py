@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,7 +49,14 @@ class Grammar(Protocol):
 
 @dataclass(eq=False)
 class Sequence:
-    """One request. ``sampled`` counts tokens the device has been asked for; ``output`` those the host has seen."""
+    """One request. ``sampled`` counts tokens the device has been asked for; ``output`` those the host has seen.
+
+    ``on_tokens`` and ``deadline`` (``time.monotonic()``) are the loop's, which calls the one with each
+    :class:`~llama_engine.engine.engine.Output` and looks at the other; nothing here does.
+
+    ``params`` are in force for the next token. Once ``min_tokens`` of the answer are asked for, ``released`` replaces
+    them, if there is one: until then ``params`` ban what would end the answer.
+    """
 
     request_id: int
     prompt: list[int]
@@ -56,6 +64,8 @@ class Sequence:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    min_tokens: int = 0
+    released: SamplingParams | None = None
     output: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     slot: int = -1
@@ -68,6 +78,8 @@ class Sequence:
     doubtful: bool = False  # a step failed: what the table holds must not be registered
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's tokens from the second on, so far
+    on_tokens: Callable[[Any], None] = lambda output: None
+    deadline: float = float("inf")
 
     def tokens(self, start: int, end: int) -> list[int]:
         """The ids at positions ``start .. end - 1``, as far as the host knows them."""
@@ -96,6 +108,7 @@ class Plan:
     work: list[tuple[Sequence, Chunk]]
     grown: list[Sequence]  # their block tables are longer, or new
     admitted: list[Sequence]  # their slots are new
+    released: list[Sequence]  # their parameters are: from this step on, what ends their answers may come
 
 
 class Scheduler:
@@ -176,17 +189,21 @@ class Scheduler:
             budget -= self._prefill(work, sequence, budget)
         # what was preempted after it was planned does not run
         work = [(sequence, chunk) for sequence, chunk in work if sequence.slot >= 0]
+        released = []
         for sequence, chunk in work:
             sequence.computed += chunk.length
             if chunk.samples:
                 sequence.sampled += 1
                 sequence.last_on_device = True
+                if sequence.released and sequence.sampled > sequence.min_tokens:
+                    sequence.params, sequence.released = sequence.released, None
+                    released.append(sequence)
             if chunk.tokens is not None:  # decodes are seen to when their tables grow
                 self._register(sequence)
         if not work:
             return None
         grown, self._grown = [sequence for sequence in self._grown if sequence.slot >= 0], []
-        return Plan(work, grown, admitted)
+        return Plan(work, grown, admitted, released)
 
     def _admissible(self) -> int:
         """About how many waiting sequences have room to run."""

@@ -80,19 +80,20 @@ class Sampler:
         self._candidates = zeros(max_rows, CANDIDATES, dtype=torch.float32)
 
     def updates(
-        self, slot: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+        self, slot: int, params: SamplingParams, prompt: Sequence[int] | None, output: Sequence[int] = ()
     ) -> list[tuple[torch.Tensor, np.ndarray]]:
         """What binding ``slot`` writes, and where to the front of. The history matters to penalties and bad words of
-        several tokens alone."""
+        several tokens alone; with ``prompt`` None it stays what it has become."""
         writes = [(self.records[slot], params.record.view(np.int32))]
-        if params.mode and params.penalized:
+        if params.penalized and prompt is not None:
             writes.append((self.counts[slot], count_tokens(prompt, output, self.vocab_size)))
-        if params.mode and params.biases:
+        if params.biases:
             writes.append((self.bias_ids[slot], np.array(list(params.biases), np.int32)))
             writes.append((self.biases[slot], np.array(list(params.biases.values()), np.float32)))
         if params.phrases:
-            targets = self.phrase_ids[slot], self.phrase_ends[slot], self.recent[slot]
-            writes += zip(targets, (*params.phrase_table, recent_tokens(prompt, output)))
+            writes += zip((self.phrase_ids[slot], self.phrase_ends[slot]), params.phrase_table)
+        if params.phrases and prompt is not None:
+            writes.append((self.recent[slot], recent_tokens(prompt, output)))
         return writes
 
     def launch(

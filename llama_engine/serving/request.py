@@ -15,7 +15,7 @@ import numpy as np
 from llama_engine.errors import InputError
 from llama_engine.sampling import SamplingParams
 
-ONE = ("beam_width", "num_return_sequences", "min_length", "len_penalty", "early_stopping")
+ONE = ("beam_width", "num_return_sequences", "len_penalty", "early_stopping")
 ZERO = ("return_context_logits", "return_generation_logits")
 NEUTRAL = dict.fromkeys(ONE, (0, 1)) | dict.fromkeys(ZERO, (0,))
 
@@ -30,6 +30,7 @@ class GenerationRequest:
     max_new_tokens: int
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
+    min_tokens: int  # of the answer, output included, before one of stop_token_ids may come
     grammar: str | None
     streaming: bool
     exclude_input: bool
@@ -65,6 +66,7 @@ def parse(arrays: Mapping[str, np.ndarray], *, exclude_input_default: bool = Fal
         max_new_tokens=int(scalar(arrays, "request_output_len", 0)),
         params=_sampling(arrays),
         stop_token_ids=_stop_ids(arrays),
+        min_tokens=int(scalar(arrays, "min_length", 0)),
         grammar=_grammar(arrays),
         streaming=bool(scalar(arrays, "streaming", False)),
         exclude_input=bool(scalar(arrays, "exclude_input_in_output", exclude_input_default)),

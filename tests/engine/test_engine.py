@@ -1,5 +1,6 @@
 """The engine end to end: tokens equal transformers', batches change nothing, blocks never leak."""
 
+import dataclasses
 import math
 import random
 
@@ -232,6 +233,70 @@ def test_a_token_that_does_not_exist_cannot_be_biased(tiny_engine):
         engine.add_request([1], 1, params=SamplingParams(bad_words=((512,),)))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_end_comes_before_the_fewest_tokens(tiny_engine, kernels, asynchronous):
+    """As an answer whose ends are banned, broken off at min_tokens and gone on with; beside others, and preempted."""
+    engine, prompt, new, fewest = load_engine(tiny_engine, device="cpu", kernels=kernels), [5, 9, 2], 60, 12
+    if asynchronous:
+        engine.executor = DelayedExecutor(engine.executor)
+    said = {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
+    for params in (
+        SamplingParams(),
+        SamplingParams(1.0, seed=4, logit_bias=((7, 3.0),), bad_words=((3,), (1, 2)), **said, logprobs=1),
+    ):
+        free = generate(engine, prompt, new, params=params)
+        ends = [free[0], free[5], free[40], 7]  # one has a bias, too
+        banned = dataclasses.replace(params, bad_words=(*params.bad_words, *((end,) for end in ends)))
+        first = generate(engine, prompt, fewest, params=banned)
+        rest = engine.make_request(prompt, new - fewest, params=params, stop_token_ids=ends, output=first)
+        engine.add(rest)
+        whole = first + finish(engine)[rest.request_id]
+        assert whole[-1] in ends or len(whole) == new
+        asked = {"params": params, "stop_token_ids": ends, "min_tokens": fewest}
+        assert generate(engine, prompt, new, **asked) == whole != free
+        assert generate(engine, prompt, fewest, **asked) == first
+        resumed = engine.make_request(prompt, new - 8, **asked, output=first[:8])
+        engine.add(resumed)
+        assert first[:8] + finish(engine)[resumed.request_id] == whole
+        for broken_off in (6, 13):
+            others = [engine.add_request([7, i], 30, params=params) for i in range(2)]
+            request, tokens = engine.add_request(prompt, new, **asked), []
+            for step in range(200):
+                running = engine.scheduler.running
+                if step == broken_off and not asynchronous:
+                    engine.scheduler._preempt(next(s for s in running if s.request_id == request))
+                tokens += [t for output in engine.step() if output.request_id == request for t in output.token_ids]
+            assert tokens == whole
+            assert not engine.has_unfinished, others
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"min_tokens": 9}, r"min_tokens must be an integer in \[0, 8\], the answer's limit; got 9"),
+        ({"min_tokens": -1}, "min_tokens must be"),
+        ({"min_tokens": 1.0}, "min_tokens must be"),
+        ({"min_tokens": 1, "grammar": object()}, "min_tokens and a grammar contradict"),
+        (
+            {"min_tokens": 1, "params": SamplingParams(logit_bias=tuple((i, 1.0) for i in range(512)))},
+            "what min_tokens holds back name 513 tokens",
+        ),
+    ],
+)
+def test_fewest_tokens_that_cannot_be_kept_to_are_refused(tiny_engine, asked, message):
+    engine = load_engine(tiny_engine, device="cpu", kernels="torch")
+    engine.model_config = dataclasses.replace(engine.model_config, vocab_size=1024)
+    with pytest.raises(InputError, match=message):
+        engine.make_request([1], 8, stop_token_ids=[600], **asked)
+
+
+def test_an_end_that_is_no_token_needs_no_holding_back(tiny_engine):
+    engine = load_engine(tiny_engine, device="cpu")
+    free = generate(engine, [5], 6)
+    assert generate(engine, [5], 6, stop_token_ids=[-1, 512, 1 << 31], min_tokens=3) == free
+
+
 def test_preemption_recomputes_the_same_tokens(tiny_engine):
     prompts = [[(7 * i + j) % 512 for j in range(30)] for i in range(4)]
     roomy = load_engine(tiny_engine, device="cpu")
@@ -279,8 +344,9 @@ def random_load(engine, steps, seed):
             hot, said = rng.choice((0.0, 0.9)), rng.choice((0.0, 0.0, 0.7))
             params = SamplingParams(hot, top_p=0.95, seed=step, frequency_penalty=said)
             stops = tuple(rng.sample(range(512), 8)) if rng.random() < 0.3 else ()
-            request = engine.add_request(prompt, new, params=params, stop_token_ids=stops)
-            jobs[request] = (prompt, new, params, stops)
+            fewest = rng.choice((0, new // 2))
+            request = engine.add_request(prompt, new, params=params, stop_token_ids=stops, min_tokens=fewest)
+            jobs[request] = (prompt, new, params, stops, fewest)
         if jobs and rng.random() < 0.03:
             request = rng.choice(sorted(jobs))
             engine.cancel(request)
@@ -311,8 +377,8 @@ def test_random_load_keeps_every_invariant_and_every_answer(tiny_engine, asynchr
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     alone = load_engine(tiny_engine, device="cpu")
-    for (prompt, new, params, stops), tokens in random.Random(0).sample(sorted(finished.values(), key=str), 25):
-        assert generate(alone, prompt, new, params=params, stop_token_ids=stops) == tokens
+    for (prompt, new, params, stops, fewest), tokens in random.Random(0).sample(sorted(finished.values(), key=str), 25):
+        assert generate(alone, prompt, new, params=params, stop_token_ids=stops, min_tokens=fewest) == tokens
 
 
 def test_stop_token_ends_a_request_and_reason_says_so(tiny_engine):

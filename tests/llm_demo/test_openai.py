@@ -1,11 +1,14 @@
 """What OpenAI's clients and benchmark tools ask for, through the real ``openai`` client over the real engine."""
 
 import json
+import shutil
+import subprocess
 
 import openai
 import pytest
 
 from llama_engine.tokenizer import ChatTokenizer
+from tests.conftest import ROOT
 from tests.llm_demo.test_gateway import NAME, PARIS, STORY
 
 COUNT = "1, 2, 3, 4, 5, 6,"
@@ -94,6 +97,20 @@ def test_ends_can_be_ignored_and_added(client, tokenizer):
     ended = complete(client, extra_body={"stop_token_ids": [comma]})
     assert ended.choices[0].text == " 7"
     assert ended.choices[0].finish_reason == "stop"
+
+
+def test_no_end_comes_before_the_fewest_tokens(client, tokenizer):
+    asked = {"model": NAME, "messages": PARIS, "temperature": 0, "max_tokens": 24}
+    short = client.chat.completions.create(**asked)
+    long = client.chat.completions.create(**asked, extra_body={"min_tokens": 16})
+    assert short.usage.completion_tokens < 16 <= long.usage.completion_tokens
+    assert long.choices[0].message.content.startswith(short.choices[0].message.content)
+    [comma] = tokenizer.backend.encode(",", add_special_tokens=False).ids
+    held = complete(client, extra_body={"stop_token_ids": [comma], "min_tokens": 5})
+    assert "," not in held.choices[0].text
+    assert held.usage.completion_tokens > 5
+    ended = complete(client, stop=["8"], extra_body={"min_tokens": 8}, max_tokens=64).choices[0]
+    assert (ended.text[:12], ended.text[-6:], ended.finish_reason) == (" 7, 8, 9, 10", " 17, 1", "stop")
 
 
 def test_usage_in_every_chunk_and_even_sizes(client):
@@ -232,3 +249,21 @@ def test_a_tool_that_must_be_called_is_called(client):
         assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
     with pytest.raises(openai.BadRequestError, match="not in tools"):
         client.chat.completions.create(**asked, tool_choice=named | {"function": {"name": "other"}})
+
+
+def test_openais_client_for_node(gateway):
+    """Needs Node.js and the package: ``npm install openai``, its node_modules named by ``NODE_PATH``."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    node = shutil.which("node")
+    if node is None or subprocess.run([node, "-e", "require.resolve('openai')"], capture_output=True).returncode:
+        pytest.skip("Node.js has no package openai")
+    script = str(ROOT / "tests/llm_demo/foreign_client.cjs")
+    done = subprocess.run([node, script, f"{gateway}/v1", NAME], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line.removeprefix("openai (npm), ") for line in done.stdout.splitlines()]
+    paris = "The capital of France is Paris."
+    assert said[:3] == [f"whole: {paris} 7 tokens", f"streamed: {paris} 7 tokens", f"helper: {paris}"]
+    assert said[3:5] == ["structured: Paris", "tool: sunny in Paris"]
+    assert said[5].count("4 scored") == 2
+    errors = ("BadRequestError 400 temperature", "NotFoundError 404 model", "BadRequestError 400 reasoning_effort")
+    assert said[6:] == [f"refused: {error}" for error in errors]

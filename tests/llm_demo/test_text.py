@@ -43,6 +43,24 @@ def test_nothing_of_a_stop_string_is_shown(tokenizer, size, stop, expected):
     assert shown == expected
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_stop_string_within_the_fewest_tokens_is_text(tokenizer, size):
+    ids = tokenizer.encode("one two one two one two")
+    assert len(ids) == 6  # a word each
+    for fewest, expected in ((0, "one "), (1, "one "), (2, "one two one "), (5, "one two one two one "), (6, None)):
+        stream, shown = TextStream(tokenizer, ["two"], fewest), ""
+        for at in range(0, len(ids), size):
+            shown += stream.push(ids[at : at + size])
+            if stream.stopped:
+                break
+        assert stream.stopped == (expected is not None)
+        assert shown == (expected or "one two one two one two")
+    for fewest, stops in ((3, True), (4, False)):  # one that begins before and ends behind counts
+        stream = TextStream(tokenizer, ["two one two"], fewest)
+        assert stream.push(ids[:4]) == ("one " if stops else "one two one ")
+        assert stream.stopped == stops
+
+
 def test_a_beginning_of_a_stop_string_is_shown_when_the_text_ends(tokenizer):
     stream = TextStream(tokenizer, ["fox jumps"])
     shown = stream.push(tokenizer.encode("a quick fox"))

@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import re
-import runpy
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -263,6 +262,90 @@ def test_a_dead_backend_is_a_dead_server(tiny_engine):
         assert ask(server, [[1, 2, 3]], 8) == alone(tiny_engine, [[1, 2, 3]], 8)
 
 
+@pytest.fixture(scope="module")
+def pair(tiny_engine, tmp_path_factory):
+    """Two servers at once; the second has a KV cache of 8 blocks of 16 tokens, less than the context of 256."""
+    tight = tmp_path_factory.mktemp("tight") / "engine"
+    shutil.copytree(tiny_engine, tight)
+    info = json.loads((tight / "engine.json").read_text())
+    info["engine"]["num_kv_blocks"] = 9  # one is scratch
+    (tight / "engine.json").write_text(json.dumps(info))
+    config = ServeConfig(drain_s=1, max_queue_size=16)
+    with (
+        TritonServer(tiny_engine, config, env=ONE_THREAD) as first,
+        TritonServer(tight, config, env=ONE_THREAD) as second,
+    ):
+        yield first, second
+
+
+@pytest.mark.slow
+def test_a_full_kv_cache_makes_requests_wait_and_one_too_large_for_it_is_refused(pair, tiny_engine):
+    _, tight = pair
+    for protocol in ("grpc", "http"):
+        (error,) = ask(tight, [[1] * 40], 89, protocol)
+        assert str(error) == "129 tokens need 9 KV blocks of 16 tokens; the cache has 8"
+        assert isinstance(ask(tight, [[1] * 40], 88, protocol)[0], list)
+    prompts = [[i, i] for i in range(12)]  # 7 blocks each, four at once
+    assert ask(tight, prompts, 100) == alone(tiny_engine, prompts, 100)
+    assert_idle(tight)
+    assert tight.metrics()["preemptions"] > 0
+
+
+@pytest.mark.slow
+def test_two_servers_share_a_machine_and_one_that_is_killed_leaves_the_other(pair, tiny_engine):
+    first, second = pair
+    assert ask(first, [[5, 6]], 4) == ask(second, [[5, 6]], 4) == alone(tiny_engine, [[5, 6]], 4)
+    with pytest.raises(InputError, match=f"gRPC port {first.grpc_port} .*choose another"):
+        TritonServer(tiny_engine, grpc_port=first.grpc_port)
+    client, heard = grpc_client.InferenceServerClient(second.grpc_url), queue.SimpleQueue()
+    client.start_stream(lambda result, error: heard.put(error))
+    streaming = grpc_client.InferInput("streaming", [1, 1], "BOOL")
+    streaming.set_data_from_numpy(np.array([[True]]))
+    for i in range(16):
+        client.async_stream_infer("tensorrt_llm", [*tensors(grpc_client, [i], 120), streaming])
+    assert heard.get(timeout=30) is None
+    second.kill()
+    while (error := heard.get(timeout=30)) is None:
+        pass
+    assert error.status() == "StatusCode.UNAVAILABLE"
+    client.stop_stream()
+    assert not list(Path("/dev/shm").glob(f"{second._prefix}*"))
+    assert list(Path("/dev/shm").glob(f"{first._prefix}*"))
+    assert ask(first, [[5, 6]], 4) == alone(tiny_engine, [[5, 6]], 4)
+    second.start()
+    assert ask(second, [[5, 6]], 4, "http") == alone(tiny_engine, [[5, 6]], 4)
+
+
+@pytest.mark.slow
+def test_term_ends_streams_in_full_and_refuses_what_comes_after(pair, tiny_engine):
+    """The last that uses the first of the pair. Its client keeps the stream open, for which Triton waits in vain."""
+    server, _ = pair
+    client, heard = grpc_client.InferenceServerClient(server.grpc_url), queue.SimpleQueue()
+    client.start_stream(lambda result, error: heard.put((result, error)))
+    streaming = grpc_client.InferInput("streaming", [1, 1], "BOOL")
+    streaming.set_data_from_numpy(np.array([[True]]))
+    names = [str(i) for i in range(12)]
+    for name in names:
+        inputs = [*tensors(grpc_client, [int(name)], 100), streaming]
+        client.async_stream_infer("tensorrt_llm", inputs, request_id=name, enable_empty_final_response=True)
+    answers, ended = {name: [] for name in names}, set()
+    stopping = threading.Thread(target=server.stop)
+    while len(ended) < len(names):
+        result, error = heard.get(timeout=60)
+        assert error is None
+        if not stopping.ident:
+            stopping.start()
+        response = result.get_response()
+        answers[response.id] += np.ravel(result.as_numpy("output_ids")).tolist() if response.outputs else []
+        ended |= {response.id} if response.parameters["triton_final_response"].bool_param else set()
+    assert [*answers.values()] == alone(tiny_engine, [[int(name)] for name in names], 100)
+    client.async_stream_infer("tensorrt_llm", tensors(grpc_client, [3], 4))
+    assert heard.get(timeout=30)[1] is not None
+    stopping.join(60)
+    assert not server.alive
+    client.close()
+
+
 @pytest.mark.slow
 def test_nothing_survives_a_starter_that_is_killed(tiny_engine):
     ports = [part for name in ("http", "grpc", "metrics") for part in (f"--{name}-port", str(free_port()))]
@@ -286,80 +369,3 @@ def test_nothing_survives_a_starter_that_is_killed(tiny_engine):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         starter.communicate()
-
-
-class FakeServer:
-    """Stands in for one that dies when it has been asked whether it lives: so often after each start."""
-
-    host, http_url, grpc_url, metrics_port, log = "h", "h:1", "h:2", 3, "triton.log"
-
-    def __init__(self, *lives):
-        self.lives, self.left, self.starts, self.stopped = iter(lives), 0, 0, False
-
-    def start(self):
-        self.starts += 1
-        self.left = next(self.lives, 0)
-        if isinstance(self.left, Exception):
-            self.left, error = 0, self.left
-            raise error
-
-    @property
-    def alive(self):
-        self.left -= 1
-        return self.left >= 0
-
-    def kill(self):
-        pass
-
-    def stop(self):
-        self.stopped = True
-
-
-@pytest.fixture
-def serve_native(kept_handlers, monkeypatch):
-    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 0, 0, 0, 0), raising=False)
-    return runpy.run_path(str(ROOT / "scripts/serve_triton.py"))["serve_native"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serving_ends_in_order_at_ctrl_c_and_term(serve_native, number):
-    server = FakeServer(100)
-    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-    serve_native(server)
-    assert (server.starts, server.stopped) == (1, True)
-
-
-def test_a_server_that_dies_is_started_again_five_times(serve_native):
-    server = FakeServer()
-    with pytest.raises(RunError, match="ended 6 times in a row"):
-        serve_native(server)
-    assert (server.starts, server.stopped) == (6, True)
-
-
-def test_a_fifth_restart_that_works_goes_on_serving(serve_native):
-    server = FakeServer(0, 0, 0, 0, 0, 100)
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    serve_native(server)
-    assert (server.starts, server.stopped) == (6, True)
-    assert server.left > 90
-
-
-def test_a_restart_that_fails_is_tried_again(serve_native):
-    server = FakeServer(0, RunError("not now"), RunError("not now"), 100)
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    serve_native(server)
-    assert server.starts == 4
-
-
-def test_pauses_grow_and_a_server_that_served_a_while_starts_anew(monkeypatch):
-    waited, ended = [], threading.Event()
-    monkeypatch.setattr(ended, "wait", waited.append)
-    monkeypatch.setattr(server_module, "RESTART_AFTER_S", (0, 1, 4))
-    with pytest.raises(RunError, match="ended 4 times in a row"):
-        server_module.supervise(FakeServer(), lambda said: None, ended)
-    assert waited == [0, 1, 4]
-    monkeypatch.setattr(server_module, "STEADY_S", -1)
-    waited.clear()
-    monkeypatch.setattr(ended, "wait", lambda pause: waited.append(pause) or len(waited) == 9)
-    server_module.supervise(FakeServer(), lambda said: None, ended)
-    assert waited == [0] * 9

@@ -66,6 +66,11 @@ def test_end_id_and_one_token_stop_words():
     assert parse(arrays(end_id=one(-1))).stop_token_ids == ()
 
 
+def test_the_fewest_tokens_have_tensorrt_llms_name():
+    assert parse(arrays()).min_tokens == 0
+    assert parse(arrays(min_length=one(3))).min_tokens == 3
+
+
 def test_neutral_values_of_missing_features_are_accepted():
     neutral = {
         "beam_width": one(1),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
+from tritonclient.utils import InferenceServerException
 
 from llama_engine.errors import ErrorCode
 from llama_engine.measure.lengths import Length
@@ -381,6 +382,29 @@ def test_administration_is_closed(server, path):
     assert isinstance(ask(server, [[1]], 2)[0], list)
 
 
+def test_administration_is_closed_over_grpc(server):
+    client = grpc_client.InferenceServerClient(server.grpc_url)
+    calls = {
+        client.get_model_repository_index: (),
+        client.load_model: ("tensorrt_llm",),
+        client.unload_model: ("tensorrt_llm",),
+        client.get_log_settings: (),
+        client.update_log_settings: ({"log_verbose_level": 9},),
+        client.get_trace_settings: (),
+        client.update_trace_settings: (None, {"trace_level": ["TIMESTAMPS"]}),
+        client.get_system_shared_memory_status: (),
+        client.register_system_shared_memory: ("x", "/x", 64),
+        client.unregister_system_shared_memory: (),
+        client.get_cuda_shared_memory_status: (),
+        client.register_cuda_shared_memory: ("x", b"", 0, 64),
+        client.unregister_cuda_shared_memory: (),
+    }
+    for call, given in calls.items():
+        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+            call(*given)
+    assert isinstance(ask(server, [[1]], 2)[0], list)
+
+
 def test_listens_on_loopback_only(server):
     listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
     ours = {f"{port:04X}" for port in (server.http_port, server.grpc_port, server.metrics_port)}
@@ -469,6 +493,18 @@ def test_a_server_of_nvidias_backend_is_measured_with_its_engine_or_without(
         assert (refused.returncode, "runs the native engine: give --engine-dir" in refused.stderr) == (2, True)
     assert has_mbu(results[0]["levels"][0]["summary"])
     assert "mbu" not in results[1]["levels"][0]["summary"]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_no_answer_ends_before_its_fewest_tokens(server, tiny_engine, protocol):
+    greedy = alone(tiny_engine, [[1, 2, 3]], 20)[0]
+    ends = stop_inputs(greedy[3:6])
+    assert len(ask(server, [[1, 2, 3]], 20, protocol, **ends)[0]) <= 4
+    ids = ask(server, [[1, 2, 3]], 20, protocol, min_length=9, **ends)[0]
+    assert len(ids) > 9
+    assert not set(ids[:9]) & set(greedy[3:6])
+    (error,) = ask(server, [[1, 2, 3]], 20, protocol, min_length=21, **ends)
+    assert (error.code, "min_tokens must be an integer in [0, 20]" in str(error)) == (ErrorCode.INVALID, True)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
