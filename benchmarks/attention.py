@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llama_engine.checkpoint.hf_config import model_config
 from llama_engine.checkpoint.prepare import GEOMETRIES
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.errors import InputError, run_cli
@@ -188,7 +189,7 @@ def main() -> None:
         raise InputError("benchmarks/attention.py needs a CUDA GPU")
     if min(args.chunks) < CHECKED_ROWS or min(args.tokens) < 1:
         raise InputError(f"--chunks must be at least {CHECKED_ROWS} and --tokens at least 1")
-    config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
+    config = model_config(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
     bench, console = Bench(config, max(args.tokens), max(args.chunks), torch.device("cuda")), Console(width=200)
     with torch.inference_mode():
         console.print(prefill_table(bench, args.tokens, args.chunks))

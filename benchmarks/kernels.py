@@ -22,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llama_engine.checkpoint.hf_config import model_config
 from llama_engine.checkpoint.prepare import GEOMETRIES
-from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.config import EngineConfig
 from llama_engine.errors import InputError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.measure import environment
@@ -138,7 +139,7 @@ def main() -> None:
     cuts = list(itertools.product(args.sampler_parts, args.sampler_warps))
     device = torch.device("cuda", torch.cuda.current_device())
     bandwidth = environment.measure_read_bandwidth("cuda")["bytes_per_s"]
-    config = ModelConfig.from_hf(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
+    config = model_config(GEOMETRIES[args.geometry], name=args.geometry, source="synthetic")
     length, batch = max(args.context + 1, *args.prefill, 64), max(64, *args.rows)
     # Every sequence has blocks of its own for its context; a prompt takes them all, from the first on.
     each, tokens = -(-(args.context + 1) // 64), max(batch, *args.prefill)

@@ -10,7 +10,7 @@ Output:  results/local/tournaments/tournament.json, a table on that folder's pag
     python benchmarks/tournament.py --target ours=http://127.0.0.1:8080 --target other=http://127.0.0.1:8000 \
         --model-dir models/smollm2-135m-instruct --workload short chat --concurrency 1 8
     python benchmarks/tournament.py --stack int8=native:engines/llama --stack vllm:models/llama,quantization=fp8 \
-        --model-dir models/llama --workload short sampled document shared-prefix long --concurrency 1 8 64 256
+        --model-dir models/llama --workload short@1,8,64,256 sampled@1,64 document@64 long@1
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ def main() -> int:
     parser.add_argument("--stack", action=Entry, dest="entries", metavar="[NAME=]KIND:PATH[,OPTION=VALUE...]",
                         help=f"an engine to load, of {', '.join(KINDS)}; repeat")  # fmt: skip
     parser.add_argument("--model-dir", type=Path, required=True, help="of the model: its tokenizer, its identity")
-    parser.add_argument("--workload", nargs="+", default=["short"], help="of benchmarks/workloads/, or JSON files")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], help="requests at once")
+    parser.add_argument("--workload", nargs="+", default=["short"], metavar="NAME[@N,N...]",
+                        help="of benchmarks/workloads/, or JSON files, each with its own loads")  # fmt: skip
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], help="of a workload that names none")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each, after one to warm up (default: 5)")
     parser.add_argument("--per-user", type=int, default=2, help="requests of each user of a server in a turn")
     parser.add_argument("--endpoint", choices=["completions", "chat"], default="completions", help="of OpenAI's API")
     parser.add_argument("--swap", action="store_true", help="load one stack at a time")
+    parser.add_argument("--most-seconds", type=float, help="begin no further load after so long; not with --swap")
     parser.add_argument("--prefix-cache", action="store_true", help="let them answer from a prefix cache")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a server has for one answer")
@@ -66,20 +69,22 @@ def main() -> int:
         raise InputError("a tournament takes two or more --target and --stack with different names")
     if min(args.rounds, args.per_user, *args.concurrency) < 1:
         raise InputError("--rounds, --per-user and --concurrency must be at least 1")
+    cells = [cell for text in args.workload for cell in cells_of(text, args.concurrency)]
     if args.swap and any(kind == "target" for _, kind, _ in entries):
         raise InputError("--swap loads and unloads stacks: a --target is loaded all the time")
+    if args.most_seconds is not None and (args.swap or args.most_seconds <= 0):
+        raise InputError("--most-seconds must be above 0, and with --swap no load ends before all do")
     output = check_output(args.output, args.force, args.model_dir)
     identity = model_identity(args.model_dir)
     device = pick_device(args.device).type
     environment = fingerprint(device)
     vocab = None if (args.model_dir / "tokenizer.json").is_file() else HFModel(args.model_dir).config.vocab_size
     codec = codec_of([args.model_dir], vocab)
-    cells = [Cell(Traffic.named(name), users) for name in args.workload for users in args.concurrency]
     stacks = sum(kind == "stack" for _, kind, _ in entries)
     present = len((Nvml().read("nvmlDeviceGetComputeRunningProcesses") or ()) if device == "cuda" else ())
     contestants = [contestant(args, name, kind, what, codec.decode, device, stacks) for name, kind, what in entries]
     tournament = Tournament(
-        contestants, cells, args.rounds, lambda: Text(codec, args.seed), swapped=args.swap, seed=args.seed
+        contestants, cells, args.rounds, lambda: Text(codec, args.seed), args.swap, args.seed, args.most_seconds
     )
     rates: dict[str, float | None] = {}
 
@@ -90,7 +95,7 @@ def main() -> int:
         triton = who.url.startswith("grpc://")
         key = who.url if triton else "openai"
         if key not in rates:
-            asked = Demand(Traffic(), [max(args.concurrency)], [])
+            asked = Demand(Traffic(), [max(cell.users for cell in cells)], [])
             opened = (
                 served.triton_null("grpc", who.url.removeprefix("grpc://"))
                 if triton
@@ -100,7 +105,8 @@ def main() -> int:
                 rates[key] = (await served.null_rate_of(idle, asked, Text(codec)))[0]
         return rates[key]
 
-    own = 1 + stacks + (present if stacks < len(entries) else 0)
+    cores = sum(what.startswith("vllm:") for _, _, what in entries)  # vLLM's core may be a second process
+    own = 1 + stacks + cores + (present if stacks < len(entries) else 0)
     work = play(tournament, environment, identity, prefix_cache=args.prefix_cache, null=null, own_processes=own)
     result = asyncio.run(work)
     write_result(output, result, force=args.force)
@@ -148,6 +154,15 @@ def contestant(
     job = {"kind": stack, "path": path, "device": device, "prefix_cache": args.prefix_cache}
     job |= {"share": 1 / stacks if memory == "shared" else 1.0, "options": dict(map(option_of, options))}
     return StackContestant(name, job, memory)
+
+
+def cells_of(text: str, concurrency: Sequence[int]) -> Iterator[Cell]:
+    """``NAME`` at every load of ``concurrency``, ``NAME@N,N...`` at its own. Raises :class:`InputError`."""
+    name, own, levels = text.partition("@")
+    if own and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", levels):
+        raise InputError(f"--workload takes NAME or NAME@N,N... with N requests at once, got {text!r}")
+    traffic = Traffic.named(name)
+    yield from (Cell(traffic, users) for users in (map(int, levels.split(",")) if own else concurrency))
 
 
 def option_of(text: str) -> tuple[str, Any]:

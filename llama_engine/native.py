@@ -21,7 +21,7 @@ from llama_engine.engine.executor import Executor
 from llama_engine.engine.scheduler import Sequence
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError, RunError
-from llama_engine.model.llama import TorchModel
+from llama_engine.model.llama import SplitModel, TorchModel
 from llama_engine.model.schemes import FP8
 from llama_engine.model.weights import LINEARS, load_weights
 
@@ -50,10 +50,15 @@ def load_engine(
 def make_executor(
     engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str, threads: int | None
 ) -> Executor:
-    """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch"."""
+    """The fastest executor for ``device`` that supports this model, or the PyTorch reference for kernels="torch".
+
+    Tensor-parallel ranks take the first GPUs that are visible, one each, or share a CPU.
+    """
     choices = KERNELS if device.type == "cuda" else ("auto", "torch")
     if kernels not in choices:
         raise InputError(f"kernels must be one of {', '.join(choices)} on {device.type}, got {kernels!r}")
+    if config.tp_size > 1:
+        return _split_executor(engine_dir, model, config, device, kernels)
     weights = load_weights(engine_dir, model, device)
     if device.type == "cuda" and kernels != "torch":
         from llama_engine.gpu.executor import CudaExecutor
@@ -74,6 +79,30 @@ def make_executor(
             return HostExecutor(fused.CpuModel(library, model, config, weights, threads), model, config, weights)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     return HostExecutor(TorchModel(model, config, weights, dtype), model, config, weights)
+
+
+def _split_executor(
+    engine_dir: Path, model: ModelConfig, config: EngineConfig, device: torch.device, kernels: str
+) -> Executor:
+    """:func:`make_executor` of an engine of several ranks."""
+    ranks, share = config.tp_size, model.share(config.tp_size)
+    devices = [device] * ranks
+    if device.type == "cuda":
+        if (count := torch.cuda.device_count()) < ranks:
+            raise InputError(f"{engine_dir} is split over {ranks} GPUs (--tp_size), and PyTorch sees {count} of them")
+        devices = [torch.device("cuda", rank) for rank in range(ranks)]
+    weights = [load_weights(engine_dir, model, place, rank, ranks) for rank, place in enumerate(devices)]
+    if device.type == "cuda" and kernels != "torch":
+        from llama_engine.gpu.tensor_parallel import TensorParallelExecutor
+        from llama_engine.kernels.tiles import load_tuning
+
+        return TensorParallelExecutor(share, config, weights, tuning=load_tuning(engine_dir), kernels=kernels)
+    if kernels != "torch":
+        print("note: ranks that share a CPU run on PyTorch operations: convert with --tp_size 1", file=sys.stderr)
+    config = replace(config, num_kv_blocks=config.num_kv_blocks or config.useful_kv_blocks)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    split = SplitModel([TorchModel(share, config, part, dtype) for part in weights])
+    return HostExecutor(split, share, config, weights[0])
 
 
 def prepare_machine(engine_dir: Path) -> list[str]:

@@ -19,12 +19,15 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int | None = None  # of the prompts, found in the engine's prefix cache
+    resumed_after: list[int] = field(default_factory=list)  # tokens, where an answer went on in another replica
 
     def as_json(self) -> dict[str, Any]:
         usage: dict[str, Any] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
         usage["total_tokens"] = self.prompt_tokens + self.completion_tokens
         if self.cached_tokens is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        if self.resumed_after:
+            usage["resumed_after"] = self.resumed_after
         return usage
 
 
@@ -55,6 +58,8 @@ class Piece:
     calls: list[dict[str, Any]] = field(default_factory=list)
     scores: list[Score] | None = None
     offset: int = 0  # characters of the choice before the first of the scores
+    ids: list[int] | None = None
+    prompt_ids: list[int] | None = None  # in the first one
 
 
 class Shape:
@@ -76,6 +81,9 @@ class Shape:
             choice.text += piece.text
             choice.calls += piece.calls
             choice.reason = piece.reason
+            choice.prompt_ids = choice.prompt_ids or piece.prompt_ids
+            if piece.ids is not None:
+                choice.ids = (choice.ids or []) + piece.ids
             if piece.scores is not None:
                 choice.scores = (choice.scores or []) + piece.scores
         rows = [self._choice(choice, self._message(choice)) for _, choice in sorted(choices.items())]
@@ -113,7 +121,9 @@ class Shape:
             scores = {"content": [score.as_chat() for score in piece.scores], "refusal": None}
         elif piece.scores is not None:
             scores = _as_completion(piece.scores, piece.offset)
-        return {"index": piece.index, **content, "logprobs": scores, "finish_reason": piece.reason}
+        given = {"token_ids": piece.ids, "prompt_token_ids": piece.prompt_ids}
+        ids = {name: value for name, value in given.items() if value is not None}
+        return {"index": piece.index, **content, **ids, "logprobs": scores, "finish_reason": piece.reason}
 
     def _answer(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
         told = {"usage": usage and usage.as_json(), "object": kind if self.chat else "text_completion"}

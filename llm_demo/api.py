@@ -129,6 +129,11 @@ class Sampling(Strict):
         return False
 
     @property
+    def gives_ids(self) -> bool:
+        """Whether token ids come beside the text."""
+        return False
+
+    @property
     def scores(self) -> int | None:
         """How many of the most likely tokens are wanted beside each token's log-probability; None: not even that."""
         return None
@@ -235,6 +240,7 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    return_token_ids: bool = False
 
     @model_validator(mode="after")
     def _check_echo_and_best(self) -> CompletionRequest:
@@ -253,6 +259,10 @@ class CompletionRequest(Sampling):
     @property
     def echoes(self) -> bool:
         return self.echo
+
+    @property
+    def gives_ids(self) -> bool:
+        return self.return_token_ids
 
     @property
     def scores(self) -> int | None:

@@ -24,6 +24,7 @@ from llm_demo.gateway import Gateway
 from llm_demo.guard import Guard
 
 STATIC = Path(__file__).parent / "static"
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 T = TypeVar("T")
 Pieces = AsyncIterator[tuple[Piece, Usage]]
 _ERROR = {"type": "object", "required": ["message", "type", "param", "code"]}
@@ -127,7 +128,7 @@ async def _again(first: tuple[Piece, Usage], rest: Pieces) -> Pieces:
         yield each
 
 
-async def _events(shape: Shape, body: Sampling, first: tuple[Piece, Usage], pieces: Pieces) -> AsyncIterator[str]:
+async def _events(shape: Shape, body: Sampling, first: tuple[Piece, Usage], pieces: Pieces) -> AsyncIterator[bytes]:
     every, opened = body.stream_options.continuous_usage_stats, set()
     async with contextlib.aclosing(pieces):
         try:
@@ -135,17 +136,17 @@ async def _events(shape: Shape, body: Sampling, first: tuple[Piece, Usage], piec
                 if shape.chat and piece.index not in opened:
                     opened.add(piece.index)
                     yield _event(shape.opening(piece.index))
-                if piece.text or piece.reason or every:
+                if piece.text or piece.reason or piece.ids or every:
                     yield _event(shape.chunk(piece, usage if every else None))
             if body.stream_options.include_usage:
                 yield _event(shape.closing(first[1]))
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body())
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _ENCODE(data).encode()
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

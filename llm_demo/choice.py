@@ -58,11 +58,13 @@ class Choice:
         start, first = time.perf_counter(), 0.0
         text = TextStream(self.source.tokenizer, request.stop, request.min_tokens)
         held, scores, length = "", [], 0
+        ids: list[int] | None = [] if request.gives_ids else None
+        prompt = self.prompt if request.gives_ids else None
         seed = request.seed + self.number
         if request.echoes:
             held = self.source.tokenizer.backend.decode(self.prompt, skip_special_tokens=False)
-        ids = self.source.ids(self.prompt, max(1, self.room), request, seed, self.grammar)
-        async with contextlib.aclosing(ids) as source:
+        answer = self.source.ids(self.prompt, max(1, self.room), request, seed, self.grammar)
+        async with contextlib.aclosing(answer) as source:
             async for new in source:
                 first = first or time.perf_counter() - start
                 self._count(new)
@@ -73,14 +75,16 @@ class Choice:
                 self.usage.completion_tokens += len(new)
                 counts["completion_tokens_total"] += len(new)
                 held += text.push(new)
+                if ids is not None:
+                    ids += new
                 if new.logprobs is not None:
                     scores += self._scores(new, new.logprobs)
                 if text.stopped:
                     break
                 if not (tools and tools.may_call(held)):
-                    yield Piece(index, held, scores=self._given(scores), offset=length)
+                    yield Piece(index, held, None, [], self._given(scores), length, ids, prompt)
                     length += sum(len(score.token.decode(errors="replace")) for score in scores)
-                    held, scores = "", []
+                    held, scores, ids, prompt = "", [], ids and [], None
         if not text.stopped:
             held += text.push([], last=True)
         reason = "length" if text.tokens >= self.room and not text.stopped else "stop"
@@ -89,13 +93,15 @@ class Choice:
         calls = tools.calls(held) if tools and tools.may_call(held) else []
         if calls:
             held, reason = "", "tool_calls"
-        yield Piece(index, held, reason, calls, self._given(scores), length)
+        yield Piece(index, held, reason, calls, self._given(scores), length, ids, prompt)
 
     def _count(self, new: NewTokens) -> None:
         first = self.number == 0 and not self.told  # an answer that moves to another replica tells it again
         if new.cached_tokens is not None and first:
             self.told = True
             self.usage.cached_tokens = (self.usage.cached_tokens or 0) + new.cached_tokens
+        if new.resumed_after:
+            self.usage.resumed_after.append(new.resumed_after)
         self.logprobs += [entry.token for entry in new.logprobs or []]
 
     def _scores(self, ids: Sequence[int], logprobs: Sequence[Logprobs | None]) -> list[Score]:
@@ -113,6 +119,11 @@ class Choice:
 async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
     """The pieces of several choices as they come, at most :data:`AT_ONCE` choices at a time. Leaving early, and a
     choice that fails, ends them all."""
+    if len(sources) == 1:  # nothing to wait for in turn: no task and no queue between
+        async with contextlib.aclosing(sources[0]) as source:
+            async for piece in source:
+                yield piece
+        return
     pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
     places = asyncio.Semaphore(AT_ONCE)
 

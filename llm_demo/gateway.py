@@ -30,7 +30,8 @@ from llm_demo.tools import ToolFormat
 class Gateway:
     """One engine behind Triton and, with ``model_dir``, its baseline. Raises :class:`InputError`.
 
-    ``triton_urls`` are its replicas; ``discover`` tells, again and again, which there are now.
+    ``triton_urls`` are its replicas, of ``instances`` engines each; ``discover`` tells, again and again, which there
+    are now.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Gateway:
         device: str,
         discover: Discover | None = None,
         others: Sequence[str] = (),
+        instances: int = 1,
     ) -> None:
         self.info = load_engine_json(engine_dir, backend="auto")
         self.engine_dir, self.tokenizer = engine_dir, ChatTokenizer(engine_dir)
         self._grammars: Grammars | None = None  # the first that is asked for takes a second
-        self.triton_urls, self.discover = triton_urls, discover
+        self.triton_urls, self.discover, self.instances = triton_urls, discover, instances
         self.baseline = Baseline(model_dir, device) if model_dir else None
         self.name = self.info.model.name
         self.models = [self.name, *([f"{self.name}:baseline"] if model_dir else [])]
@@ -58,7 +60,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self.client = Router.of(self.info, self.triton_urls, self.discover)
+        self.client = Router.of(self.info, self.triton_urls, self.discover, self.instances)
         yield
         await self.client.close()
         for other in self.others.values():

@@ -50,6 +50,7 @@ def main() -> None:
         metavar="HOST:PORT",
         help="gRPC address of a running server of this engine, repeated for each (default: start one)",
     )
+    parser.add_argument("--instances", type=int, default=1, help="engines in each server (default: 1)")
     args = parser.parse_args()
     if args.model_dir and not (args.model_dir / "config.json").is_file():
         raise InputError(f"--model-dir {args.model_dir} holds no model: run scripts/prepare_model.py")
@@ -59,11 +60,12 @@ def main() -> None:
     with contextlib.suppress(KeyboardInterrupt), listen(args.host, args.port) as door, contextlib.ExitStack() as stack:
         server, urls = None, args.replica
         if not urls:
-            config = ServeConfig(device=args.device, drain_s=2)
+            config = ServeConfig(device=args.device, drain_s=2, instances=args.instances)
             with console.status("starting Triton Inference Server"):
                 server = stack.enter_context(TritonServer(args.engine_dir, config, http=False))
             urls = [server.grpc_url]
-        gateway = Gateway(args.engine_dir, *urls, model_dir=args.model_dir, device=args.device, others=args.other)
+        options = {"model_dir": args.model_dir, "device": args.device, "others": args.other}
+        gateway = Gateway(args.engine_dir, *urls, instances=args.instances, **options)
         ended = stack.enter_context(answering(gateway, door, args.host, args.api_key, console))
         if server:
             supervise(server, console.print, ended)
@@ -88,9 +90,9 @@ def answering(
 @contextlib.contextmanager
 def serving(app: ASGIApp, door: socket.socket) -> Iterator[threading.Event]:
     """The gateway in a thread of its own, while the main one minds Triton. The event is set when it ends."""
-    web = uvicorn.Server(
-        uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-    )
+    options = {"loop": "asyncio", "log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 2}
+    # longer than clients keep an idle connection: one that sends into a connection that closes gets an error
+    web = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=75, **options))
     ended = threading.Event()
 
     def run() -> None:

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--target_arch", choices=["auto", *TARGET_ARCHES], help="default: the GPU, or without one sm80")
     parser.add_argument("--trtllm_version", help="whose byte layout or FP8 keys (default: 0.15.0)")
     parser.add_argument("--quantize_at_build", action="store_true", help="keep 16-bit weights; trtllm-build quantizes")
-    parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks (default: 1)")
+    parser.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks, a GPU each (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT_DIR, if this script wrote it")
     args = parser.parse_args()
 

@@ -63,8 +63,8 @@ def show(findings: list[Finding]) -> None:
 
 def machine() -> Iterator[Finding]:
     version = platform.python_version()
-    fits = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    yield "ok" if fits else "missing", "Python", f"{version}, {sys.executable}" + ("" if fits else ": 3.10 to 3.13")
+    fits = (3, 10) <= sys.version_info[:2] <= (3, 14)
+    yield "ok" if fits else "missing", "Python", f"{version}, {sys.executable}" + ("" if fits else ": 3.10 to 3.14")
     yield "ok", "machine", f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     if not importlib.util.find_spec("torch"):
         yield "note", "GPU", "not looked for: PyTorch is missing"
@@ -83,8 +83,9 @@ def packages(backend: str) -> Iterator[Finding]:
     """Whether what a requirements file lists is installed, and in a version that it allows."""
     file, lacking, other, count = REQUIREMENTS[backend], [], [], 0
     for line in (ROOT / file).read_text().splitlines():
+        line, _, marker = line.partition(";")
         found = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?(.*)", line)
-        if not found or found[1] in NVIDIAS:
+        if not found or found[1] in NVIDIAS or not applies(marker):
             continue
         name, extras, wanted = found[1], (found[2] or "").split(","), found[3].strip()
         count += 1
@@ -104,6 +105,12 @@ def packages(backend: str) -> Iterator[Finding]:
         yield "note", f"{backend}: versions", f"not as tested: {', '.join(other)}"
 
 
+def applies(marker: str) -> bool:
+    """Whether a line is for this Python: what the requirements files say of it, which need no package to be read."""
+    found = re.search(r'python_version (<|>=) "3\.(\d+)"', marker)
+    return not found or (sys.version_info[1] < int(found[2])) == (found[1] == "<")
+
+
 def allows(wanted: str, version: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
@@ -121,14 +128,20 @@ def native() -> Iterator[Finding]:
         from llama_engine.serving import wheel
 
         root = wheel.wheel()
+        runs = wheel.interpreter(root)
     except ImportError as error:
         yield "note", "native: Triton", f"not looked for: {error.name} is missing"
     except InputError as error:
         yield "missing", "native: Triton", str(error)
     else:
-        stub = f"tritonserver/python_backend_stubs/{sys.version_info.major}.{sys.version_info.minor}"
-        there = (root / stub / "triton_python_backend_stub").is_file()
-        yield "ok" if there else "missing", "native: Triton", str(root) if there else "no backend for this Python"
+        other = "" if runs.executable == sys.executable else f", run by {runs.executable}"
+        yield "ok", "native: Triton", f"{root}{other}"
+        if not runs.numpy1:
+            yield (
+                "note",
+                "native: Triton's text",
+                f"NumPy {runs.numpy}: --text needs a Python with NumPy 1 ({wheel.VARIABLE})",
+            )
 
 
 def tensorrt_llm() -> Iterator[Finding]:

@@ -24,12 +24,14 @@ def main() -> None:
     source.add_argument("--synthetic", choices=sorted(prepare.GEOMETRIES), help="seeded random weights, this geometry")
     parser.add_argument("--output-root", type=Path, default=Path("models"), help="where to write (default: models)")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic weights (default: 0)")
+    parser.add_argument("--words", action="store_true", help="synthetic: also a tokenizer, of made-up words")
     parser.add_argument("--force", action="store_true", help="write the model again even if it lies there unharmed")
     args = parser.parse_args()
     if args.model_dir:
         path = prepare.prepare_local(args.model_dir)
     elif args.synthetic:
-        path = prepare.prepare_synthetic(args.synthetic, args.output_root, seed=args.seed, force=args.force)
+        options = {"seed": args.seed, "words": args.words, "force": args.force}
+        path = prepare.prepare_synthetic(args.synthetic, args.output_root, **options)
     else:
         path = prepare.prepare_default(args.output_root, force=args.force)
     print(path)

@@ -9,8 +9,8 @@
 #   --name NAME        publish into results/NAME          --model-dir DIR     a local Hugging Face Llama
 #   --device DEVICE    auto, cpu or cuda                  --synthetic NAME    llama-3.1-8b, llama-3.2-1b, tiny
 #   --lm-head P        checkpoint (16-bit) or int8        --headline          report into results/ itself
-#   --schemes S ...    beside int8, which is always measured: fp8, int4, int8-head; each with its speed and accuracy,
-#                      and how much every step from the baseline to the engine is worth
+#   --schemes S ...    the precision ladder: int8, fp8, int4, each with its speed and accuracy, beside 16 bits, an INT8
+#                      lm_head and an FP8 KV cache; and how much every step from the baseline to the engine is worth
 set -euo pipefail
 quick= name=local model_args=() device=auto lm_head=checkpoint headline= ladder= schemes=()
 usage() { sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; }
@@ -29,12 +29,12 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     --schemes)
-      while [[ ${2:-} =~ ^(int8|fp8|int4|int8-head)$ ]]; do
+      while [[ ${2:-} =~ ^(int8|fp8|int4)$ ]]; do
         ladder=1
         [ "$2" = int8 ] || schemes+=("$2")
         shift
       done
-      [ -n "$ladder" ] || { echo "error: --schemes takes int8, fp8, int4, int8-head, not ${2:-nothing}" >&2; exit 2; }
+      [ -n "$ladder" ] || { echo "error: --schemes takes int8, fp8, int4, not ${2:-nothing}" >&2; exit 2; }
       ;;
     -h | --help) usage; exit 0 ;;
     *) echo "error: unknown argument $1 (see --help)" >&2; exit 2 ;;
@@ -61,6 +61,8 @@ if [ -n "$quick" ]; then # five timed runs are the fewest that are VALID
 else
   measure=() load=(--output-tokens 512) accuracy=() profile=()
 fi
+# what FP8 is worth shows in large batches
+if [ -n "$ladder" ] && [ "$device" = cuda ]; then batch=256 measure+=(--batch 8 32 64 256); fi
 
 step 1 "prepare the model"
 model=$("$PY" scripts/prepare_model.py "${model_args[@]}" | tail -n 1)
@@ -86,10 +88,12 @@ step 5 "accuracy of the engine, and whether its answers depend on their company"
 
 step 6 "Triton Inference Server under load, streaming and not"
 load+=(--engine-dir "$engine" --device "$device" --force)
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
-  [ $? -eq 1 ] # so is an INVALID run
-"$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
-  --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+if "$PY" -m llama_engine.serving.wheel > /dev/null; then # which says why not
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $concurrency --output "$results/triton-native.json" ||
+    [ $? -eq 1 ] # so is an INVALID run
+  "$PY" benchmarks/benchmark_triton.py "${load[@]}" --concurrency $whole --no-streaming \
+    --output "$results/triton-native-whole.json" || [ $? -eq 1 ]
+fi
 
 step 7 "profile"
 ./scripts/profile_nsight.sh --model-dir "$model" --engine-dir "$engine" --device "$device" \

@@ -53,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.replace or args.stop) and not args.address:
         raise InputError("--replace and --stop need the --address of the cluster whose replicas they mean")
-    load_engine_json(args.engine_dir, backend="native")
+    if (ranks := load_engine_json(args.engine_dir, backend="native").engine.tp_size) > 1:
+        raise InputError(f"{args.engine_dir} is split over {ranks} GPUs, a replica has one: serve_triton.sh serves it")
     wanted, number = resources_of(args.resource), count_of(args.replicas)
     console, config = (
         Console(highlight=False, soft_wrap=True),

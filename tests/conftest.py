@@ -44,7 +44,9 @@ TRT_FLAGS = {
 STOPS = (signal.SIGINT, signal.SIGTERM)
 MAX_WORKERS = 8
 # What takes longest goes first; the other files follow in the order of their names.
-LONGEST = ("tests/llm_demo", "tests/test_readme.py", "tests/serving/test_lifecycle.py", "tests/serving/test_server.py")
+DEMO = "tests/llm_demo"
+SHARE_SERVERS = tuple(f"{DEMO}/test_{name}.py" for name in ("arena", "gateway", "openai", "page", "replay"))
+LONGEST = (DEMO, "tests/test_readme.py", "tests/serving/test_lifecycle.py", "tests/serving/test_server.py")
 # Called as cpu/fused.py calls it: FLAGS -o TARGET SOURCE. Two workers that want the same wait for one compiler.
 CACHING_COMPILER = """#!/bin/sh
 flags=
@@ -73,9 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def scope(nodeid: str) -> str:
-    """What one worker runs as a whole: a file, for its module's fixtures, or the demo, whose files share servers."""
+    """What one worker runs as a whole: a file, for its module's fixtures, or the demo's files that share servers."""
     file = nodeid.partition("::")[0]
-    return LONGEST[0] if file.startswith(LONGEST[0]) else file
+    return DEMO if file in SHARE_SERVERS else file
 
 
 def place(scope: str) -> int:
@@ -152,6 +154,19 @@ def tiny_checkpoint(tiny_model: Path, shared: Callable[..., Path]) -> Path:
 def tiny_engine(tiny_checkpoint: Path, shared: Callable[..., Path]) -> Path:
     config = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
     return shared("engines/tiny", lambda target: build(tiny_checkpoint, target, config))
+
+
+@pytest.fixture(scope="session")
+def worded_engine(shared: Callable[..., Path]) -> Path:
+    """The tiny model with a tokenizer of made-up words: what a gateway needs."""
+
+    def make(target: Path) -> None:
+        model = prepare_synthetic("tiny", target.parent / "worded-model", words=True)
+        convert(model, target.parent / "worded-checkpoint", ConvertOptions(int8=True))
+        limits = EngineConfig(max_batch_size=4, max_seq_len=256, max_num_tokens=64, tokens_per_block=16)
+        build(target.parent / "worded-checkpoint", target, limits)
+
+    return shared("engines/worded/engine", make)
 
 
 @pytest.fixture(scope="session")

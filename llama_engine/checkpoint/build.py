@@ -7,6 +7,7 @@ tokenizer files     so that the directory alone can serve text
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +24,8 @@ from llama_engine.config import EngineConfig
 from llama_engine.engine_dir import ENGINE_JSON, FORMAT_VERSION, WEIGHTS, WEIGHTS_FILE
 from llama_engine.errors import InputError
 from llama_engine.files import TOKENIZER_FILES, atomic_dir, copy_tokenizer, read_json, sha256_file, write_json
-from llama_engine.model.schemes import INT4, INT8, default_group, held_shape, pack_int4, scheme_for
-from llama_engine.model.weights import LINEARS, tensor_names
+from llama_engine.model.schemes import BF16, FP16, INT4, INT8, default_group, held_shape, pack_int4, scheme_for
+from llama_engine.model.weights import LINEARS, stored_name, tensor_names
 from llama_engine.tensor_files import Specs, TensorFileWriter, parallel, row_chunks
 
 # The checkpoint tensors whose rows an engine tensor stacks. TensorRT-LLM calls gate_proj "fc" and up_proj "gate".
@@ -43,17 +44,19 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
     """Build the engine directory. Raises :class:`InputError`; a failed build leaves nothing behind."""
     source = Checkpoint(checkpoint_dir)
     config, dtype = source.config, DTYPES[source.dtype_name]
-    if source.tp_size != 1:
-        raise InputError(
-            f"{checkpoint_dir} is split over {source.tp_size} ranks, each with scales of its own; the native engine "
-            "runs on one device: convert with --tp_size 1"
-        )
+    ranks = source.tp_size
+    config.share(ranks)
     if engine_config.max_seq_len > config.max_position_embeddings:
         raise InputError(
             f"--max_seq_len {engine_config.max_seq_len} is more than the {config.max_position_embeddings} positions "
             "that the model has"
         )
     scheme = scheme_for(source.quant_algo, dtype)
+    if ranks > 1 and (source.plain or scheme not in (INT8, FP16, BF16)):
+        raise InputError(
+            f"{checkpoint_dir} is {source.quant_algo}, split over {ranks} ranks; tensor parallelism is for INT8 and "
+            "16-bit matrices: convert with --tp_size 1"
+        )
     integers = dict.fromkeys(LINEARS, scheme) if scheme in (INT8, INT4) else {}
     if engine_config.lm_head == "int8":
         integers["lm_head"] = INT8
@@ -61,9 +64,12 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
     group = default_group(widths, source.group if source.plain else None) if scheme is INT4 else 0
 
     specs: Specs = {}
-    jobs: list[tuple[str, int, str, tuple[int, int]]] = []  # engine tensor, its row, checkpoint tensor, rows of that
-    for name, shape in tensor_names(config):
-        layer, _, kind = name.rpartition(".")
+    # engine tensor, its row, checkpoint tensor, rows of that, rank
+    jobs: list[tuple[str, int, str, tuple[int, int], int]] = []
+    for rank, (bare, shape) in itertools.product(range(ranks), tensor_names(config, ranks)):
+        layer, _, kind = bare.rpartition(".")
+        if (name := stored_name(bare, rank, ranks)) in specs:
+            continue
         sources = [f"transformer.{layer}.{part}.weight" for part in LAYER_SOURCES[kind]] if layer else SOURCES[kind]
         held = source.plain.get(sources[0]) or integers.get(kind)
         specs[name] = (dtype, shape)
@@ -73,29 +79,31 @@ def build_native(checkpoint_dir: Path, output_dir: Path, engine_config: EngineCo
             specs[f"{name}.scale"] = (held.scale_dtype, scales)
         rows = shape[0] // len(sources)
         for i, part in enumerate(sources):
-            jobs += [(name, i * rows, part, chunk) for chunk in row_chunks(rows, math.prod(shape[1:]))]
+            jobs += [(name, i * rows, part, chunk, rank) for chunk in row_chunks(rows, math.prod(shape[1:]))]
 
     with atomic_dir(output_dir, own_names, inputs=[checkpoint_dir], force=force) as out:
         writer = TensorFileWriter(out / WEIGHTS_FILE, specs)
 
-        def write(job: tuple[str, int, str, tuple[int, int]]) -> int:
-            name, first, part, (start, stop) = job
-            data = source.read(part, (start, stop))
+        def write(job: tuple[str, int, str, tuple[int, int], int]) -> int:
+            name, first, part, (start, stop), rank = job
+            data = source.read(part, (start, stop), rank)
             if f"{name}.scale" in specs:
                 if data.dtype in (specs[name][0], torch.int8):
-                    scale = source.scale(part)[start:stop]
+                    scale = source.scale(part, rank)[start:stop]
                     if data.dtype != specs[name][0]:  # INT4 with a scale a row
                         data, scale = pack_int4(data, group), scale[:, None].expand(-1, data.shape[1] // group)
                 else:
                     data, scale = quantize(data)
-                    if name != "lm_head":
+                    if not name.endswith("lm_head"):
                         scale = scale.to(dtype)  # what trtllm-build would store for the same weights
                 writer.write(f"{name}.scale", first + start, scale.to(specs[f"{name}.scale"][0]))
             writer.write(name, first + start, data)
             return data.nbytes
 
         parallel(write, jobs, "building", writer.nbytes)
-        losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config)) if integers else []
+        losses = []
+        if integers:
+            losses = activation_losses(out / WEIGHTS_FILE, config, calibration_ids(source.dir, config), ranks)
         complete(out, "native", source, engine_config, losses)
 
 
@@ -122,7 +130,7 @@ def complete(
             "format_version": FORMAT_VERSION,
             "backend": backend,
             "model": source.config.to_dict(),
-            "engine": replace(engine_config, kv_cache=source.kv_cache).to_dict(),
+            "engine": replace(engine_config, kv_cache=source.kv_cache, tp_size=source.tp_size).to_dict(),
             "checkpoint_sha256": source.sha256(),
             "model_identity": source.identity,
             "quant_algo": source.quant_algo,

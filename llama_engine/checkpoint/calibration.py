@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llama_engine.config import ModelConfig
 from llama_engine.model.llama import apply_rope, rms_norm
 from llama_engine.model.rope import rope_tables
-from llama_engine.model.weights import LINEARS, Linear
+from llama_engine.model.weights import LINEARS, Linear, stored_name
 from llama_engine.tensor_files import open_tensors
 
 TOKENS = 128  # a pass costs two products of each matrix with so many rows: about a minute for 8B on two CPU cores
@@ -50,17 +50,18 @@ def calibration_ids(directory: Path, config: ModelConfig) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def activation_losses(weights_file: Path, config: ModelConfig, ids: torch.Tensor) -> list[float]:
+def activation_losses(weights_file: Path, config: ModelConfig, ids: torch.Tensor, ranks: int = 1) -> list[float]:
     """What each layer loses, and the lm_head if it is INT8: the RMS over tokens of the relative error of the matrix
-    that loses most. One layer at a time in memory; on a GPU where there is one."""
+    that loses most, on any of ``ranks``. One layer at a time in memory; on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    c = config
+    c = config.share(ranks)
     cos, sin = (table.to(device) for table in rope_tables(c, len(ids)))
     lost: list[float] = []
     with open_tensors(weights_file, str(device)) as file:
         names = set(file.keys())
 
-        def linear(name: str) -> Linear:
+        def linear(name: str, rank: int) -> Linear:
+            name = stored_name(name, rank, ranks)
             return Linear(file.get_tensor(name), file.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None)
 
         def product(x: torch.Tensor, matrix: Linear) -> torch.Tensor:
@@ -77,17 +78,24 @@ def activation_losses(weights_file: Path, config: ModelConfig, ids: torch.Tensor
         for i in range(c.num_layers):
             lost.append(0.0)
             norms = [file.get_tensor(f"layers.{i}.{name}") for name in ("input_norm", "post_norm")]
-            qkv, o, gate_up, down = (linear(f"layers.{i}.{name}") for name in LINEARS)
-            parts = product(rms_norm(x, norms[0], c.rms_norm_eps), qkv).split((c.q_size, c.kv_size, c.kv_size), -1)
-            q, k, v = (part.unflatten(-1, (-1, c.head_size)) for part in parts)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            x = x + product(attended[0].transpose(0, 1).flatten(1), o)
-            gate, up = product(rms_norm(x, norms[1], c.rms_norm_eps), gate_up).chunk(2, -1)
-            x = x + product(F.silu(gate) * up, down)
-        head = linear("lm_head")
-        if head.scale is not None:
+            every = [[linear(f"layers.{i}.{name}", rank) for name in LINEARS] for rank in range(ranks)]
+            normed, partial = rms_norm(x, norms[0], c.rms_norm_eps), []
+            for qkv, o, _, _ in every:
+                parts = product(normed, qkv).split((c.q_size, c.kv_size, c.kv_size), -1)
+                q, k, v = (part.unflatten(-1, (-1, c.head_size)) for part in parts)
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                partial.append(product(attended[0].transpose(0, 1).flatten(1), o))
+            x = x + sum(partial)
+            normed, partial = rms_norm(x, norms[1], c.rms_norm_eps), []
+            for _, _, gate_up, down in every:
+                gate, up = product(normed, gate_up).chunk(2, -1)
+                partial.append(product(F.silu(gate) * up, down))
+            x = x + sum(partial)
+        heads = [linear("lm_head", rank) for rank in range(ranks)]
+        if heads[0].scale is not None:
             lost.append(0.0)
-            product(rms_norm(x, file.get_tensor("final_norm"), c.rms_norm_eps), head)
+            for head in heads:
+                product(rms_norm(x, file.get_tensor("final_norm"), c.rms_norm_eps), head)
     return lost

@@ -70,7 +70,7 @@ class ConvertOptions:
         if self.fp8 and (self.int8 or self.int4):
             raise InputError("--use_fp8_rowwise and --use_weight_only are two quantizations: give one")
         if self.int4 == "group" and self.tp_size > 1:
-            raise InputError("--group_size is a form of the native engine, which runs on one device: give --tp_size 1")
+            raise InputError("--group_size is a form of the native engine, which splits no INT4: give --tp_size 1")
         if self.fp8 not in (None, *FP8_RECIPES):
             raise InputError(f"--fp8_recipe {self.fp8!r} is not supported: {' or '.join(FP8_RECIPES)}")
         layout_for(self.target_arch, self.trtllm_version)

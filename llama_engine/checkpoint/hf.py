@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llama_engine.checkpoint.hf_config import model_config
 from llama_engine.config import ModelConfig
 from llama_engine.errors import InputError
 from llama_engine.files import checked, combined_sha256, read_json, sha256_files
@@ -64,7 +65,7 @@ class HFModel:
         generation = self.dir / "generation_config.json"
         generation_config = read_json(generation) if generation.is_file() else {}
         with checked(self.dir / "config.json"):
-            self.config = ModelConfig.from_hf(hf_config, generation_config, name=name, source=source)
+            self.config = model_config(hf_config, generation_config, name=name, source=source)
         self.files = self._weight_files()
         self.shapes = dict(tensor_shapes(replace(self.config, tie_word_embeddings=False)))
         self._where: dict[str, tuple[Path, str]] = {}  # of each tensor: its file, and its name there

@@ -19,7 +19,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_engine.checkpoint.hf import INDEX, PREPARED, SINGLE, HFModel, tensor_shapes
-from llama_engine.config import DEFAULT_MODEL, ModelConfig
+from llama_engine.checkpoint.hf_config import model_config
+from llama_engine.checkpoint.words import write_words
+from llama_engine.config import DEFAULT_MODEL
 from llama_engine.errors import InputError
 from llama_engine.files import atomic_dir, read_json, sha256_files, write_json
 from llama_engine.tensor_files import TensorFileWriter, parallel, row_chunks
@@ -124,7 +126,7 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
         "eos_token_id": int(meta["tokenizer.ggml.eos_token_id"]),
         "pad_token_id": int(meta["tokenizer.ggml.padding_token_id"]),
     }
-    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(ModelConfig.from_hf(hf_config, name=name))}
+    specs = {key: (torch.float16, shape) for key, shape in tensor_shapes(model_config(hf_config, name=name))}
     with atomic_dir(target, own_names, inputs=[gguf], force=True) as out:
         writer = TensorFileWriter(out / SINGLE, specs)
 
@@ -144,8 +146,11 @@ def from_gguf(gguf: Path, target: Path, name: str) -> Path:
     return Path(target)
 
 
-def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: bool = False) -> Path:
-    """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights.
+def prepare_synthetic(
+    geometry: str, models_dir: Path, *, seed: int = 0, words: bool = False, force: bool = False
+) -> Path:
+    """Write ``models_dir/synthetic-<geometry>``: the published geometry with seeded random fp16 weights, and with
+    ``words`` a tokenizer of made-up ones.
 
     Values depend on (seed, tensor, row range) alone. Matrices are N(0, 1 / fan_in), so that activations keep the
     size that the norms give them; the two that write to the residual stream are smaller by sqrt(2 * layers).
@@ -153,10 +158,10 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
     if geometry not in GEOMETRIES:
         raise InputError(f"unknown geometry {geometry!r}: choose one of {', '.join(GEOMETRIES)}")
     name, hf_config = f"synthetic-{geometry}", GEOMETRIES[geometry]
-    target = Path(models_dir) / name
-    if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == f"seed {seed}":
+    target, detail = Path(models_dir) / name, f"seed {seed}" + ", made-up words" * words
+    if not force and is_intact(target) and read_json(target / PREPARED).get("detail") == detail:
         return target
-    config = ModelConfig.from_hf(hf_config, name=name, source="synthetic")
+    config = model_config(hf_config, name=name, source="synthetic")
     shapes = dict(tensor_shapes(config))
     split = split_state_dict_into_shards_factory(
         shapes,  # type: ignore[arg-type]
@@ -190,7 +195,9 @@ def prepare_synthetic(geometry: str, models_dir: Path, *, seed: int = 0, force: 
             index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
             write_json(out / INDEX, index)
         write_json(out / "config.json", hf_config)
-        _record(out, name, "synthetic", f"seed {seed}")
+        if words:
+            write_words(out, config.vocab_size, config.eos_token_ids[0])
+        _record(out, name, "synthetic", detail)
     return target
 
 

@@ -5,12 +5,6 @@
 
 namespace {
 
-#if defined(USE_AVX2)
-constexpr int kPrefetch = 1536;
-#else
-constexpr int kPrefetch = 4096;       // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
-#endif
-
 // out[m][j] = sum_k w[j][k] * x[m][k], exact per lane. M tokens share each weight load.
 #if defined(USE_AVX2)
 // Written out, because GCC keeps arrays of 64-byte vectors in memory where registers hold 32 bytes. One row after the
@@ -61,11 +55,12 @@ inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int 
 template <int M, int R>
 inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int K, float (*out)[R]) {
   v16i acc[M][R] = {};
+  const int64_t ahead = prefetch_ahead(R * (int64_t)K);
   for (int k = 0; k < K; k += 32) {
     v32s a[M];
     for (int m = 0; m < M; ++m) a[m] = load<v32s>(x + m * ldx + k);
     for (int j = 0; j < R; ++j) {
-      __builtin_prefetch(w[j] + k + kPrefetch);
+      __builtin_prefetch(w[j] + k + ahead);
       v32s b = widen(w[j] + k);
       for (int m = 0; m < M; ++m) acc[m][j] = dot_i16(acc[m][j], a[m], b);
     }
@@ -77,11 +72,12 @@ inline void dot_int8(const int8_t* const* w, const int16_t* x, int64_t ldx, int 
 template <int M, int R>
 inline void dot_half(const uint16_t* const* w, const float* x, int64_t ldx, int K, float (*out)[R]) {
   v16f acc[M][R] = {};
+  const int64_t ahead = prefetch_ahead(2 * R * (int64_t)K);
   for (int k = 0; k < K; k += 16) {
     v16f a[M];
     for (int m = 0; m < M; ++m) a[m] = load<v16f>(x + m * ldx + k);
     for (int j = 0; j < R; ++j) {
-      __builtin_prefetch((const char*)(w[j] + k) + kPrefetch);
+      __builtin_prefetch((const char*)(w[j] + k) + ahead);
       v16f b = load_half(w[j] + k);
       for (int m = 0; m < M; ++m) acc[m][j] += a[m] * b;
     }

@@ -13,7 +13,7 @@ from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.cpu.fused import CpuModel, SampleView
 from llama_engine.engine.executor import ReadyHandle
 from llama_engine.engine.step import Chunk, Step
-from llama_engine.model.llama import TorchModel
+from llama_engine.model.llama import SplitModel, TorchModel
 from llama_engine.model.sampler import list_logprobs, logprobs, sample
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import NOT_FINITE, RECENT, Logprobs, SamplingParams, count_tokens, recent_tokens
@@ -26,7 +26,7 @@ class HostExecutor:
 
     def __init__(
         self,
-        model: TorchModel | CpuModel,
+        model: TorchModel | SplitModel | CpuModel,
         config: ModelConfig,
         engine: EngineConfig,
         weights: EngineWeights,

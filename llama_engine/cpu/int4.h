@@ -18,7 +18,7 @@ inline int int4_place(int64_t k, int group) {
   return 32 * (group == 64 && (run == 1 || run == 2) ? 3 - run : run);
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512BW__)
 // The sum of one block, per lane: lanes 0-7 and 8-15 belong to the first and the second half of the row's 64 bytes.
 struct Int4Weights {
   __m512i low, high;
@@ -29,11 +29,20 @@ struct Int4Weights {
     high = _mm512_ternarylogic_epi64(_mm512_srli_epi16(v, 4), nibble, bias, 0x6a);
   }
   __m512 times(const int8_t* x) const {
+#if defined(__AVX512VNNI__)
     __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
     __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x + 128));
     h = _mm512_dpbusd_epi32(h, high, _mm512_loadu_si512(x + 64));
     l = _mm512_dpbusd_epi32(l, high, _mm512_loadu_si512(x + 192));
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 7), l));
+#else
+    auto part = [&](const int8_t* digits, int16_t factor) {  // four products of at most 15 * 128 fit 16 bits
+      __m512i a = _mm512_maddubs_epi16(low, _mm512_loadu_si512(digits));
+      __m512i b = _mm512_maddubs_epi16(high, _mm512_loadu_si512(digits + 64));
+      return _mm512_madd_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi16(factor));
+    };
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(part(x, 128), part(x + 128, 1)));
+#endif
   }
 };
 struct Int4Sum {
@@ -114,10 +123,11 @@ void dot_int4(const uint8_t* const* w, const uint16_t* const* scales, const int8
       std::memcpy(&scale[j][g], &s, 64);
     }
   Int4Sum acc[M][R];
+  const int64_t ahead = prefetch_ahead(R * K / 2);
   for (int64_t k = 0; k < K; k += kInt4Block) {
     const int first = k / group, second = group == 64 ? first + 1 : first;
     for (int j = 0; j < R; ++j) {
-      __builtin_prefetch(w[j] + k / 2 + kPrefetch);
+      __builtin_prefetch(w[j] + k / 2 + ahead);
       Int4Weights v(w[j] + k / 2, (K - k) / 2);
       for (int m = 0; m < M; ++m) acc[m][j].add(v, x + m * ldx + 2 * k, scale[j][first], scale[j][second]);
     }

@@ -1,4 +1,4 @@
-// Activations to fixed point, and the INT8 and INT4 matrices over them.
+// Activations to fixed point, the INT8 and INT4 matrices over them, and those of halves over floats.
 #pragma once
 
 #include "state.h"
@@ -60,6 +60,12 @@ struct Matrices : State {
     }
   }
 
+  // One of `rows` rows in fixed point for `next`, or as it is for halves.
+  void take(const float* in, int64_t K, int row, int rows, const LinearView& next) {
+    if (next.scale) quantize_row(in, K, row, amx && rows >= kAmxMinTokens, next.group);
+    else scale[row] = 1.f;
+  }
+
   void norm_row(const float* in, const float* weight, float* out) const {
     v16f squares{};
     for (int k = 0; k < m.hidden; k += 16) {
@@ -73,7 +79,7 @@ struct Matrices : State {
     }
   }
 
-  // Rows of `in` [T][K] (after RMSNorm when `norm` is given) to fixed point; threads share the tokens.
+  // Rows of `in` [T][K] (after RMSNorm when `norm` is given) as `next` takes them; threads share the tokens.
   void quantize(const float* in, int64_t K, const float* norm, int t, const LinearView& next) {
     int together = step.tokens >= 16 * threads ? 16 : 1;  // rows of one tile share cache lines
     for (int row = 0; row < step.tokens; ++row) {
@@ -84,7 +90,7 @@ struct Matrices : State {
         norm_row(source, norm, out);
         source = out;
       }
-      quantize_row(source, K, row, amx && step.tokens >= kAmxMinTokens, next.group);
+      take(source, K, row, step.tokens, next);
     }
     barrier.wait();
   }
@@ -103,11 +109,19 @@ struct Matrices : State {
     else dot_int4<1, 4>(w, s, x, digits_stride, sums, kInt4Groups, K, l.group, out);
   }
 
-  // W [N][K] against `count` quantized rows, 2 x 16 rows of W at a time: n.. and n + apart.., the SwiGLU pair of gate and
-  // up or simply neighbours. `store(token, n, first, second)` takes both; it is the same code on either path, so that
-  // the paths agree to the bit.
+  // The same of a matrix of halves; the tokens' inputs are at `x`.
+  static void half_rows(const LinearView& l, int64_t row, int64_t K, const float* x, int count, float (*out)[4]) {
+    const uint16_t* first = (const uint16_t*)l.weight + row * K;
+    const uint16_t* w[4] = {first, first + K, first + 2 * K, first + 3 * K};
+    if (count == 4) dot_half<4, 4>(w, x, K, K, out);
+    else dot_half<1, 4>(w, x, K, K, out);
+  }
+
+  // W [N][K] against `count` rows that were quantized, or lie in `floats` [count][K] for halves. 2 x 16 rows of W at a
+  // time: n.. and n + apart.., the SwiGLU pair of gate and up or simply neighbours. `store(token, n, first, second)` takes
+  // both; it is the same code on either path, so that the paths agree to the bit.
   template <class Store>
-  void gemm(const LinearView& l, int64_t N, int64_t K, bool pair, int count, int t, Store store) {
+  void gemm(const LinearView& l, int64_t N, int64_t K, bool pair, int count, int t, const float* floats, Store store) {
     const int8_t* weight = (const int8_t*)l.weight;
     const float* row_scale = l.group ? nullptr : (const float*)l.scale;
     int64_t apart = pair ? N / 2 : 16, span = pair ? 16 : 32, begin, end;
@@ -117,7 +131,7 @@ struct Matrices : State {
       v16f b = load<v16f>(out + 16) * (row_scale ? load<v16f>(row_scale + n + apart) : v16f{} + 1.f) * scale[token];
       store(token, n, a, b);
     };
-    bool tiles = amx && count >= kAmxMinTokens && !l.group;
+    bool tiles = amx && count >= kAmxMinTokens && l.scale && !l.group;
     for (int base = 0; base < count; base += kRowBlock) {
       int limit = std::min(base + kRowBlock, count);
       for (int64_t g = begin; g < end; ++g) {
@@ -142,6 +156,7 @@ struct Matrices : State {
             const int8_t* w[4] = {first, first + K, first + 2 * K, first + 3 * K};
             float part[4][4];
             if (l.group) int4_rows(l, row, K, token, rows, part);
+            else if (!l.scale) half_rows(l, row, K, floats + token * K, rows, part);
             else if (rows == 4) dot_int8<4, 4>(w, in, max_in, K, part);
             else dot_int8<1, 4>(w, in, max_in, K, part);
             for (int i = 0; i < rows; ++i) std::memcpy(out[i] + j, part[i], 16);
@@ -153,8 +168,8 @@ struct Matrices : State {
     barrier.wait();
   }
 
-  void linear(const LinearView& l, int64_t N, int64_t K, int count, int t, float* y, bool add) {
-    gemm(l, N, K, false, count, t, [=](int token, int64_t n, v16f a, v16f b) {
+  void linear(const LinearView& l, int64_t N, int64_t K, int count, int t, const float* floats, float* y, bool add) {
+    gemm(l, N, K, false, count, t, floats, [=](int token, int64_t n, v16f a, v16f b) {
       float* out = y + token * N + n;
       if (add) {
         a += load<v16f>(out);

@@ -3,7 +3,7 @@
 // Arithmetic: INT8 weights times activations held as 15-bit fixed point with one scale a token, accumulated exactly in
 // int32, so a row's result depends neither on the batch around it nor on the number of threads. 15 bits because a
 // 512-bit lane then takes 512 pairs of products (K = 16384) without overflow. INT4 weights (int4.h) are exact within a
-// group; the groups are added in float32, always in the same order.
+// group; the groups are added in float32, always in the same order. Halves are multiplied with float32 activations.
 // Layouts: K cache [layer][block][kv_head][head_size][tokens_per_block] (lanes are keys: scores need no horizontal
 // sums), V cache [layer][block][kv_head][tokens_per_block][head_size], both IEEE half.
 
@@ -87,19 +87,19 @@ struct Engine : Attention {
     int T = step.tokens;
     for (const LayerView& l : layers) {
       quantize(x.data(), H, l.input_norm, t, l.qkv);
-      linear(l.qkv, qkv_size, H, T, t, qkv.data(), false);
+      linear(l.qkv, qkv_size, H, T, t, normed.data(), qkv.data(), false);
       rope_and_store(l, t);
       attention(l, t);
       quantize(attn.data(), q_size, nullptr, t, l.o);
-      linear(l.o, H, q_size, T, t, x.data(), true);
+      linear(l.o, H, q_size, T, t, attn.data(), x.data(), true);
       quantize(x.data(), H, l.post_norm, t, l.gate_up);
-      gemm(l.gate_up, 2 * (int64_t)I, H, true, T, t, [&](int token, int64_t n, v16f gate, v16f up) {
+      gemm(l.gate_up, 2 * (int64_t)I, H, true, T, t, normed.data(), [&](int token, int64_t n, v16f gate, v16f up) {
         v16f e = exp_nonpositive(gate < 0.f ? gate : -gate);
         v16f y = gate * (gate < 0.f ? e : v16f{} + 1.f) / (1.f + e) * up;
         std::memcpy(&act[(int64_t)token * I + n], &y, 64);
       });
       quantize(act.data(), I, nullptr, t, l.down);
-      linear(l.down, H, I, T, t, x.data(), true);
+      linear(l.down, H, I, T, t, act.data(), x.data(), true);
     }
     logits(t);
 #if defined(USE_AMX)
@@ -108,35 +108,15 @@ struct Engine : Attention {
   }
 
   void logits(int t) {
-    int64_t H = m.hidden, begin, end;
+    int64_t H = m.hidden;
     int rows = step.logit_rows;
     for (int i = t; i < rows; i += threads) {
       float* out = normed.data() + i * H;
       norm_row(x.data() + step.rows[i] * H, m.final_norm, out);
-      if (m.lm_head.scale) quantize_row(out, H, i, amx && rows >= kAmxMinTokens);
+      take(out, H, i, rows, m.lm_head);
     }
     barrier.wait();
-    if (m.lm_head.scale) {
-      linear(m.lm_head, m.vocab, H, rows, t, step.logits, false);
-      return;
-    }
-    share(m.vocab, 4, t, begin, end);
-    for (int base = 0; base < rows; base += kRowBlock) {
-      int limit = std::min(base + kRowBlock, rows);
-      for (int64_t n = begin; n < end; n += 4) {
-        const uint16_t* w[4];
-        for (int j = 0; j < 4; ++j) w[j] = (const uint16_t*)m.lm_head.weight + (n + j) * H;
-        float out[4][4];
-        for (int i = base; i < limit;) {
-          int count = i + 4 <= limit ? 4 : 1;
-          if (count == 4) dot_half<4, 4>(w, normed.data() + i * H, H, H, out);
-          else dot_half<1, 4>(w, normed.data() + i * H, H, H, out);
-          for (int c = 0; c < count; ++c, ++i)
-            std::memcpy(step.logits + (int64_t)i * m.vocab + n, out[c], sizeof(out[c]));
-        }
-      }
-    }
-    barrier.wait();
+    linear(m.lm_head, m.vocab, H, rows, t, normed.data(), step.logits, false);
   }
 };
 

@@ -37,6 +37,16 @@ typedef v16i vi;
 #endif
 constexpr int kLanes = sizeof(vf) / sizeof(float);
 
+#if defined(USE_AVX2)
+constexpr int kPrefetch = 1536;  // bytes ahead; rows are contiguous, so this reaches the next rows (docs/LOG.md)
+#else
+constexpr int kPrefetch = 4096;
+#endif
+
+// Bytes ahead of rows of `together` bytes that are read side by side: behind the last of them, or the prefetch of one
+// row brings what another is just reading.
+inline int64_t prefetch_ahead(int64_t together) { return together > kPrefetch ? together : kPrefetch; }
+
 template <class V, class T>
 inline V load(const T* p) {
   V v;
@@ -47,6 +57,8 @@ inline V load(const T* p) {
 inline v16i dot_i16(v16i acc, v32s a, v32s b) {
 #if defined(__AVX512VNNI__)
   return (v16i)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return acc + (v16i)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   union { v32s v; __m256i h[2]; } ua{a}, ub{b};
   union { v16i v; __m256i h[2]; } uc{acc};

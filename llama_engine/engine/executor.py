@@ -47,8 +47,8 @@ class Executor(Protocol):
     asynchronous: bool  # submit() returns before the device is done, so the engine may run one step ahead
     num_kv_blocks: int  # blocks in the KV cache; block 0 is scratch for padding and never allocated
     kernels: str  # which implementation runs, for reports: "torch", "cpu-avx512", "cuda-tiled", ...
-    step_nbytes: int  # weight bytes one decode step reads
-    kv_nbytes_per_token: int  # KV bytes one position holds over all layers
+    step_nbytes: int  # weight bytes one decode step reads, on one GPU of several
+    kv_nbytes_per_token: int  # KV bytes one position holds over all layers, on one GPU of several
 
     def bind(self, slot: int, params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
         """Give ``slot`` to a new sequence with these sampling parameters; penalties count the tokens so far."""

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,6 @@ from llama_engine.errors import ErrorCode, InputError, RunError
 from llama_engine.sampling import SamplingParams
 
 OnTokens = Callable[[Output], None]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A :class:`Sequence`, with who hears of its tokens and how long it may take."""
-
-    sequence: Sequence
-    on_tokens: OnTokens
-    deadline: float
 
 
 class EngineLoop:
@@ -43,7 +33,7 @@ class EngineLoop:
         self._capacity = engine.config.max_batch_size + max_queue
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # between threads that submit, and the one that shuts down
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Sequence] = {}
         self._closed = False
         self._stop = threading.Event()
         self._window: tuple[float, int] = (time.monotonic(), 0)
@@ -83,14 +73,16 @@ class EngineLoop:
             output=output,
             grammar=grammar,
         )
-        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        sequence.on_tokens = on_tokens
+        if timeout_s is not None:
+            sequence.deadline = time.monotonic() + timeout_s
         with self._lock:
             if self._closed:
                 raise _shutting_down()
             if (count := len(self._requests)) >= self._capacity:
                 message = f"the queue is full: {count} requests running or waiting of {self._capacity}"
                 raise RunError(message, ErrorCode.QUEUE_FULL)
-            self._requests[sequence.request_id] = _Request(sequence, on_tokens, deadline)
+            self._requests[sequence.request_id] = sequence
         self._inbox.put(partial(self._add, sequence))
         return sequence.request_id
 
@@ -133,10 +125,10 @@ class EngineLoop:
             if not self._engine.has_unfinished:
                 continue
             now = time.monotonic()
-            for request_id, request in list(self._requests.items()):
-                if request.deadline < now:
-                    made = len(request.sequence.output)
-                    self._drop(request_id, RunError(f"the request timed out after {made} tokens", ErrorCode.TIMEOUT))
+            for sequence in list(self._requests.values()):
+                if sequence.deadline < now:
+                    message = f"the request timed out after {len(sequence.output)} tokens"
+                    self._drop(sequence.request_id, RunError(message, ErrorCode.TIMEOUT))
             try:
                 outputs = self._engine.step()
             except Exception as error:  # the device failed: nobody in the batch can be answered
@@ -160,11 +152,11 @@ class EngineLoop:
 
     def _deliver(self, output: Output) -> None:
         take = self._requests.pop if output.finished else self._requests.get
-        request = take(output.request_id, None)
-        if request is None:
+        sequence = take(output.request_id, None)
+        if sequence is None:
             return
         try:
-            request.on_tokens(output)
+            sequence.on_tokens(output)
         except Exception:  # one client's callback must not take the others down
             self._drop(output.request_id, _cancelled())
 

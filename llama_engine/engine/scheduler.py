@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,6 +51,9 @@ class Grammar(Protocol):
 class Sequence:
     """One request. ``sampled`` counts tokens the device has been asked for; ``output`` those the host has seen.
 
+    ``on_tokens`` and ``deadline`` (``time.monotonic()``) are the loop's, which calls the one with each
+    :class:`~llama_engine.engine.engine.Output` and looks at the other; nothing here does.
+
     ``params`` are in force for the next token. Once ``min_tokens`` of the answer are asked for, ``released`` replaces
     them, if there is one: until then ``params`` ban what would end the answer.
     """
@@ -74,6 +78,8 @@ class Sequence:
     doubtful: bool = False  # a step failed: what the table holds must not be registered
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's tokens from the second on, so far
+    on_tokens: Callable[[Any], None] = lambda output: None
+    deadline: float = float("inf")
 
     def tokens(self, start: int, end: int) -> list[int]:
         """The ids at positions ``start .. end - 1``, as far as the host knows them."""

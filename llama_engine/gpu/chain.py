@@ -12,11 +12,12 @@ from llama_engine.gpu.linears import Linears, checked_weights
 from llama_engine.kernels import gemm, quant
 from llama_engine.kernels.attention import PagedAttention
 from llama_engine.kernels.common import has_e4m3
+from llama_engine.kernels.exchange import Added, Exchange
 from llama_engine.kernels.gemm import LM_HEAD_ROWS
 from llama_engine.kernels.greedy import greedy
 from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.schemes import KV_DTYPES
-from llama_engine.model.weights import EngineWeights
+from llama_engine.model.weights import EngineWeights, Linear
 
 ALL_LAYERS = slice(None)
 ROW_PADDING = 128  # buffers hold a multiple of the largest tile's rows
@@ -30,9 +31,16 @@ class GpuModel:
     """
 
     def __init__(
-        self, config: ModelConfig, engine: EngineConfig, weights: EngineWeights, tiles: Tiles, streaming: bool = True
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        weights: EngineWeights,
+        tiles: Tiles,
+        streaming: bool = True,
+        rank: int = 0,
     ) -> None:
-        """``streaming``: see :class:`Linears`."""
+        """``streaming``: see :class:`Linears`. Of one of ``engine.tp_size`` ranks, ``config`` is its share, and
+        :attr:`exchange` is to be connected."""
         self.config, self.engine_config = config, engine
         self.weights = checked_weights(config, weights)
         self.device = device = weights.embedding.device
@@ -49,7 +57,12 @@ class GpuModel:
         self.x_ends = zeros(slots + ROW_PADDING, config.hidden_size)
         self.qkv = zeros(capacity, config.qkv_size)
         self.attended = zeros(capacity, config.q_size)
-        self.linears = Linears(config, self.weights, tiles, zeros(capacity, config.intermediate_size), streaming)
+        ranks, hidden = engine.tp_size, zeros(capacity, config.intermediate_size)
+        self.linears = Linears(config, self.weights, tiles, hidden, streaming, split=ranks > 1)
+        self.exchange: Exchange | None = None
+        if ranks > 1:
+            columns = self.weights.lm_head.shape[0]
+            self.exchange = Exchange(device, rank, ranks, capacity, config.hidden_size, columns)
         self.logits = zeros(engine.max_batch_size, config.vocab_size, dtype=torch.float32)
         self.attention = PagedAttention(config, engine, self.block_tables)
         self.kv = self._allocate_kv()
@@ -77,7 +90,17 @@ class GpuModel:
         """Matrix ``name`` of layer ``index`` as the chain runs it; with ``tile``, compile that without running it."""
         linears = self.linears.named(name)
         out = {"qkv": self.qkv, "gate_up": self.linears.hidden, "lm_head": self.logits}.get(name, self.x)
+        if self.exchange and name == "lm_head":
+            out = self.exchange.logits(0).mine
         self.linears.run(name, linears[index % len(linears)], out, rows, tile)
+
+    def _add(self, name: str, linear: Linear, x: torch.Tensor, rows: int) -> Added | None:
+        """o or down; what it leaves is in ``x``, but for what is returned."""
+        if self.exchange is None:
+            return self.linears.run(name, linear, x, rows)
+        parts = self.exchange.sum(name)
+        self.linears.run(name, linear, parts.mine, rows)
+        return self.exchange, parts
 
     def _layers(
         self,
@@ -106,21 +129,28 @@ class GpuModel:
                 quant.quantize_rows(self.attended, *query, rows, ends)
                 quant.gather_rows(self.x, ends, self.x_ends, rows)
                 x = self.x_ends
-            rest = self.linears.run("o", layer.o, x, rows)
+            rest = self._add("o", layer.o, x, rows)
             normed = self.linears.input_of("gate_up", layer.gate_up, rows)
             quant.norm(x, layer.post_norm, eps, *normed, rows, add=rest)
             self.linears.gate_up(layer.gate_up, layer.down, rows)
-            rest = self.linears.run("down", layer.down, x, rows)
+            rest = self._add("down", layer.down, x, rows)
         if rest is not None:
-            x[:rows] += rest
+            quant.add_rows(x, rest, rows)
         return x
 
-    def _head(self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor) -> int:
-        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most; returns the tiles' count."""
+    def _head(
+        self, x: torch.Tensor, rows: int, which: torch.Tensor | None, logits: torch.Tensor, piece: int = 0
+    ) -> int:
+        """Logits float32 ``[rows, vocab]`` of ``x`` or ``x[which]``, LM_HEAD_ROWS at most, the ``piece``-th of a pass;
+        returns the tiles' count."""
         c, head = self.config, self.weights.lm_head
         quant.norm(
             x, self.weights.final_norm, c.rms_norm_eps, *self.linears.input_of("lm_head", head, rows), rows, which
         )
+        if self.exchange:
+            parts = self.exchange.logits(piece)
+            self.linears.run("lm_head", head, parts.mine, rows)
+            return self.exchange.gather_logits(parts, logits, self.linears.partials, rows)
         self.linears.run("lm_head", head, logits, rows)
         return -(-c.vocab_size // self.linears.tiles.get("lm_head", head, rows).n)
 
@@ -138,7 +168,8 @@ class GpuModel:
             n = piece.stop - first
             # ``which`` counts from the top of x, an implicit row from the top of the piece
             picked = None if which is None else which[piece]
-            num_tiles = self._head(x if which is not None else x[first:], n, picked, self.logits[piece])
+            source, turn = x if which is not None else x[first:], first // LM_HEAD_ROWS
+            num_tiles = self._head(source, n, picked, self.logits[piece], turn)
             following = None if next_position is None else next_position[piece]
             state = (slots[piece], self.last_token, self.position)
             greedy(self.linears.partials, num_tiles, sampled[piece], *state, n, following)
@@ -215,11 +246,10 @@ class GpuModel:
 
         return decode
 
-    def all_logits(self, rows: int) -> torch.Tensor:
-        """Logits float32 ``[rows, vocab]`` of the prefill that just ran, LM_HEAD_ROWS rows at a time."""
-        out = torch.empty((rows, self.config.vocab_size), dtype=torch.float32, device=self.device)
-        which = torch.arange(rows, dtype=torch.int32, device=self.device)
-        for first in range(0, rows, LM_HEAD_ROWS):
-            piece = slice(first, min(rows, first + LM_HEAD_ROWS))
-            self._head(self.x, piece.stop - first, which[piece], out[piece])
-        return out
+    def all_logits(self, which: torch.Tensor, out: torch.Tensor, sampled: int) -> None:
+        """Logits float32 ``[n, vocab]`` to ``out`` of the rows ``which`` (int32 ``[n]``) of the prefill that just ran
+        and ``sampled`` so many rows, LM_HEAD_ROWS rows at a time."""
+        before = -(-sampled // LM_HEAD_ROWS)
+        for first in range(0, len(which), LM_HEAD_ROWS):
+            piece = slice(first, min(len(which), first + LM_HEAD_ROWS))
+            self._head(self.x, piece.stop - first, which[piece], out[piece], before + first // LM_HEAD_ROWS)

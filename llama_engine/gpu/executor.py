@@ -8,9 +8,10 @@ and 16-bit matrices sum in an order that depends on the number of rows).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llama_engine.gpu import buckets
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.gpu.handle import CudaHandle, Pass
 from llama_engine.gpu.ragged import RaggedInputs
-from llama_engine.kernels import persistent
+from llama_engine.kernels import persistent, tiles
 from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.sampler import logprobs
@@ -51,12 +52,13 @@ class CudaExecutor:
         tuning: dict | None = None,
         kernels: str = "auto",
         graphs: bool = True,
+        rank: int = 0,
     ) -> None:
         self.device = weights.embedding.device
         self._cuda = self.device.type == "cuda"  # else Triton's interpreter
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
-        tiles = Tiles(tuning, gpu_name(self.device))
-        self.model = model = GpuModel(config, engine, weights, tiles, streaming=kernels != "tiled")
+        table = Tiles(tuning, gpu_name(self.device))
+        self.model = model = GpuModel(config, engine, weights, table, kernels != "tiled", rank)
         self.engine_config = engine
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
@@ -69,7 +71,7 @@ class CudaExecutor:
         self._new_tables: dict[int, np.ndarray] = {}
         self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
         self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._persistent: persistent.PersistentDecode | None = None
+        self.persistent: persistent.PersistentDecode | None = None
         if (
             kernels == "auto"
             and self._cuda
@@ -77,13 +79,13 @@ class CudaExecutor:
             and persistent.supported(config, model.weights)
         ):
             try:
-                self._persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv)
+                self.persistent = persistent.PersistentDecode(config, engine, model.weights, model.kv, rank=rank)
             except RunError as error:
                 warnings.warn(f"{error}; decoding with the other kernels", stacklevel=2)
-        parts = ("persistent", self._persistent), ("streaming", model.linears.streaming)
+        parts = ("persistent", self.persistent), ("streaming", model.linears.streaming)
         used = [name for name, part in parts if part]
         self.kernels = "cuda-" + "+".join([*used, "tiled"])
-        self._use_graphs = graphs and self._cuda
+        self._tried: set[tuple[int, ...]] = set()
         self._decode_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._prefill_graphs: dict[tuple[int, int], list[torch.cuda.CUDAGraph]] = {}
         self._mixed_graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -91,9 +93,8 @@ class CudaExecutor:
         self._inputs = RaggedInputs(
             engine, model.attention, model.dummy_slot, buckets.PREFILL_BUCKETS[-1], buckets.PREFILL_CHUNKS[-1]
         )
-        if self._use_graphs:
-            with torch.cuda.stream(self._stream):
-                self._capture_all()
+        if graphs and self._cuda and engine.tp_size == 1:  # ranks must know each other first
+            self.capture()
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -113,32 +114,38 @@ class CudaExecutor:
         self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
 
     def submit(self, step: Step) -> CudaHandle:
+        return run_together([self], step)[0]
+
+    def stages(self, step: Step) -> Iterator[None]:
+        """:meth:`submit`, whose handle is returned, in stages; ``yield`` parts what launches kernels that exchange with
+        other ranks from all else (:func:`run_together`)."""
         decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
         prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
-        with torch.cuda.stream(self._stream):
-            self._upload_tables()
-            passes = []
-            if mixed := self._mixed_bucket(step, decodes, prefills):
-                passes.append(self._mixed(step, decodes, prefills, mixed))
-            else:
-                if decodes:
-                    passes.append(self._decode(step, decodes))
-                if prefills:
-                    passes.append(self._prefill(step, prefills))
-            event = torch.cuda.Event() if self._cuda else None
-            if event is not None:
-                event.record()
-        return CudaHandle(passes, event)
+        self._upload_tables()
+        passes = []
+        if mixed := self._mixed_shape(step, decodes, prefills):
+            passes.append((yield from self._mixed(step, decodes, prefills, *mixed)))
+        else:
+            if decodes:
+                passes.append((yield from self._decode(step, decodes)))
+            if prefills:
+                passes.append((yield from self._prefill(step, prefills)))
+        event = torch.cuda.Event() if self._cuda else None
+        if event is not None:
+            event.record()
+        return CudaHandle(passes, event, self.model.exchange)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
-    def _decode(self, step: Step, indices: list[int]) -> Pass:
+    def _decode(self, step: Step, indices: list[int]) -> Generator[None, None, Pass]:
         chunks = [step.chunks[i] for i in indices]
         bucket = self._set_slots(chunks)
+        yield
         if bucket in self._decode_graphs:
             self._decode_graphs[bucket].replay()
         else:
             self._decode_kernels(bucket)
+        yield
         logits = self._rows(indices) if step.logits != "none" else {}
         return self._pass(indices, logits, self._draw(step, indices))
 
@@ -156,15 +163,15 @@ class CudaExecutor:
 
     def _decode_kernels(self, bucket: int) -> None:
         slots, sampled = self._slots[:bucket], self._sampled[:bucket]
-        if self._persistent and bucket in self._persistent.row_counts:
+        if self.persistent and bucket in self.persistent.row_counts:
             m = self.model
-            self._persistent.launch(slots, m.last_token, m.position, m.block_tables, sampled, m.logits[:bucket])
+            self.persistent.launch(slots, m.last_token, m.position, m.block_tables, sampled, m.logits[:bucket])
         else:
             self.model.decode(slots, sampled)
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, step: Step, indices: list[int]) -> Pass:
+    def _prefill(self, step: Step, indices: list[int]) -> Generator[None, None, Pass]:
         chunks = [step.chunks[i] for i in indices]
         total = sum(chunk.length for chunk in chunks)
         if total > self.engine_config.max_num_tokens:
@@ -172,19 +179,26 @@ class CudaExecutor:
         key = buckets.bucket_of(total, buckets.PREFILL_BUCKETS), buckets.bucket_of(len(chunks), buckets.PREFILL_CHUNKS)
         graphs = None if step.every_row else self._prefill_graphs.get(key)
         if graphs is not None:
-            inputs = self._ragged(chunks, *key)
+            self._ragged(chunks, *key)
+            yield
             for graph in graphs:
                 graph.replay()
+                yield
         else:
             inputs = self._ragged(chunks, total, None)
-            self.model.prefill(*inputs, self._sampled, every_row=step.every_row)
+            yield from self._eager(inputs, step.every_row)
         sampling = [i for i, chunk in zip(indices, chunks) if chunk.samples]
         logits: dict[int, torch.Tensor] = {}
         if step.logits == "last":
             logits = self._rows(sampling)
         scored = {}
         if step.every_row:
-            rows = dict(zip(indices, self.model.all_logits(total).split([chunk.length for chunk in chunks])))
+            every = torch.empty((total, self.model.config.vocab_size), dtype=torch.float32, device=self.device)
+            which = torch.arange(total, dtype=torch.int32, device=self.device)
+            yield
+            self.model.all_logits(which, every, len(sampling))
+            yield
+            rows = dict(zip(indices, every.split([chunk.length for chunk in chunks])))
             logits = rows if step.logits == "all" else logits
             for i, tokens in step.scored.items():
                 params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
@@ -192,28 +206,68 @@ class CudaExecutor:
                 scored[i] = params, [self._to_host(part) for part in parts]
         return self._pass(sampling, logits, self._draw(step, sampling), scored)
 
+    def _eager(self, inputs: tuple[torch.Tensor, ...], every_row: bool, decodes: int = 0) -> Iterator[None]:
+        """A prefill without a graph, of a rank a few layers at a time, so that none gets far ahead of its peers."""
+        layers, split = self.model.config.num_layers, self.model.exchange is not None
+        cuts = [*range(buckets.FIRST_LAYERS, layers, buckets.FIRST_LAYERS)] if split else []
+        parts = [slice(*ends) for ends in zip([None, *cuts], [*cuts, None])]
+
+        def run(part: slice) -> None:
+            self.model.prefill(*inputs, self._sampled, every_row=every_row, part=part, decodes=decodes)
+
+        # A kernel's first launch may wait for the device, and the device for a peer, whose turn is after this rank's.
+        # So kernels that no graph has run are first run alone; what that leaves in the cache is written again. A kernel
+        # is compiled for tiles, and for whether the rows after the decodes begin at 16 bytes.
+        shapes = tiles.row_bucket(inputs[0].numel()), tiles.row_bucket(inputs[4].shape[1])
+        kind = (*shapes, every_row, min(decodes, 1), decodes % 4 == 0)
+        if split and self._cuda and kind not in self._tried:
+            self._tried.add(kind)
+            state = self.model.last_token, self.model.position
+            before = [values.clone() for values in state]
+            torch.cuda.synchronize(self.device)
+            yield
+            with self._alone():
+                for part in parts:
+                    run(part)
+            for values, old in zip(state, before):
+                values.copy_(old)
+            torch.cuda.synchronize(self.device)
+        yield
+        for part in parts:
+            run(part)
+            yield
+
     # -- both in one pass -------------------------------------------------------------------------------------------
 
-    def _mixed_bucket(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int] | None:
-        """The rows of decodes and of prefill that hold a step in one pass, if one does."""
-        if not decodes or not 0 < len(prefills) <= buckets.MIXED_CHUNKS or step.every_row:
+    def _mixed_shape(self, step: Step, decodes: list[int], prefills: list[int]) -> tuple[int, int, int | None] | None:
+        """Rows of decodes, of prefill and chunks of the one pass that holds a step, if one does: a graph's, or those of
+        the step itself, with None, where the prefill is too long for a graph."""
+        if not decodes or not prefills or step.every_row:
             return None
         tokens = sum(step.chunks[i].length for i in prefills)
-        return next((b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1]), None)
+        fitting = (b for b in self._mixed_buckets if len(decodes) <= b[0] and tokens <= b[1])
+        if len(prefills) <= buckets.MIXED_CHUNKS and (bucket := next(fitting, None)):
+            return *bucket, buckets.MIXED_CHUNKS
+        return (len(decodes), tokens, None) if tokens > buckets.PREFILL_BUCKETS[-1] else None
 
-    def _mixed(self, step: Step, decodes: list[int], prefills: list[int], bucket: tuple[int, int]) -> Pass:
+    def _mixed(
+        self, step: Step, decodes: list[int], prefills: list[int], before: int, tokens: int, chunks: int | None
+    ) -> Generator[None, None, Pass]:
         first, rest = ([step.chunks[i] for i in part] for part in (decodes, prefills))
-        inputs = self._ragged(rest, bucket[1], buckets.MIXED_CHUNKS, first, bucket[0])
-        if bucket in self._mixed_graphs:
-            self._mixed_graphs[bucket].replay()
+        inputs = self._ragged(rest, tokens, chunks, first, before)
+        graph = self._mixed_graphs.get((before, tokens)) if chunks else None
+        if graph is not None:
+            yield
+            graph.replay()
+            yield
         else:
-            self._mixed_kernels(bucket, inputs)
+            yield from self._eager(inputs, True, before)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
         logits = self._rows(sampling) if step.logits == "last" else {}
         return self._pass(sampling, logits, self._draw(step, sampling))
 
-    def _mixed_kernels(self, bucket: tuple[int, int], inputs: tuple[torch.Tensor, ...]) -> None:
-        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=bucket[0])
+    def _mixed_kernels(self, decodes: int, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=decodes)
 
     def _ragged(self, *batch: Any) -> tuple[torch.Tensor, ...]:
         host, views = self._inputs.pack(*batch)
@@ -221,6 +275,19 @@ class CudaExecutor:
         return views
 
     # -- graphs -----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Capture the graphs of every bucket; until then all runs eagerly."""
+        with torch.cuda.stream(self._stream):
+            self._capture_all()
+
+    def _alone(self) -> contextlib.ExitStack:
+        """A context in which kernels wait for no other rank."""
+        stack = contextlib.ExitStack()
+        for part in (self.model.exchange, self.persistent):
+            if part is not None:
+                stack.enter_context(part.alone())
+        return stack
 
     def _capture_all(self) -> None:
         first = min(buckets.FIRST_LAYERS, self.model.config.num_layers - 1)
@@ -239,10 +306,11 @@ class CudaExecutor:
 
         for bucket in self._mixed_buckets:
             views = self._inputs.blank(bucket[1], buckets.MIXED_CHUNKS, bucket[0])
-            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b, v))
+            self._mixed_graphs[bucket] = self._capture(lambda b=bucket, v=views: self._mixed_kernels(b[0], v))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        run()  # compiles and loads the kernels
+        with self._alone():
+            run()  # compiles and loads the kernels
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
@@ -313,3 +381,19 @@ class CudaExecutor:
         tokens = torch.stack([self._sampled[row] for row in scored])
         parts = logprobs(raw, tokens, max(params[row].logprobs for row in scored))
         return {indices[row]: params[row] for row in scored}, [self._to_host(part) for part in parts]
+
+
+def run_together(executors: Sequence[CudaExecutor], step: Step) -> list[CudaHandle]:
+    """Submit ``step`` to each, stage by stage: kernels of one rank wait for those of the others, so between their
+    launches the host must do nothing that could wait for a device (allocate, load a kernel, copy from pageable memory).
+    """
+    running = [executor.stages(step) for executor in executors]
+    handles: list[CudaHandle] = []
+    while not handles:
+        for executor, stages in zip(executors, running):
+            with torch.cuda.stream(executor._stream):
+                try:
+                    next(stages)
+                except StopIteration as end:
+                    handles.append(end.value)
+    return handles

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_engine.errors import RunError
+from llama_engine.kernels.exchange import Exchange
 from llama_engine.model.sampler import list_logprobs
 from llama_engine.sampling import Logprobs, SamplingParams
 
@@ -24,12 +26,14 @@ class Pass:
 class CudaHandle:
     """A step on its way. Reading waits for the device; in Triton's interpreter there is no event to wait for."""
 
-    def __init__(self, passes: list[Pass], event: torch.cuda.Event | None) -> None:
-        self._passes, self._event = passes, event
+    def __init__(self, passes: list[Pass], event: torch.cuda.Event | None, exchange: Exchange | None = None) -> None:
+        self._passes, self._event, self._exchange = passes, event, exchange
 
     def _wait(self) -> None:
         if self._event is not None:
             self._event.synchronize()
+        if self._exchange is not None and self._exchange.error.item():
+            raise RunError("a tensor-parallel rank waited for its peers in vain: restart the engine")
 
     def tokens(self) -> list[int | Exception]:
         self._wait()

@@ -28,12 +28,19 @@ class Linears:
 
     ``capacity``: rows of the activations. ``hidden`` fp16 ``[capacity, intermediate_size]`` is gate_up's result where
     down is not of its scheme, and else down's input. ``streaming`` lets up to 32 rows run the streaming kernel where
-    the GPU has what it needs.
+    the GPU has what it needs. ``split``: o and down give partial sums, of a tensor-parallel rank, and store them.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: EngineWeights, tiles: Tiles, hidden: torch.Tensor, streaming: bool
+        self,
+        config: ModelConfig,
+        weights: EngineWeights,
+        tiles: Tiles,
+        hidden: torch.Tensor,
+        streaming: bool,
+        split: bool = False,
     ) -> None:
+        self.epilogues = EPILOGUES | (dict.fromkeys(("o", "down"), STORE) if split else {})
         self.config, self.weights, self.tiles, self.hidden = config, weights, tiles, hidden
         self.device, capacity = hidden.device, hidden.shape[0]
         self.streaming = StreamGemm(self.device) if streaming and streaming_supported(self.device) else None
@@ -84,12 +91,12 @@ class Linears:
         """
         a, a_scale = self.input_of(name, linear, rows)
         if tile is None and self.streams(name, linear, rows):
-            self.streaming.launch(a, a_scale, linear, out, rows, EPILOGUES[name])
+            self.streaming.launch(a, a_scale, linear, out, rows, self.epilogues[name])
             return None
         chosen = tile or self.tiles.get(name, linear, rows)
         if not chosen.library:
             partials = self.partials if name == "lm_head" else None
-            operands = (a, a_scale, linear, out, rows, EPILOGUES[name], chosen, self.workspace, partials)
+            operands = (a, a_scale, linear, out, rows, self.epilogues[name], chosen, self.workspace, partials)
             gemm.gemm(*operands, compile_only=tile is not None)
         elif tile is None:
             return self._by_library(name, linear, out, None, rows)
@@ -101,16 +108,17 @@ class Linears:
         """:meth:`run` through cuBLAS; what gate_up leaves takes the form of ``out``, with ``out_scale``."""
         a, a_scale = self.input_of(name, linear, rows)
         n = linear.weight.shape[0]
-        step = rows if name == "qkv" else self.product.numel() // n
+        stored = self.epilogues[name] == STORE
+        step = rows if stored else self.product.numel() // n
         for first in range(0, rows, step):
             piece = slice(first, min(first + step, rows))
             count = piece.stop - first
-            y = out[piece] if name == "qkv" else self.product[: count * n].view(count, n)
+            y = out[piece] if stored else self.product[: count * n].view(count, n)
             library.matmul(a[piece], None if a_scale is None else a_scale[piece], linear, y, self.scratch)
             if name == "gate_up":
                 scale = None if out_scale is None else out_scale[piece]
                 quant.quantize_rows(y, out[piece], scale, count, gated=True)
-            elif name != "qkv":
+            elif not stored:
                 if count == rows:
                     return y
                 out[piece] += y
@@ -128,7 +136,7 @@ class Linears:
 
     def streams(self, name: str, linear: Linear, rows: int) -> bool:
         """Whether the streaming kernel runs ``linear``, called ``name``, for so many rows; else it is the others'."""
-        return self.streaming is not None and self.streaming.runs(linear, rows, EPILOGUES[name])
+        return self.streaming is not None and self.streaming.runs(linear, rows, self.epilogues[name])
 
     def named(self, name: str) -> list[Linear]:
         """Every matrix called ``name``."""

@@ -130,8 +130,10 @@ def tune_engine(engine_dir: Path) -> str:
     info = load_engine_json(engine_dir)
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        weights = load_weights(engine_dir, info.model, device)
-        model = GpuModel(info.model, replace(info.engine, num_kv_blocks=2), weights, Tiles(None, ""))
+        ranks = info.engine.tp_size  # whose shares are alike: the first stands for all, and exchanges with nobody
+        weights = load_weights(engine_dir, info.model, device, 0, ranks)
+        engine = replace(info.engine, num_kv_blocks=2)
+        model = GpuModel(info.model.share(ranks), engine, weights, Tiles(None, ""))
         tuning = tune(model)
     except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
         return f"GPU kernels: not tuned ({' '.join(str(error).split())})"

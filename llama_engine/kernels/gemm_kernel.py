@@ -89,7 +89,6 @@ def gemm_kernel(
     INT8: tl.constexpr,
     GROUP: tl.constexpr,
     SCALED: tl.constexpr,
-    STEP: tl.constexpr,
     EPILOGUE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -195,9 +194,9 @@ def gemm_kernel(
                 w = tl.load(w_ptrs + k, eviction_policy=evict)
                 a = tl.load(a_ptrs + k)
                 if SWAP:
-                    acc = tl.dot(w, tl.trans(a), acc, max_num_imprecise_acc=STEP)
+                    acc = tl.dot(w, tl.trans(a), acc)
                 else:
-                    acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=STEP)
+                    acc = tl.dot(a, tl.trans(w), acc)
         if SPLIT > 1:
             base = partial_ptr + pid * (SPLIT * size) + inner
             tl.store(base + split * size, acc)

@@ -10,7 +10,6 @@ import functools
 
 import torch
 
-from llama_engine.kernels.gemm import FP8_STEP
 from llama_engine.kernels.quant import widen
 from llama_engine.model.schemes import FP8, FP16, INT4
 from llama_engine.model.weights import Linear
@@ -48,4 +47,4 @@ def matmul(
         torch.mm(a, weight.t(), out=out)
         return
     scales = a_scale[:, None], linear.scale[None, :]
-    torch._scaled_mm(a, linear.weight.t(), *scales, out_dtype=out.dtype, use_fast_accum=FP8_STEP is None, out=out)
+    torch._scaled_mm(a, linear.weight.t(), *scales, out_dtype=out.dtype, use_fast_accum=True, out=out)

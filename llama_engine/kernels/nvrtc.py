@@ -13,6 +13,8 @@ import torch
 
 from llama_engine.errors import RunError
 
+ALREADY_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
+
 
 def _check(code: int, what: str) -> None:
     if code:
@@ -35,6 +37,19 @@ def _nvrtc() -> ctypes.CDLL:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def enable_peer_access(device: torch.device, peer: torch.device) -> None:
+    """Let kernels on ``device`` read and write the memory of ``peer``. Raises :class:`RunError` where they cannot."""
+    if not torch.cuda.can_device_access_peer(device, peer):
+        raise RunError(f"{device} cannot reach the memory of {peer}: no NVLink or PCIe peer access between them")
+    cuda, context = _driver(), ctypes.c_void_p()
+    _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), peer.index), "cuDevicePrimaryCtxRetain")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # this device's own context must exist
+        code = cuda.cuCtxEnablePeerAccess(context, 0)
+    if code != ALREADY_ENABLED:
+        _check(code, "cuCtxEnablePeerAccess")
 
 
 def architecture(device: torch.device) -> str:

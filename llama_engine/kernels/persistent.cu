@@ -12,7 +12,9 @@
 // chain of its own inputs, to have read it.
 //
 // Compiled at run time by persistent.py, which defines the geometry: HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, HEAD,
-// VOCAB, TPB (tokens per block), GRID, ROWS, FP8 or INT4 for such layers, and LM_INT8 for an INT8 lm_head.
+// VOCAB, TPB (tokens per block), GRID, ROWS, FP8 or INT4 for such layers, and LM_INT8 for an INT8 lm_head; RANKS, of whose
+// share the rest speaks. Ranks run this at once, a GPU each, and exchange what o and down give where the residual is
+// added: block b of one has the same rows as block b of another.
 
 #include "persistent_attention.cuh"
 
@@ -36,10 +38,28 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     };
     auto add_residual = [&](u32* x, int layer, const float (&scale)[ROWS], float weight_scale) {
         consumer_sync();
+        const int which = x == p.x_mlp, row = rows_x.start + tid;
+        float sum[ROWS];
         if (tid < rows_x.count)
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                residual[r] += take(s, tid, r, scale[r], weight_scale);
+                sum[r] = take(s, tid, r, scale[r], weight_scale);
+                if (RANKS > 1 && !p.alone)
+                    for (int to = 0; to < RANKS; ++to)
+                        if (to != p.rank)
+                            send_far(&p.inboxes[to]->sums[which][p.rank][r][row], __float_as_uint(sum[r]),
+                                     far_flag_of(s, layer));
+            }
+        if (tid < rows_x.count)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                if (RANKS == 1 || p.alone) residual[r] += sum[r];
+                else  // in the order of ranks, so that all get the same bits
+                    for (int from = 0; from < RANKS; ++from)
+                        residual[r] += from == p.rank ? sum[r]
+                                                      : __uint_as_float(receive_far(
+                                                            &p.inboxes[p.rank]->sums[which][from][r][row],
+                                                            far_flag_of(s, layer)));
                 send(x + r * HIDDEN + Split<HIDDEN>::permuted(rows_x.start + tid), residual[r], flag_of(s, layer));
             }
         hint(p.sync + SENT_X), ++sent;
@@ -126,7 +146,10 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) best[r] = -INF, best_id[r] = 0;
     auto judge = [&](int r, int n, float logit) {
-        if (p.logits) p.logits[(u64)r * VOCAB + n] = logit;
+        if (RANKS > 1) n += p.rank * VOCAB;
+        if (RANKS > 1 && p.logits && !p.alone)
+            for (int to = 0; to < RANKS; ++to) p.all_logits[to][(u64)r * (RANKS * VOCAB) + n] = logit;
+        else if (p.logits) p.logits[(u64)r * (RANKS * VOCAB) + n] = logit;
         if (logit != logit) logit = INF;  // a comparison drops NaN, but not infinity
         if (logit > best[r]) best[r] = logit, best_id[r] = n;
     };
@@ -214,7 +237,20 @@ __device__ void consume(const Params& p, Shared& s, Ring ring) {
     consumer_sync();
     if (!s.last) return;
     if (tid < ROWS) {
-        const u64 key = __ldcg((const u64*)(p.sync + BEST) + tid);
+        u64 key = __ldcg((const u64*)(p.sync + BEST) + tid);
+        if (RANKS > 1 && !p.alone) {
+            const u32 flag = far_flag_of(s, LAYERS - 1);
+            __threadfence_system();  // a peer that has these words also sees this rank's columns of its logits
+            for (int to = 0; to < RANKS; ++to)
+                for (int half = 0; half < 2; ++half)
+                    if (to != p.rank) send_far(&p.inboxes[to]->best[p.rank][tid][half], key >> 32 * half, flag);
+            for (int from = 0; from < RANKS; ++from)
+                if (from != p.rank) {
+                    const u64* words = p.inboxes[p.rank]->best[from][tid];
+                    key = max(key, receive_far(words, flag) | (u64)receive_far(words + 1, flag) << 32);
+                }
+            __threadfence_system();
+        }
         const u32 ordered = key >> 32, bits = ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered;
         const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
         const int token = finite ? (int)(0xffffffffu - (u32)key) : -1, slot = s.slot[tid];

@@ -17,14 +17,15 @@ kernel read :mod:`llama_engine.kernels.persistent_reference` first, the same ste
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.errors import InputError
+from llama_engine.errors import InputError, RunError
 from llama_engine.kernels import nvrtc
 from llama_engine.kernels.common import multiprocessors
 from llama_engine.model.rope import rope_tables
@@ -44,12 +45,17 @@ _POINTERS = (
 )
 
 
-class _Params(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in ("table_stride", "num_blocks", "dummy_slot")),
-        ("eps", ctypes.c_float),
-    )
+def _params(ranks: int) -> ctypes.Structure:
+    class Params(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_void_p) for name in _POINTERS),
+            *((name, ctypes.c_int) for name in ("table_stride", "num_blocks", "dummy_slot")),
+            ("eps", ctypes.c_float),
+            *((name, ctypes.c_int) for name in ("rank", "alone")),
+            *((name, ctypes.c_void_p * ranks) for name in ("inboxes", "all_logits")),
+        )
+
+    return Params(alone=1)
 
 
 def supported(config: ModelConfig, weights: EngineWeights) -> bool:
@@ -100,8 +106,10 @@ class PersistentDecode:
         weights: EngineWeights,
         kv: Sequence[torch.Tensor],
         max_rows: int = 2,
+        rank: int = 0,
     ) -> None:
-        """``kv``: per layer fp16 ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``, contiguous.
+        """``kv``: per layer fp16 ``[2, num_blocks, kv_heads, tokens_per_block, head_size]``, contiguous. Of one of
+        ``engine.tp_size`` ranks ``config`` and ``weights`` are its share; it runs alone until :meth:`connect`.
 
         Raises :class:`InputError` where :func:`supported` says no, :class:`RunError` if compilation fails.
         """
@@ -115,7 +123,7 @@ class PersistentDecode:
         self.device = weights.embedding.device
         self.grid = multiprocessors(self.device)
         self.row_counts = tuple(r for r in (1, 2) if r <= max_rows and r * config.num_kv_heads <= self.grid)
-        self._config = config
+        self._config, self._rank, self._ranks = config, rank, engine.tp_size
         layers, scheme = weights.layers, weights.layers[0].qkv.scheme
         pointers = [
             [t.data_ptr() for name in LINEARS for t in (getattr(layer, name).weight, getattr(layer, name).scale)]
@@ -133,7 +141,10 @@ class PersistentDecode:
         self._keep = (weights, tuple(kv))
         # Words that blocks exchange. They outlive a launch: flags count layers over all launches of one row count.
         self.scratch = {rows: self._scratch(rows) for rows in self.row_counts}
-        self._params = _Params(num_blocks=kv[0].shape[1], eps=config.rms_norm_eps)
+        self.inboxes = {rows: self._inbox(rows) for rows in self.row_counts}
+        self._peers: Sequence[PersistentDecode] = (self,) * self._ranks
+        self._params = _params(self._ranks)
+        self._params.num_blocks, self._params.eps, self._params.rank = kv[0].shape[1], config.rms_norm_eps, rank
         for name, tensor in self._common.items():
             setattr(self._params, name, tensor.data_ptr())
         self._params.embedding = weights.embedding.data_ptr()
@@ -145,7 +156,8 @@ class PersistentDecode:
             "HEADS": config.num_heads,
             "KV_HEADS": config.num_kv_heads,
             "HEAD": config.head_size,
-            "VOCAB": config.vocab_size,
+            "VOCAB": config.vocab_size // self._ranks,
+            "RANKS": self._ranks,
             "TPB": engine.tokens_per_block,
             "GRID": self.grid,
         }
@@ -167,6 +179,37 @@ class PersistentDecode:
             )
             for rows in self.row_counts
         }
+
+    def _inbox(self, rows: int) -> torch.Tensor:
+        """``Inbox`` of persistent_stream.cuh."""
+        words = self._ranks * rows * (2 * self._config.hidden_size + 2)
+        return torch.zeros(words, dtype=torch.int64, device=self.device)
+
+    def connect(self, every: Sequence[PersistentDecode], logits: Sequence[torch.Tensor]) -> None:
+        """From now on exchange with ``every`` rank, this one among them, in order, which all launch the same from here
+        on. Each writes its columns of the logits to each of ``logits``, which :meth:`launch` must then be given. Every
+        rank must be idle, with access to the others' memory."""
+        if len({(peer.grid, peer.row_counts) for peer in every}) > 1:
+            raise RunError("tensor-parallel ranks need GPUs of one kind: the persistent kernel's grids differ")
+        self._peers = every
+        self._params.alone = 0
+        self._params.all_logits[:] = [t.data_ptr() for t in logits]
+
+    def reset(self) -> None:
+        """Nothing counted, nothing exchanged. Every rank must be idle, and reset before any goes on."""
+        for rows in self.row_counts:
+            self.inboxes[rows].zero_()
+            for words in self.scratch[rows].values():
+                words.zero_()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Launch without the other ranks, for trying the kernel: the results are wrong."""
+        before, self._params.alone = self._params.alone, 1
+        try:
+            yield
+        finally:
+            self._params.alone = before
 
     def _scratch(self, rows: int) -> dict[str, torch.Tensor]:
         c = self._config
@@ -220,5 +263,6 @@ class PersistentDecode:
             self._params.logits = None
         for name, tensor in self.scratch[rows].items():
             setattr(self._params, name, tensor.data_ptr())
+        self._params.inboxes[:] = [peer.inboxes[rows].data_ptr() for peer in self._peers]
         self._params.table_stride, self._params.dummy_slot = block_tables.shape[1], slots - 1
         self._functions[rows].launch(self._params)

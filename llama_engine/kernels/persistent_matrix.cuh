@@ -87,6 +87,7 @@ template <int K> using Inputs = Digits<K>;
 // ---------------------------------------------------------------- words between blocks
 // What travels is the upper 24 bits of a float32 (an error of 2^-17, below that of the 16-bit digits) and a flag.
 __device__ __forceinline__ u32 flag_of(const Shared& s, int layer) { return (s.epoch + layer + 1) & 255; }
+__device__ __forceinline__ u32 far_flag_of(const Shared& s, int layer) { return s.epoch + layer + 1; }
 __device__ __forceinline__ void send(u32* word, float value, u32 flag) {
     const u32 bits = value == value ? __float_as_uint(value) + 0x80 : 0x7fc00000;
     const u32 w = (bits & ~255u) | flag;
@@ -103,6 +104,18 @@ __device__ __forceinline__ uint4 peek4(const u32* p) {
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(p) : "memory");
     return w;
+}
+// The same between GPUs: a whole float32 and a flag of 32 bits, in one word that cannot tear.
+__device__ __forceinline__ void send_far(u64* word, u32 bits, u32 flag) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)flag << 32 | bits) : "memory");
+}
+__device__ __forceinline__ u32 receive_far(const u64* word, u32 flag) {
+    u64 w;
+    for (u32 n = 0;; ++n) {
+        asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(w) : "l"(word) : "memory");
+        if ((u32)(w >> 32) == flag) return (u32)w;
+        if (n > SPIN_LIMIT) __trap();
+    }
 }
 // A hint that a block has sent its words: no order is promised, it only keeps readers from polling data too early
 // (thousands of threads that poll the same lines slow the writers down).

@@ -14,6 +14,7 @@ Blocks are a loop here, ``grid`` of them. Any geometry runs, on any device.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,20 +66,43 @@ def decode(
     Arguments as for :meth:`llama_engine.kernels.persistent.PersistentDecode.launch`: ``kv`` gets the new keys and
     values, ``last_token`` and ``position`` move on. The last slot is the padding's and stays as it is.
     """
+    state = (slot_ids, last_token, position, block_tables)
+    return decode_split(config, [weights], [kv], *state, grid=grid)
+
+
+def decode_split(
+    config: ModelConfig,
+    ranks: Sequence[EngineWeights],
+    caches: Sequence[Sequence[Tensor]],
+    slot_ids: Tensor,
+    last_token: Tensor,
+    position: Tensor,
+    block_tables: Tensor,
+    *,
+    grid: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode` of tensor-parallel ``ranks``, of whose share ``config`` speaks, each with its own cache. Where the
+    residual is added, a block also takes its namesakes' sums, in the order of ranks, as whole float32:
+    ``add_residual`` in persistent.cu."""
     slots, eps = slot_ids.long(), config.rms_norm_eps
     past = position[slots].tolist()
-    residual = embed(weights, last_token[slots])
+    residual = embed(ranks[0], last_token[slots])
     x = residual  # the embedding is read by every block itself; from here on blocks exchange words
-    scheme = weights.layers[0].qkv.scheme
-    for i, (layer, cache) in enumerate(zip(weights.layers, kv)):
-        qkv = word(matrix(norm_inputs(x, layer.input_norm, eps, scheme), layer.qkv, grid, turn=i))
-        attended = word(attend(config, qkv, cache, block_tables[slots], past, grid))
-        residual = residual + matrix(plain_inputs(attended, scheme), layer.o, grid)
+    scheme = ranks[0].layers[0].qkv.scheme
+    for i in range(config.num_layers):
+        sums = []
+        for layer, cache in ((weights.layers[i], kv[i]) for weights, kv in zip(ranks, caches)):
+            qkv = word(matrix(norm_inputs(x, layer.input_norm, eps, scheme), layer.qkv, grid, turn=i))
+            attended = word(attend(config, qkv, cache, block_tables[slots], past, grid))
+            sums.append(matrix(plain_inputs(attended, scheme), layer.o, grid))
+        residual = functools.reduce(Tensor.add, sums, residual)
+        x, sums = word(residual), []
+        for layer in (weights.layers[i] for weights in ranks):
+            hidden = word(gate_up(norm_inputs(x, layer.post_norm, eps, scheme), layer.gate_up, grid, turn=i))
+            sums.append(matrix(plain_inputs(hidden, scheme), layer.down, grid))
+        residual = functools.reduce(Tensor.add, sums, residual)
         x = word(residual)
-        hidden = word(gate_up(norm_inputs(x, layer.post_norm, eps, scheme), layer.gate_up, grid, turn=i))
-        residual = residual + matrix(plain_inputs(hidden, scheme), layer.down, grid)
-        x = word(residual)
-    logits = lm_head(x, weights, eps, grid)
+    logits = torch.cat([lm_head(x, weights, eps, grid) for weights in ranks], dim=-1)
     sampled = greedy(logits, slots, last_token, position)
     return sampled, logits
 

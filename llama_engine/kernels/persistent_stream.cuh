@@ -53,6 +53,12 @@ static_assert(OUTPUTS % SPLITS == 0 && SLICE <= THREADS, "one merging thread an 
 static_assert(HIDDEN >= GRID && INTER >= GRID && QKV >= GRID, "every block takes part in every exchange");
 static_assert(ceil_div(HIDDEN, GRID) <= THREADS, "the residual lives in registers");
 
+// What other ranks send to one rank: words of a float32 and, in the upper half, a number that says which exchange it
+// belongs to. As all else that blocks exchange, a word is overwritten a layer later at the earliest.
+struct Inbox {
+    u64 sums[2][RANKS][ROWS][HIDDEN];  // of o and of down
+    u64 best[RANKS][ROWS][2];          // the largest logit, as an ordered integer, and its id's complement
+};
 struct Params {
     const u64* layers;   // [LAYERS][TABLE] pointers
     const float* norms;  // [2 * LAYERS + 1][HIDDEN], permuted
@@ -68,6 +74,10 @@ struct Params {
     u32* sync;
     int table_stride, num_blocks, dummy_slot;
     float eps;
+    // Of tensor-parallel ranks: this one, whether it shall run without the others, and where each has its inbox and logits.
+    int rank, alone;
+    Inbox* inboxes[RANKS];
+    float* all_logits[RANKS];
 };
 enum { QKV_W, QKV_S, O_W, O_S, GU_W, GU_S, DOWN_W, DOWN_S, KV, TABLE };
 enum { LAUNCHES = 0, DONE = 32, BEST = 64, SENT_HIDDEN = 96, SENT_X = 128, SYNC_WORDS = 160 };  // words of Params::sync

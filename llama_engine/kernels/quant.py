@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_engine.kernels.common import launch_options
+from llama_engine.kernels.exchange import Added, add_parts, add_pushed, meet, parts_arguments
 from llama_engine.model.schemes import DIGITS_MAX
 from llama_engine.model.weights import Linear
 
@@ -87,12 +88,22 @@ def _rows_kernel(
     add_ptr,
     out_ptr,
     scale_ptr,
+    mine_ptr,
+    pushes_ptr,
+    inbox_ptr,
+    parts_ptr,
+    signal_ptr,
+    flags_ptr,
+    count_ptr,
+    error_ptr,
     K,
     plane,
     eps,
     NORM: tl.constexpr,
     GATHER: tl.constexpr,
     ADD: tl.constexpr,
+    RANKS: tl.constexpr,
+    PUSHED: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -114,8 +125,14 @@ def _rows_kernel(
         x = gate / (1.0 + tl.exp(-gate)) * tl.load(at + K, mask=mask, other=0.0).to(tl.float32)
     else:
         x = tl.load(x_ptr + source * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if PUSHED:
+        x = add_pushed(x, mine_ptr, pushes_ptr, inbox_ptr, count_ptr, error_ptr, row, K, PUSHED, RANKS, BLOCK)
+    elif RANKS > 1:
+        meet(signal_ptr, flags_ptr, count_ptr, error_ptr, row, RANKS)
+        x = add_parts(x, parts_ptr, row * K + offs, mask, RANKS)
     if ADD:
         x += tl.load(add_ptr + row * K + offs, mask=mask, other=0.0).to(tl.float32)
+    if ADD or RANKS > 1:
         total = x.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + row * K + offs, total, mask=mask)
         x = total.to(tl.float32)
@@ -204,12 +221,17 @@ def norm(
     scale: torch.Tensor | None,
     num_rows: int,
     rows: torch.Tensor | None = None,
-    add: torch.Tensor | None = None,
+    add: Added | None = None,
 ) -> None:
     """RMSNorm of the rows of ``x`` ``[*, K]`` (or ``x[rows]``) by ``weight`` ``[K]``, in the form of ``out`` as
-    :func:`quantize_rows` has it. ``add`` ``[num_rows, K]`` is first added to ``x`` itself, whose rows are then not to
-    be chosen."""
+    :func:`quantize_rows` has it. ``add`` ``[num_rows, K]``, or the sum over ranks, is first added to ``x`` itself,
+    whose rows are then not to be chosen."""
     _launch(x, weight, eps, out, scale, num_rows, rows, False, add)
+
+
+def add_rows(x: torch.Tensor, add: Added, num_rows: int) -> None:
+    """``x[:num_rows] += add``, as :func:`norm` does it."""
+    _launch(x, None, 0.0, x, None, num_rows, None, False, add)
 
 
 def quantize_rows(
@@ -238,8 +260,9 @@ def _launch(
     num_rows: int,
     rows: torch.Tensor | None,
     gated: bool,
-    add: torch.Tensor | None,
+    add: Added | None,
 ) -> None:
+    add, exchanged, constants = parts_arguments(add, num_rows)
     width = x.shape[-1] // 2 if gated else x.shape[-1]
     block = triton.next_power_of_2(width)
     _rows_kernel[(num_rows,)](
@@ -249,12 +272,14 @@ def _launch(
         add,
         out,
         scale,
+        *exchanged,
         width,
         out.stride(0),  # to the plane of lo
         eps,
         NORM=weight is not None,
         GATHER=rows is not None,
         ADD=add is not None,
+        **constants,
         GATED=gated,
         BLOCK=block,
         num_warps=_warps(block),

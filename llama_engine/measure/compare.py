@@ -122,6 +122,9 @@ def unlike(old: Result, new: Result) -> Iterator[str]:
     schemes = [dig(x, "engine.quantization") or "W8A16" for x in (old, new)]  # older results do not say, and were INT8
     if schemes[0] != schemes[1]:
         yield f"the engines are quantized otherwise: {schemes[0]} and {schemes[1]}"
+    ranks = [dig(x, "engine.config.tp_size") or 1 for x in (old, new)]
+    if ranks[0] != ranks[1]:
+        yield f"the engines run on {ranks[0]} and {ranks[1]} GPUs"
 
 
 def loads(old: Result, new: Result) -> Iterator[tuple[str, Result, Result]]:

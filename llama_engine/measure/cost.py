@@ -9,7 +9,8 @@ from llama_engine.config import ModelConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """What a token must cost whatever the code: bytes for decode, FLOP for prefill."""
+    """What a token must cost whatever the code: bytes for decode, FLOP for prefill. Of one GPU, where
+    several share a model."""
 
     weight_nbytes: int  # read once a decode step, whatever the batch
     kv_nbytes_per_token: int  # read a step for every live position of every sequence

@@ -9,52 +9,48 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import dataclasses
 import functools
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_engine.errors import RunError
 from llama_engine.measure.generation import GenerationRun
 from llama_engine.measure.load import lag_into
 from llama_engine.measure.stats import percentile, summary
-from llama_engine.serving.client import Client
-from llama_engine.serving.router import Router
+from llama_engine.sampling import SamplingParams
+from llama_engine.serving.client import RequestFailed
+from llama_engine.serving.target import Ask, Target
 
 BUCKET_S = 0.5  # of the timeline
 SETTLED_S = 2.0  # throughput is back when its mean over so long is
 SETTLED_SHARE = 0.9  # so much of what it was
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt and the inputs of its sampling."""
-
-    prompt: list[int]
-    options: dict[str, Any]
-
-    @classmethod
-    def some(cls, count: int, input_tokens: int, vocab: int, seed: int) -> list[Request]:
-        """Distinct ones, every second greedy."""
-        rng = random.Random(seed)
-        found = []
-        for number in range(count):
-            prompt = [rng.randrange(vocab) for _ in range(input_tokens)]
-            sampled = {"temperature": 0.8, "runtime_top_p": 0.95, "random_seed": rng.getrandbits(63)}
-            found.append(cls(prompt, sampled if number % 2 else {}))
-        return found
+def some_requests(count: int, input_tokens: int, output_tokens: int, vocab: int, seed: int) -> list[Ask]:
+    """Distinct ones, every second greedy."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(vocab) for _ in range(input_tokens))
+        sampled = SamplingParams(0.8, top_p=0.95, seed=rng.getrandbits(63))
+        found.append(Ask((("user", prompt),), output_tokens, sampled if number % 2 else None))
+    return found
 
 
 @dataclass
 class Answer:
-    """``run`` of request ``number``; ``error`` where it failed."""
+    """``run`` of request ``number``; ``error`` where it failed; ``resumed_after`` so many tokens another replica went
+    on with it, as the gateway says."""
 
     number: int
     run: GenerationRun
     error: str | None = None
+    resumed_after: int | None = None
 
 
 @dataclass
@@ -79,59 +75,52 @@ class Phase:
         return self.tokens_in(since, until) / (until - since)
 
 
-async def closed_loop(
-    client: Client | Router, requests: Sequence[Request], new_tokens: int, users: int, duration_s: float
-) -> Phase:
-    """``users`` ask ``requests`` in turn for ``duration_s``, and each until all were asked once. What is running at
-    the end is waited for."""
+async def closed_loop(targets: Sequence[Target], requests: Sequence[Ask], users: int, duration_s: float) -> Phase:
+    """``users``, spread over ``targets``, ask ``requests`` in turn for ``duration_s``, and until all were asked once.
+    What is running at the end is waited for."""
     phase, numbers = Phase(time.perf_counter()), itertools.count()
 
-    async def user() -> None:
+    async def user(target: Target) -> None:
         while (number := next(numbers)) < len(requests) or time.perf_counter() < phase.start + duration_s:
-            request = requests[number % len(requests)]
-            answer = Answer(number % len(requests), GenerationRun(time.perf_counter()))
+            number %= len(requests)
+            answer = Answer(number, GenerationRun(time.perf_counter()))
             phase.answers.append(answer)
-            source = client.generate(request.prompt, new_tokens, streaming=True, **request.options)
             try:
-                async for ids in source:
-                    answer.run.add(ids, time.perf_counter())
-            except RunError as error:
+                async for event in target.stream(requests[number]):
+                    answer.run.add(list(event.ids), event.at)
+                    if event.usage:
+                        answer.resumed_after = event.usage.get("resumed_after")
+            except RequestFailed as error:
                 answer.error = str(error)[:200] or type(error).__name__
                 await asyncio.sleep(0.05)
 
     async with lag_into(phase.lag_s):
-        await asyncio.gather(*(user() for _ in range(users)))
+        await asyncio.gather(*(user(targets[i % len(targets)]) for i in range(users)))
     phase.end = time.perf_counter()
     return phase
 
 
-@dataclass(frozen=True)
-class Move:
-    """Request ``number`` went to another replica at ``at`` (``perf_counter``), with ``made`` tokens."""
-
-    number: int
-    at: float
-    made: int
+async def warm(targets: Sequence[Target], requests: Sequence[Ask]) -> None:
+    """Ask each once, for a few tokens."""
+    short = [dataclasses.replace(request, new_tokens=8) for request in requests]
+    await closed_loop(targets, short, len(short), 0)
 
 
-def compare(phase: Phase, right: dict[int, list[int]], new_tokens: int, moves: Sequence[Move] = ()) -> dict[str, int]:
+def compare(phase: Phase, right: dict[int, list[int]], new_tokens: int) -> dict[str, int]:
     """How many answers were lost, duplicated or wrong, of how many.
 
-    ``diverged`` ones were moved, are right up to there, and then went on otherwise: a GPU's attention rounds a prompt
-    otherwise than the same tokens one by one.
+    One that differs only after a replica went on with it is ``diverged`` instead: a GPU rounds a prompt otherwise than
+    the same tokens one by one.
     """
     counts = {"answers": len(phase.answers), "lost": 0, "duplicated": 0, "wrong": 0, "diverged": 0}
     for answer in phase.answers:
-        ids = answer.run.token_ids
+        ids, kept = answer.run.token_ids, answer.resumed_after or 0
         if answer.error or len(ids) < new_tokens:
             counts["lost"] += 1
         elif len(ids) > new_tokens:
             counts["duplicated"] += 1
         elif ids != (wanted := right.get(answer.number, ids)):
-            during = [m for m in moves if answer.run.t0 < m.at < answer.run.token_times[-1]]
-            own = [move.made for move in during if move.number == answer.number]
-            resumed = bool(own) and ids[: own[0]] == wanted[: own[0]]
-            counts["diverged" if resumed and own[0] else "wrong"] += 1
+            counts["diverged" if kept and ids[:kept] == wanted[:kept] else "wrong"] += 1
     return counts
 
 
@@ -183,6 +172,11 @@ def summarize_phase(phase: Phase) -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: summary([of(run) for run in runs]) for name, of in times.items()} if runs else {}
     return found | {"output_tokens_per_s": summary([len(phase.token_times) / (phase.end - phase.start)])}
+
+
+def failures(phases: Sequence[Phase]) -> dict[str, int]:
+    """How many requests failed with which message."""
+    return dict(Counter(answer.error for phase in phases for answer in phase.answers if answer.error))
 
 
 def lag_p99_ms(phases: Sequence[Phase]) -> float:

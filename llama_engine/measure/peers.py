@@ -6,6 +6,7 @@ Each takes prompts of token ids and gives answers of exact length, end-of-sequen
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,16 +112,18 @@ class LlamaCppPeer:
 
 
 class VllmPeer:
-    """vLLM's engine, stepped in this process. It draws without seeds: one per request would take its slower way."""
+    """vLLM as it ships: its core steps in a process of its own, so that it does not wait for who reads its tokens. It
+    draws without seeds: one per request would take its slower way. VLLM_* variables are its own affair, and told."""
 
     def __init__(self, directory: Path, device: str, prefix_cache: bool, share: float, **options: Any) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no second process between it and the clock
         self.vllm = _package("vllm", "vllm")
         options = {"gpu_memory_utilization": 0.9 * share, "skip_tokenizer_init": True} | options
         options |= {"enable_prefix_caching": prefix_cache}
         self.engine = self.vllm.LLM(model=str(directory), **options).llm_engine
         self.most = int(options.get("max_num_seqs", 256))
-        self.about = {"version": self.vllm.__version__, "options": options}
+        variables = {key: value for key, value in sorted(os.environ.items()) if key.startswith("VLLM_")}
+        self.about = {"version": self.vllm.__version__, "options": options, "variables": variables}
+        self.about["flashinfer"] = importlib.util.find_spec("flashinfer") is not None  # its sampler, where it is there
 
     def generate_batch(
         self, prompts: Sequence[list[int]], new_tokens: Sequence[int], sampling: SamplingParams | None

@@ -202,7 +202,7 @@ async def measure(
 def cost_of(model: ModelConfig | None, values: dict[str, float]) -> Cost | None:
     """What a token costs, from the metrics page of an engine of ours; another's says nothing of it."""
     sizes = [values.get(name) for name in ("step_nbytes", "kv_nbytes_per_token")]
-    return Cost.of(model, *map(int, sizes)) if model and all(sizes) else None
+    return Cost.of(model.share(int(values.get("tp_size", 1))), *map(int, sizes)) if model and all(sizes) else None
 
 
 async def run_levels(asked: Demand, bench: Bench) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:

@@ -118,7 +118,8 @@ class EngineStack:
 
     def __init__(self, engine: Engine, about: dict[str, Any] | None = None) -> None:
         self.engine, self.about = engine, about or {}
-        self.cost = Cost.of(engine.model_config, engine.executor.step_nbytes, engine.executor.kv_nbytes_per_token)
+        share = engine.model_config.share(engine.config.tp_size)
+        self.cost = Cost.of(share, engine.executor.step_nbytes, engine.executor.kv_nbytes_per_token)
 
     def generate(self, prompt_ids: list[int], new_tokens: int) -> GenerationRun:
         return self.generate_batch([prompt_ids], new_tokens)[0]

@@ -15,7 +15,7 @@ from typing import Any
 from llama_engine.errors import InputError, RunError
 from llama_engine.measure.contestants import Cell, Contestant, StackContestant, primers
 from llama_engine.measure.demand import sampled
-from llama_engine.measure.generation import add_device, progress_bar
+from llama_engine.measure.generation import add_device, now, progress_bar
 from llama_engine.measure.load import Load, level
 from llama_engine.measure.result import Result, new_result
 from llama_engine.measure.stats import RESAMPLES, SEED, bootstrap_ratio
@@ -30,7 +30,8 @@ class Tournament:
     """Runs ``rounds`` turns of every contestant in every cell, after one that is not counted.
 
     ``swapped`` loads one contestant at a time, which plays all its cells, twice each, before the next is loaded.
-    ``text_of`` gives every contestant a stock of its own, so that all cut the same prompts.
+    ``text_of`` gives every contestant a stock of its own, so that all cut the same prompts. ``most_s`` seconds after
+    the start no further cell is begun, unless ``swapped``; ``left`` are the names of those that were not.
     """
 
     contestants: Sequence[Contestant]
@@ -39,6 +40,8 @@ class Tournament:
     text_of: Callable[[], Text]
     swapped: bool
     seed: int = 0
+    most_s: float | None = None
+    left: list[str] = field(default_factory=list)
     played: dict[tuple[str, int], list[Load]] = field(default_factory=dict)
 
     def turns(self) -> Iterator[tuple[int, Contestant, int]]:
@@ -64,12 +67,18 @@ class Tournament:
                 )
 
         loaded: Contestant | None = None
+        start = now()
         try:
             if not self.swapped:
                 for who in self.contestants:
                     await load(who)
             for number, who, index in self.turns():
                 cell = self.cells[index]
+                first = number < 0 and who is self.contestants[0]
+                if first and self.most_s is not None and now() - start > self.most_s and cell.name not in self.left:
+                    self.left.append(cell.name)
+                if cell.name in self.left:
+                    continue
                 if self.swapped and who is not loaded:
                     if loaded:
                         await loaded.stop()
@@ -177,7 +186,8 @@ async def play(
         "tournament",
         "several",
         model=model,
-        workload={"rounds": tournament.rounds, "seed": tournament.seed, "prefix_cache": prefix_cache},
+        workload={"rounds": tournament.rounds, "seed": tournament.seed, "prefix_cache": prefix_cache}
+        | ({"left_out": tournament.left} if tournament.left else {}),
         environment=environment,
         contestants=[who.describe() for who in tournament.contestants],
         levels=levels,

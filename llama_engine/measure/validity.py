@@ -2,8 +2,8 @@
 
 :func:`judge` reads a result's ``samples``, ``workload``, ``telemetry`` and ``checks``, and those of each level, and of
 its ``environment`` the GPU's power limits.
-``checks`` holds what a benchmark counted: ``failed_requests``, ``duplicated_answers`` and ``wrong_answers`` of a
-failover and its ``moved_requests``, ``clock_backwards``, ``prefix_cache_hit_tokens``,
+``checks`` holds what a benchmark counted: ``failed_requests``, ``lost_answers``, ``duplicated_answers`` and
+``wrong_answers`` of a failover and its ``moved_requests``, ``clock_backwards``, ``prefix_cache_hit_tokens``,
 ``distinct_outputs`` of the same prompts, ``client_lag_p99_ms``, ``responses_per_s`` with ``null_responses_per_s``, and
 for closed-loop load ``requests_per_s`` with ``mean_latency_s``.
 """
@@ -99,8 +99,9 @@ def _reasons(part: dict[str, Any], workload: dict[str, Any], *, needs_runs: bool
     if asked and wrong:
         yield f"{len(wrong)} outputs are not {asked} tokens long (such as {wrong[0]})"
     if (failed := checks.get("failed_requests", 0)) > MAX_FAILED_REQUESTS:
-        yield f"{failed} requests failed"
-    for what in ("duplicated_answers", "wrong_answers"):
+        most = max((part.get("failures") or {}).items(), key=lambda item: item[1], default=None)
+        yield f"{failed} requests failed" + (f", most with {most[0]!r}" if most else "")
+    for what in ("lost_answers", "duplicated_answers", "wrong_answers"):
         if count := checks.get(what, 0):
             yield f"{count} {what.replace('_', ' ')}"
     if checks.get("moved_requests") == 0:

@@ -6,7 +6,9 @@ block tables exactly as the kernels read it.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,28 +77,53 @@ class TorchModel:
         int32 ``[T]`` ids, positions and slots, int32 ``[slots, blocks]`` tables, int32 ``[L]`` rows whose logits are
         wanted -> float32 ``[L, vocab]``.
         """
-        c = self.config
+        return self._forward([self], ids, positions, slots, block_tables, rows)
+
+    def _forward(
+        self, ranks: Sequence[TorchModel], ids: Tensor, positions: Tensor, slots: Tensor, tables: Tensor, rows: Tensor
+    ) -> Tensor:
+        """:meth:`forward` of a model whose ``ranks`` (this is the first) each hold a part of every matrix."""
         x = self.weights.embedding[ids.long()].to(self.dtype)
-        cos, sin = self.cos[positions.long()], self.sin[positions.long()]
-        where = block_tables[slots.long(), (positions // self.tokens_per_block).long()].long()
-        offset = (positions % self.tokens_per_block).long()
         spans = self._spans(positions, slots)
-        for layer, kv in zip(self.weights.layers, self.kv):
-            qkv = self.linear(rms_norm(x, layer.input_norm, c.rms_norm_eps), layer.qkv)
-            q, k, v = (
-                part.unflatten(-1, (-1, c.head_size)) for part in qkv.split((c.q_size, c.kv_size, c.kv_size), dim=-1)
-            )
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            if kv.dtype == KV_DTYPES["fp8"]:  # PyTorch makes NaN of what is too large, the kernels the largest value
-                k, v = k.clamp(-E4M3_MAX, E4M3_MAX), v.clamp(-E4M3_MAX, E4M3_MAX)
-            kv[0, where, :, offset] = k.to(kv.dtype)
-            kv[1, where, :, offset] = v.to(kv.dtype)
-            attended = torch.cat([self._attend(q[a:b], kv, block_tables[slot], start) for a, b, slot, start in spans])
-            x = x + self.linear(attended, layer.o)
-            gate, up = self.linear(rms_norm(x, layer.post_norm, c.rms_norm_eps), layer.gate_up).chunk(2, dim=-1)
-            x = x + self.linear(F.silu(gate) * up, layer.down)
-        x = rms_norm(x[rows.long()], self.weights.final_norm, c.rms_norm_eps)
-        return self.linear(x, self.weights.lm_head).float()
+        batches = [[t.to(rank.device) for t in (positions, slots, tables)] for rank in ranks]
+
+        def total(part: Callable[[TorchModel, Tensor, list[Tensor]], Tensor]) -> Tensor:  # in rank order
+            parts = [part(rank, x.to(rank.device), batch).to(self.device) for rank, batch in zip(ranks, batches)]
+            return functools.reduce(Tensor.add, parts)
+
+        for i in range(self.config.num_layers):
+            x = x + total(lambda rank, x, batch, i=i: rank._attention(i, x, *batch, spans))
+            x = x + total(lambda rank, x, _, i=i: rank._mlp(i, x))
+        x = rms_norm(x[rows.long()], self.weights.final_norm, self.config.rms_norm_eps)
+        heads = [rank.linear(x.to(rank.device), rank.weights.lm_head).to(self.device) for rank in ranks]
+        return torch.cat(heads, dim=-1).float()
+
+    def _attention(
+        self, i: int, x: Tensor, positions: Tensor, slots: Tensor, tables: Tensor, spans: list[tuple[int, ...]]
+    ) -> Tensor:
+        """What the attention of layer ``i`` adds to ``x``, from the heads that are here."""
+        c, layer, kv = self.config, self.weights.layers[i], self.kv[i]
+        cos, sin = self.cos[positions.long()], self.sin[positions.long()]
+        where = tables[slots.long(), (positions // self.tokens_per_block).long()].long()
+        offset = (positions % self.tokens_per_block).long()
+        qkv = self.linear(rms_norm(x, layer.input_norm, c.rms_norm_eps), layer.qkv)
+        q, k, v = (
+            part.unflatten(-1, (-1, c.head_size)) for part in qkv.split((c.q_size, c.kv_size, c.kv_size), dim=-1)
+        )
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if kv.dtype == KV_DTYPES["fp8"]:  # PyTorch makes NaN of what is too large, the kernels the largest value
+            k, v = k.clamp(-E4M3_MAX, E4M3_MAX), v.clamp(-E4M3_MAX, E4M3_MAX)
+        kv[0, where, :, offset] = k.to(kv.dtype)
+        kv[1, where, :, offset] = v.to(kv.dtype)
+        attended = torch.cat([self._attend(q[a:b], kv, tables[slot], start) for a, b, slot, start in spans])
+        return self.linear(attended, layer.o)
+
+    def _mlp(self, i: int, x: Tensor) -> Tensor:
+        """What the MLP of layer ``i`` adds to ``x``, from the rows that are here."""
+        layer = self.weights.layers[i]
+        normed = rms_norm(x, layer.post_norm, self.config.rms_norm_eps)
+        gate, up = self.linear(normed, layer.gate_up).chunk(2, dim=-1)
+        return self.linear(F.silu(gate) * up, layer.down)
 
     @staticmethod
     def _spans(positions: Tensor, slots: Tensor) -> list[tuple[int, int, int, int]]:
@@ -117,3 +144,18 @@ class TorchModel:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
+
+
+class SplitModel:
+    """Tensor-parallel ranks as one model, with the face of a :class:`TorchModel`: each holds its heads, its part of the
+    MLP and its rows of lm_head; what they add to the residual is summed in rank order on the first one's device."""
+
+    name = "torch"
+
+    def __init__(self, ranks: Sequence[TorchModel]) -> None:
+        self.ranks, self.device = ranks, ranks[0].device
+
+    @torch.inference_mode()
+    def forward(self, *batch: Tensor) -> Tensor:
+        """As :meth:`TorchModel.forward`."""
+        return self.ranks[0]._forward(self.ranks, *batch)

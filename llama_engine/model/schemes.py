@@ -73,7 +73,7 @@ INT4_CHANNEL = "W4A16"  # TensorRT-LLM's: one scale a row, which the engine hold
 INT4_GROUPS = f"{INT4_CHANNEL}_GROUPWISE"  # ours
 INT8 = Scheme("int8", torch.int8, "row", "16-bit fixed point, one scale per token", EVERYWHERE, EVERYWHERE, "W8A16")
 FP8 = Scheme("fp8", torch.float8_e4m3fn, "row", "e4m3, one scale per token", GPU, REFERENCE, FP8_ROWWISE)
-FP16 = Scheme("fp16", torch.float16, None, "float16", GPU, EVERYWHERE)
+FP16 = Scheme("fp16", torch.float16, None, "float16, on a CPU float32", EVERYWHERE, EVERYWHERE)
 BF16 = Scheme("bf16", torch.bfloat16, None, "bfloat16", GPU, GPU)  # on a GPU it becomes fp16
 INT4 = Scheme("int4", torch.uint8, "group", "float16 or fixed point", EVERYWHERE, frozenset(), INT4_GROUPS, packed=2)
 SCHEMES = {scheme.name: scheme for scheme in (INT8, FP8, INT4, FP16, BF16)}

@@ -77,7 +77,7 @@ class EngineWeights:
     embedding: torch.Tensor  # [vocab, hidden], checkpoint dtype
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [hidden]
-    lm_head: Linear  # [vocab, hidden]
+    lm_head: Linear  # [vocab, hidden], of a tensor-parallel rank its rows of that
 
     @property
     def step_nbytes(self) -> int:
@@ -92,10 +92,20 @@ class EngineWeights:
         return total
 
 
-def tensor_names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors in :data:`WEIGHTS_FILE`; scaled linears also have ``<name>.scale`` ``[N]``."""
-    hidden = config.hidden_size
-    yield "embedding", (config.vocab_size, hidden)
+def stored_name(name: str, rank: int, ranks: int) -> str:
+    """What :data:`WEIGHTS_FILE` calls the tensor ``name`` of one of ``ranks``; norms and embedding they all share."""
+    kind = name.removesuffix(".scale").rpartition(".")[2]
+    return f"rank{rank}.{name}" if ranks > 1 and kind in (*LINEARS, "lm_head") else name
+
+
+def tensor_names(config: ModelConfig, ranks: int = 1) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of one rank; scaled linears also have ``<name>.scale`` ``[N]``.
+
+    qkv, gate_up and lm_head are split by rows, o and down by columns (:func:`stored_name` says where they lie).
+    """
+    vocab, hidden = config.vocab_size, config.hidden_size
+    config = config.share(ranks)
+    yield "embedding", (vocab, hidden)
     for i in range(config.num_layers):
         yield f"layers.{i}.input_norm", (hidden,)
         yield f"layers.{i}.qkv", (config.qkv_size, hidden)
@@ -104,24 +114,30 @@ def tensor_names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"layers.{i}.gate_up", (2 * config.intermediate_size, hidden)
         yield f"layers.{i}.down", (hidden, config.intermediate_size)
     yield "final_norm", (hidden,)
-    yield "lm_head", (config.vocab_size, hidden)
+    yield "lm_head", (vocab // ranks, hidden)
 
 
-def load_weights(engine_dir: Path, config: ModelConfig, device: torch.device | str) -> EngineWeights:
-    """Read ``engine.safetensors`` onto ``device``. Raises :class:`InputError` for a missing or misshapen tensor."""
+def load_weights(
+    engine_dir: Path, config: ModelConfig, device: torch.device | str, rank: int = 0, ranks: int = 1
+) -> EngineWeights:
+    """Read what ``engine.safetensors`` holds of a rank onto ``device``; ``config`` is the whole model's.
+
+    Raises :class:`InputError` for a missing or misshapen tensor.
+    """
     path = Path(engine_dir) / WEIGHTS_FILE
     tensors: dict[str, torch.Tensor] = {}
     with open_tensors(path, str(device)) as file:
         present = set(file.keys())
-        for name, shape in tensor_names(config):
-            if name not in present:
-                raise InputError(f"{path}: tensor {name!r} is missing")
-            tensors[name] = file.get_tensor(name)
+        for name, shape in tensor_names(config, ranks):
+            stored = stored_name(name, rank, ranks)
+            if stored not in present:
+                raise InputError(f"{path}: tensor {stored!r} is missing")
+            tensors[name] = file.get_tensor(stored)
             held = held_shape(INT4, shape)[0] if tensors[name].dtype == INT4.weight_dtype else shape
             if tuple(tensors[name].shape) != held:
                 raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {held}")
-            if f"{name}.scale" in present:
-                tensors[f"{name}.scale"] = file.get_tensor(f"{name}.scale")
+            if f"{stored}.scale" in present:
+                tensors[f"{name}.scale"] = file.get_tensor(f"{stored}.scale")
 
     return _assemble(tensors, config)
 

@@ -234,23 +234,27 @@ def roofline(story: Story) -> plt.Figure | None:
 
 
 def ladder(story: Story) -> plt.Figure | None:
-    """tok/s of every scheme alone and at its saturated load; grey where the accuracy gate lets it make no claim."""
-    found = rungs(story)
+    """tok/s of every scheme alone and at its saturated load; pale where the accuracy gate lets it make no claim."""
+    found = [rung for rung in rungs(story) if rung.measured]
     if not found:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6.6))
+    figure, axes = plt.subplots(1, 2, figsize=(18, 6.6))
     for axis, title in zip(axes, ("One request at a time", "Saturated")):
         for place, rung in enumerate(found):
             at = rung.file if axis is axes[0] else rung.level
             value = story.at(f"{at}.summary.output_tokens_per_s.p50")
-            colour = "#d0d0d0" if not rung.passed else BASE if rung.file == "base" else ENGINE
-            axis.bar(place, value, color=colour, width=0.65)
+            style = {"color": BASE if rung.file == "base" else ENGINE}
+            if not rung.passed:
+                style = {"facecolor": "#eeeeee", "edgecolor": "#b0b0b0", "hatch": "//"}
+            axis.bar(place, value, width=0.65, **style)
             users = f"\n{rung.users} at once" if axis is axes[1] else ""
             axis.text(place, value, f"{value:,.0f}{users}", ha="center", va="bottom", fontsize=10)
-        axis.set_xticks(range(len(found)), [rung.shown.replace(" (", "\n(") for rung in found], fontsize=10)
+        axis.set_xticks(
+            range(len(found)), [rung.shown.replace(" (", "\n(").replace(", ", ",\n") for rung in found], fontsize=10
+        )
         axis.set(ylabel="output tokens/s (p50)", title=title)
         axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
-    return finish(figure, story, "Speed of each precision; grey failed the accuracy gate or was not put to it")
+    return finish(figure, story, "Speed of each precision; hatched grey failed the accuracy gate or was not put to it")
 
 
 def pareto(story: Story) -> plt.Figure | None:

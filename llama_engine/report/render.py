@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llama_engine.config import DEFAULT_MODEL
-from llama_engine.report.ladder import rungs
+from llama_engine.report.ladder import CACHED, choices, rungs
 from llama_engine.report.pareto import Point, loads, points
 from llama_engine.report.show import CONDITIONS
 from llama_engine.report.story import STACK_NAMES, Derived, Story, roofline_points, waterfall_steps
@@ -221,6 +221,7 @@ def render(story: Story, *, headline: bool = False, others: Sequence[Story] = ()
     values = {"page": page, "story": story, "figure": page.figure, "headline": headline, "others": more}
     values |= {"roofline": roofline_points(story), "waterfall": steps if len(steps) > 1 else []}
     values["ladder"] = rungs(story)
+    values |= {"choices": list(choices(story, values["ladder"])), "cached": CACHED}
     text, sources = _fill("report.md.j2", page.cited, **values)
     return text, json.dumps(sources, indent=1, ensure_ascii=False) + "\n"
 

@@ -124,10 +124,14 @@ def _show_failover(out: Console, result: Result) -> None:
         f"{seen['before_tokens_per_s']:,.0f} tok/s, at the lowest {seen['lowest_tokens_per_s']:,.0f}; throughput back "
         f"{back['recovery_s']}, all replicas {back['full_strength_s']}",
         *(
-            f"{x['concurrency']} users a replica: one {x['one_tokens_per_s']:,.0f} tok/s, all "
-            f"{result['workload']['replicas']} {x['all_tokens_per_s']:,.0f}, {x['ratio']:.2f}x"
+            f"{x['concurrency']} users a replica: "
+            + (f"one {x['one_tokens_per_s']:,.0f} tok/s, " if "ratio" in x else "")
+            + f"all {result['workload']['replicas']} {x['all_tokens_per_s']:,.0f}"
+            + (f" tok/s, {x['ratio']:.2f}x" if "ratio" in x else " tok/s")
+            + (f"; a gateway busy {x['all_gateway_cores']:.2f} of a core" if "all_gateway_cores" in x else "")
             for x in scaling
         ),
+        *(f"failed {count} times: {message}" for message, count in result.get("failures", {}).items()),
     ):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -23,9 +23,11 @@ class Table:
 
 
 def tables(story: Story, folder: str, cite: Cite, *, largest: bool = False) -> Iterator[Table]:
-    """A table a tournament of this machine; with ``largest`` those measured here, each workload at its highest load."""
+    """A table a tournament of this machine; with ``largest`` each workload at its highest load. Figures entered by hand
+    stand in for those that nobody measured here: not beside them, and never with ``largest``."""
+    measured = any(not result.get("by_hand") for result in story.tournaments.values())
     for name, result in story.tournaments.items():
-        if largest and result.get("by_hand"):
+        if result.get("by_hand") and (largest or measured):
             continue
         yield _table(story, folder, f"tournaments/{name}", result, cite, largest)
 

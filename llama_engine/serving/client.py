@@ -19,7 +19,7 @@ import grpc
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 from tritonclient.grpc import InferInput
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
 from llama_engine.errors import ErrorCode, InputError, RunError, split_code
 from llama_engine.sampling import Logprobs
@@ -77,6 +77,7 @@ class NewTokens(list[int]):
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
     cached_tokens: int | None = None
+    resumed_after: int | None = None  # tokens, where another replica goes on with an answer
 
     @classmethod
     def of(cls, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> NewTokens:
@@ -132,7 +133,7 @@ class GrpcClient:
                 if error is not None:
                     raise RequestFailed(str(error))
                 if response.outputs:
-                    yield NewTokens.of(result.as_numpy, options)
+                    yield NewTokens.of(_arrays(response).get, options)
             if not ended:
                 raise RequestFailed("the stream ended without a final response", lost=True)
         except InferenceServerException as error:
@@ -208,6 +209,12 @@ async def _read_to_end(responses: Any) -> None:
 def _tensor(name: str, array: np.ndarray) -> InferInput:
     tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
     return tensor.set_data_from_numpy(array)
+
+
+def _arrays(response: Any) -> dict[str, np.ndarray]:
+    """The values of a response's tensors, flat: tritonclient looks for each by name anew, at every token."""
+    tensors = zip(response.outputs, response.raw_output_contents)
+    return {tensor.name: np.frombuffer(raw, triton_to_np_dtype(tensor.datatype)) for tensor, raw in tensors}
 
 
 def _scores(what: str, outputs: Callable[[str], Any], options: Mapping[str, Any]) -> list[Logprobs]:

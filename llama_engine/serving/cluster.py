@@ -78,7 +78,7 @@ class Cluster:
 
     def __init__(self, address: str | None = None, *, cpus: int | None = None) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise InputError("Ray is not installed: pip install -r requirements-cluster.txt (Python 3.10 to 3.12)")
+            raise InputError("Ray is not installed: pip install -r requirements-cluster.txt (Python 3.10 to 3.14)")
         self.address, self.cpus = address, cpus
         self._urls: dict[str, tuple[str, str]] = {}  # name: (url, version), as last heard
         self._actors: dict[str, Any] = {}  # an actor that nobody holds and that is not detached ends

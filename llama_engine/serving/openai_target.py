@@ -55,7 +55,8 @@ class OpenAITarget:
         key = os.environ.get(key_variable) if key_variable else None
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else None,
-            connector=aiohttp.TCPConnector(limit=0),
+            # uvicorn, under most servers, closes a connection after 5 s of nothing: do not send into one that closes
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             read_bufsize=1 << 20,
         )
@@ -172,9 +173,12 @@ def _event(answer: dict[str, Any], counted: int) -> Event:
         cached = (found.get("prompt_tokens_details") or {}).get("cached_tokens")
         usage = {name: found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")}
         usage |= {} if cached is None else {"cached_tokens": cached}
+        if resumed := found.get("resumed_after"):  # this gateway's own, after a replica died
+            usage["resumed_after"] = resumed[0]
         if choice:  # beside text it counts up to here; alone at the end it is the total
             tokens = usage["completion_tokens"] - counted
-    return Event(at, tokens, (), text, choice.get("finish_reason"), usage)
+    ids = choice.get("token_ids") or ()
+    return Event(at, len(ids) if ids and tokens is None else tokens, ids, text, choice.get("finish_reason"), usage)
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -14,8 +14,6 @@ import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llama_engine.config import KERNELS
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.errors import InputError
@@ -35,7 +33,8 @@ class ServeConfig:
     ``decoupled`` chooses Triton's transaction policy: true serves gRPC streams and HTTP ``generate`` and
     ``generate_stream``; false serves the plain HTTP and gRPC ``infer`` calls, which Triton refuses for decoupled
     models. ``text`` adds the ensemble, text in and text out. ``enable_prefix_cache`` is the parameter
-    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off.
+    ``enable_kv_cache_reuse`` of the model; NVIDIA's needs an engine built for it, so theirs stays off. ``instances`` is
+    the count of Triton's instance group: so many engines in one server, on GPUs one a card.
     """
 
     device: str = "auto"
@@ -49,12 +48,15 @@ class ServeConfig:
     enable_prefix_cache: bool = True
     null_model: bool = False
     text: bool = False
+    instances: int = 1
 
     def __post_init__(self) -> None:
         if not all(0 <= value < math.inf for value in (self.max_queue_size, self.request_timeout_s, self.drain_s)):
             raise InputError("max_queue_size, request_timeout_s and drain_s must be finite and not negative")
         if self.stream_interval < 1:
             raise InputError(f"stream_interval must be at least 1, got {self.stream_interval}")
+        if self.instances < 1:
+            raise InputError(f"instances must be at least 1, got {self.instances}")
 
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
@@ -74,11 +76,8 @@ def render(engine_dir: Path | str, models_dir: Path, config: ServeConfig, backen
     info = load_engine_json(engine_dir, backend=backend)
     if config.text and not (Path(engine_dir) / "tokenizer_config.json").is_file():
         raise InputError(f"{engine_dir} has no tokenizer, so it cannot serve text: serve token ids, without --text")
-    if config.text and backend == "native" and int(np.__version__.split(".")[0]) >= 2:
-        raise InputError(
-            f"serving text needs NumPy 1.26, found {np.__version__} (pip install numpy==1.26.4): this Triton's "
-            "Python backend was built for NumPy 1 and loses strings under NumPy 2; token ids work with both"
-        )
+    if config.instances > 1 and backend != "native":
+        raise InputError("several instances in one server are the native backend's: start a server a GPU instead")
     in_container = backend == "tensorrt_llm" and not BACKEND.is_dir()
     values: dict[str, object] = asdict(config) | {
         "max_batch_size": info.engine.max_batch_size,

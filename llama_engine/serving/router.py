@@ -47,9 +47,6 @@ class Router:
         self, urls: Iterable[str], *, block_tokens: int, limit: int, max_queue: int = 256, resumes: bool = True
     ) -> None:
         self.block_tokens, self.limit, self.max_queue, self.resumes = block_tokens, limit, max_queue, resumes
-        self.on_move: Callable[[list[int], int], None] = lambda prompt, made: (
-            None
-        )  # who is moved, after how many tokens
         self.counts: Counter[str] = Counter(requests_moved_total=0, answers_resumed_total=0)
         self.replicas: dict[str, Replica] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -58,10 +55,18 @@ class Router:
         self.members(urls)
 
     @classmethod
-    def of(cls, info: EngineInfo, urls: Iterable[str], discover: Discover | None = None, **options: Any) -> Router:
-        """For replicas of one engine: as many requests each as fit its batch, and some to follow at once. ``discover``
-        is asked for the members twice a second, in a thread; while it fails, they stay who they are."""
-        batch = info.engine.max_batch_size
+    def of(
+        cls,
+        info: EngineInfo,
+        urls: Iterable[str],
+        discover: Discover | None = None,
+        instances: int = 1,
+        **options: Any,
+    ) -> Router:
+        """For replicas of one engine, or of ``instances``: as many requests each as fit its batch, and some to follow
+        at once. ``discover`` is asked for the members twice a second, in a thread; while it fails, they stay who they
+        are."""
+        batch = info.engine.max_batch_size * instances
         options = {"limit": batch + batch // 8 + 1, "resumes": info.backend == "native"} | options
         router = cls(urls, block_tokens=info.engine.tokens_per_block, **options)
         if discover:
@@ -126,6 +131,8 @@ class Router:
                             begun = True
                             replica.prefill_tokens -= owed
                         if ids:
+                            if job.tries and job.made:
+                                ids.resumed_after = len(job.made)
                             job.made += ids
                             job.tries = 0
                             job.tried.clear()
@@ -210,7 +217,6 @@ class Router:
             raise error
         self.counts["requests_moved_total"] += 1
         self.counts["answers_resumed_total"] += bool(job.made)
-        self.on_move(job.prompt, len(job.made))
         return await self._wait(job, error)
 
     def _leave(self, replica: Replica, error: RequestFailed | None) -> None:

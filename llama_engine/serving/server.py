@@ -35,12 +35,13 @@ from llama_engine.files import check_apart, check_replaceable
 from llama_engine.serving import lifeline
 from llama_engine.serving.client import KEY_NAME, inference_key
 from llama_engine.serving.repository import ServeConfig, own_names, render
-from llama_engine.serving.wheel import environment, link_backend, own_backends, wheel
+from llama_engine.serving.wheel import environment, interpreter, link_backend, own_backends, wheel
 
 CLOSED_APIS = "model-repository,shared-memory,trace,logging"
 READY_TIMEOUT_S = 600
 RESTART_AFTER_S = (0, 1, 4, 15, 60)  # a server's deaths in a row; one that has run for STEADY_S starts a new row
 STEADY_S = 120
+SIZES = ("step_nbytes", "kv_nbytes_per_token")  # of the engine, whatever the number of instances
 _instances = itertools.count()
 
 
@@ -77,11 +78,15 @@ def listening(host: str, http_port: int | None, grpc_port: int, metrics_port: in
 
 
 def read_metrics(url: str) -> tuple[dict[str, float], str]:
-    """The engine's values on a server's metrics page, without the prefix ``llama_engine_``, and its kernels' name."""
+    """The engine's values on a server's metrics page, without the prefix ``llama_engine_``, and its kernels' name.
+    Those of several instances are summed."""
     with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
         rows = [row for row in answer.read().decode().splitlines() if row.startswith("llama_engine_")]
     kernels = re.search(r'kernels="([^"]*)"', rows[0]) if rows else None
-    values = {row.split("{")[0].removeprefix("llama_engine_"): float(row.rsplit(" ", 1)[1]) for row in rows}
+    values: dict[str, float] = {}
+    for row in rows:
+        name, value = row.split("{")[0].removeprefix("llama_engine_"), float(row.rsplit(" ", 1)[1])
+        values[name] = value if name in SIZES else values.get(name, 0) + value
     return values, kernels[1] if kernels else "unknown"
 
 
@@ -109,7 +114,10 @@ class TritonServer:
         self.engine_dir, self.host = Path(engine_dir), host
         pick_device(self.config.device)  # a device that is not there is no failure of the server
         self._root = wheel()
-        self._env = environment(self._root) | (env or {})
+        self._python = interpreter(self._root, text=self.config.text)
+        self._env = environment(self._root, self._python) | (env or {})
+        if self.config.instances > 1:  # on a CPU they share its cores
+            self._env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.config.instances)))
         self.http_port = free_port(host, http_port, "HTTP") if http else None
         self.grpc_port = free_port(host, grpc_port, "gRPC")
         self.metrics_port = free_port(host, metrics_port, "metrics")
@@ -146,7 +154,7 @@ class TritonServer:
             check_replaceable(folder, own)
             shutil.rmtree(folder, ignore_errors=True)
         render(self.engine_dir, models, self.config)
-        stub = link_backend(self._root, backends)
+        stub = link_backend(self._root, backends, self._python.version)
         said = subprocess.run(["ldd", stub], env=self._env, capture_output=True, text=True, check=False).stdout
         if lacking := [line.split()[0] for line in said.splitlines() if "not found" in line]:
             raise InputError(

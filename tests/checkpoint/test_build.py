@@ -180,8 +180,8 @@ def test_bad_engines_are_one_clear_error(engine, edit_json, damage):
 
 
 def test_split_checkpoints_and_too_long_sequences_are_refused(tiny_model, tiny_checkpoint, tmp_path):
-    convert(tiny_model, tmp_path / "c", ConvertOptions(int8=True, tp_size=2))
-    with pytest.raises(InputError, match="convert with --tp_size 1"):
+    convert(tiny_model, tmp_path / "c", ConvertOptions(int4="channel", tp_size=2))
+    with pytest.raises(InputError, match="tensor parallelism is for INT8 and 16-bit matrices"):
         build_native(tmp_path / "c", tmp_path / "e", SMALL)
     with pytest.raises(InputError, match="--max_seq_len 200000 is more than"):
         build_native(tiny_checkpoint, tmp_path / "e", EngineConfig(max_seq_len=200000))

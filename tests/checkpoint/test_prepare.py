@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_engine.checkpoint import prepare
 from llama_engine.checkpoint.hf import HFModel
-from llama_engine.config import ModelConfig
+from llama_engine.checkpoint.hf_config import model_config
 from llama_engine.errors import InputError
 from llama_engine.files import sha256_file
 
@@ -77,7 +77,7 @@ def test_synthetic_models_load_in_transformers_and_stay_finite_in_fp16(tiny_mode
 
 @pytest.mark.parametrize(("geometry", "billions"), [("llama-3.1-8b", 8.03), ("llama-3.2-1b", 1.236)])
 def test_published_geometries_have_the_published_parameter_counts(geometry, billions):
-    config = ModelConfig.from_hf(prepare.GEOMETRIES[geometry])
+    config = model_config(prepare.GEOMETRIES[geometry])
     count = sum(torch.Size(shape).numel() for _, shape in prepare.tensor_shapes(config))
     assert count / 1e9 == pytest.approx(billions, abs=0.005)
 

@@ -81,13 +81,19 @@ def test_a_request_alone_equals_the_same_request_in_a_batch():
 
 
 @pytest.mark.slow
-def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
+@pytest.mark.parametrize("graphs_end_at", [1024, 2], ids=["graph", "eager"])
+def test_decodes_and_new_prompts_in_one_pass_equal_two_passes(monkeypatch, graphs_end_at):
     """Bit for bit on a GPU, where the kernels are the same; the interpreter's products round by their shapes."""
     config = ModelConfig(96, 64, 96, 2, 4, 2, 32, 128)
     weights = random_weights(config, DEVICE)
     results = []
     for mixed in (True, False):
-        fused = _executor(config, weights, mixed)
+        fused = _executor(config, weights)
+        if not mixed:
+            monkeypatch.setattr(fused, "_mixed_shape", lambda *_: None)
+        elif graphs_end_at == 2:
+            fused._mixed_buckets = []
+            monkeypatch.setattr("llama_engine.gpu.buckets.PREFILL_BUCKETS", (2,))
         for slot in range(4):
             fused.bind(slot, SamplingParams(temperature=float(slot == 3), seed=7))
             fused.set_block_table(slot, _blocks(slot))
@@ -102,7 +108,7 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
             handle = fused.submit(step)
             tokens.append(handle.tokens())
             logits.append(handle.logits().clone())
-        passes = [len(fused.submit(Step((Chunk(0, 6), Chunk(1, 4, [3]))))._passes)]
+        passes = [len(fused.submit(Step((Chunk(0, 6), Chunk(1, 4, [3, 4, 5]))))._passes)]
         assert passes == [1 if mixed else 2]
         results.append((tokens, torch.cat(logits)))
     assert results[0][0] == results[1][0]
@@ -110,13 +116,10 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes():
     assert (results[0][1] - results[1][1]).abs().max() <= bound
 
 
-def _executor(config, weights, mixed):
+def _executor(config, weights):
     from llama_engine.gpu.executor import CudaExecutor
 
-    executor = CudaExecutor(config, ENGINE, weights, kernels="streaming")
-    if not mixed:
-        executor._mixed_buckets = []
-    return executor
+    return CudaExecutor(config, ENGINE, weights, kernels="streaming")
 
 
 def test_block_tables_of_many_lengths_arrive_together():
@@ -135,20 +138,22 @@ def test_what_one_pass_cannot_hold_takes_two():
     fused, _ = _pair(engine=EngineConfig(16, 64, 1024, 16, num_kv_blocks=65, max_prefill_tokens=30))
     decode, prompt = Chunk(0, 4), Chunk(1, 0, [1] * 30)
 
-    def bucket(*chunks, logits="none"):
+    def shape(*chunks, logits="none"):
         step = Step(chunks, logits)
         where = range(len(chunks))
         decodes = [i for i in where if chunks[i].tokens is None]
-        return fused._mixed_bucket(step, decodes, [i for i in where if i not in decodes])
+        return fused._mixed_shape(step, decodes, [i for i in where if i not in decodes])
 
-    assert bucket(decode, prompt) == (8, 30)
-    assert bucket(*(Chunk(i, 4) for i in range(9)), Chunk(9, 0, [1] * 30)) == (16, 30)
-    assert bucket(decode, Chunk(1, 0, [1] * 31)) == (8, 60)
-    assert bucket(decode, Chunk(1, 0, [1] * 61)) is None
-    assert bucket(decode, *(Chunk(i, 0, [1]) for i in range(1, 10))) is None
-    assert bucket(decode, prompt, logits="all") is None
-    assert bucket(decode) is None
-    assert bucket(prompt) is None
+    assert shape(decode, prompt) == (8, 30, 8)
+    assert shape(*(Chunk(i, 4) for i in range(9)), Chunk(9, 0, [1] * 30)) == (16, 30, 8)
+    assert shape(decode, Chunk(1, 0, [1] * 31)) == (8, 60, 8)
+    assert shape(decode, Chunk(1, 0, [1] * 61)) is None
+    assert shape(decode, *(Chunk(i, 0, [1]) for i in range(1, 10))) is None
+    assert shape(decode, Chunk(1, 0, [1] * 1025)) == (1, 1025, None)
+    assert shape(decode, *(Chunk(i, 0, [1] * 200) for i in range(1, 10))) == (1, 1800, None)
+    assert shape(decode, prompt, logits="all") is None
+    assert shape(decode) is None
+    assert shape(prompt) is None
 
 
 @pytest.mark.slow

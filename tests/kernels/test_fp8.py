@@ -116,7 +116,7 @@ def test_gemm_with_every_epilogue(device, scheme, split, swap):
     m, n, k = 17, 96, 192
     linear, a, a_scale, want = _problem(device, scheme, m, n, k)
     # Hopper's tensor cores add e4m3 products with fewer bits than float32 has
-    exact = 3e-4 if scheme is FP8 and device.type == "cuda" else 1e-5
+    exact = 1e-3 if scheme is FP8 and device.type == "cuda" else 1e-5
     if scheme is INT4:  # widened weights are rounded to fp16
         exact = 5e-4
     tile = fit(Tile(m=16, n=64, k=64, split=split, swap=swap), linear, m)

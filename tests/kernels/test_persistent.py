@@ -16,10 +16,12 @@ from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig, RopeScaling
 from llama_engine.errors import InputError
 from llama_engine.kernels import persistent_reference
+from llama_engine.kernels.nvrtc import enable_peer_access
 from llama_engine.kernels.persistent import HEADERS, SOURCE, PersistentDecode, permute, supported
 from llama_engine.model.llama import TorchModel, apply_rope, rms_norm
 from llama_engine.model.schemes import FP8, INT4, INT8, Scheme
 from llama_engine.model.weights import Linear, random_weights
+from tests.split import rank_of
 
 LLAMA_8B = ModelConfig(
     vocab_size=10000,
@@ -373,3 +375,52 @@ def test_values_that_are_not_finite_cost_their_own_row_its_token_alone(
     case.launch()  # the slot's next token is embedded without a fault, and its row stays what it is
     healthy.launch()
     assert case.sampled.tolist() == [-1, healthy.sampled[1].item()]
+
+
+def test_two_ranks_of_the_step_by_step_reference_are_the_whole_one():
+    config = dataclasses.replace(TINY, vocab_size=302)
+    case = Case(config, [70, 3], device="cpu", max_seq_len=128)
+    _, want, kv = case.follow(4)
+    heads = config.num_kv_heads // 2
+    ranks = [rank_of(case.weights, config, rank, 2) for rank in (0, 1)]
+    caches = [[x[:, :, rank * heads : (rank + 1) * heads].clone() for x in case.kv] for rank in (0, 1)]
+    state = (case.slot_ids, case.last_token, case.position, case.tables)
+    sampled, logits = persistent_reference.decode_split(config.share(2), ranks, caches, *state, grid=4)
+    assert torch.equal(sampled, logits.argmax(-1))
+    close(logits, want, "logits", 1e-3)
+    for whole, *parts in zip(kv, *caches):
+        close(torch.cat(parts, dim=2), whole, "cache", 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("past", [[300], [5, 900]])
+@pytest.mark.parametrize("int8_head", [False, True])
+def test_two_gpus_follow_the_reference(past, int8_head):
+    """Launches one after another, so that words of one are not taken for those of another."""
+    case = Case(LLAMA_1B, past, int8_head)
+    heads, engine = LLAMA_1B.num_kv_heads // 2, dataclasses.replace(case.engine, tp_size=2)
+    devices = [torch.device("cuda", rank) for rank in (0, 1)]
+    decodes, states = [], []
+    for rank, device in enumerate(devices):
+        weights = rank_of(case.weights, LLAMA_1B, rank, 2, device)
+        kv = [x[:, :, rank * heads : (rank + 1) * heads].to(device).contiguous() for x in case.kv]
+        decodes.append(PersistentDecode(LLAMA_1B.share(2), engine, weights, kv, len(past), rank=rank))
+        names = ("slot_ids", "last_token", "position", "tables", "sampled", "logits")
+        states.append([getattr(case, name).to(device).clone() for name in names])
+    enable_peer_access(*devices), enable_peer_access(*devices[::-1])
+    for decode in decodes:
+        decode.connect(decodes, [state[-1] for state in states])
+        decode.reset()
+    torch.cuda.synchronize(0), torch.cuda.synchronize(1)
+    for _ in range(5):
+        want = case.expect()
+        for decode, state, device in zip(decodes, states, devices):
+            with torch.cuda.device(device):
+                decode.launch(*state)
+        torch.cuda.synchronize(0), torch.cuda.synchronize(1)
+        close(states[0][-1], want, "logits")
+        for a, b in zip(*states):
+            assert torch.equal(a.cpu(), b.cpu())
+        assert torch.equal(states[0][4].long(), states[0][-1].argmax(-1))
+        case.last_token.copy_(states[0][1]), case.position.copy_(states[0][2])  # the reference follows

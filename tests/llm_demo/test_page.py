@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium found (Debi
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync"
 expect = sync_api.expect
+expect.set_options(timeout=60_000)  # a page that waits 5 s is no fault where a machine is busy
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def page(browser, gateway):
     """The open page; fails when it logged an error of its own or asked anything of another host."""
     context = browser.new_context(viewport={"width": 1100, "height": 860})
     page, errors, hosts = context.new_page(), [], set()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(60_000)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: hosts.add(re.match(r"\w+:(//[^/]*)?", request.url)[0]))
     page.goto(gateway)

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from llama_engine.measure.compare import judge_again
+from llama_engine.measure.compare import judge_again, unlike
 from llama_engine.measure.result import load_folder
 from tests.results import ENVIRONMENT, write_folder
 
@@ -57,6 +57,12 @@ def test_compare_leaves_out_levels_that_cannot_be_compared(folder, run_script, e
     assert done.returncode == 0
     assert "left out: optimized-native, 2 at once:" in done.stdout
     assert reason in " ".join(done.stdout.split())
+
+
+def test_one_gpu_is_not_compared_with_two_in_silence():
+    two = {"engine": {"config": {"tp_size": 2}}}
+    assert list(unlike({"engine": {"config": {}}}, two)) == ["the engines run on 1 and 2 GPUs"]
+    assert not list(unlike(two, two))
 
 
 def test_a_pair_that_is_judged_again_gets_its_ratios_or_loses_them(folder):

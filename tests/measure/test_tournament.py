@@ -102,6 +102,15 @@ def test_swapped_stacks_are_loaded_one_at_a_time():
     assert log.count(("a", "short")) == 10
 
 
+def test_no_load_begins_after_its_time_and_those_left_are_named():
+    log = []
+    players = [Player("a", 0.1, log), Player("b", 0.1, log)]
+    result = contest(players, [Cell(SHORT, 1), Cell(LONG, 1)], most_s=1e-9)
+    assert result["workload"]["left_out"] == ["short, 1 at once", "long, 1 at once"]
+    assert log == [("start", "a"), ("start", "b"), ("stop", "a"), ("stop", "b")]
+    assert "left_out" not in contest(players, [Cell(SHORT, 1)], most_s=600)["workload"]
+
+
 def test_an_invalid_load_and_a_crowded_one_enter_no_ratio():
     log = []
     players = [Player("a", 0.1, log), Player("b", 0.1, log, fails=1), Player("c", 0.1, log, most=2)]
@@ -151,16 +160,16 @@ def test_the_script_over_two_engines_of_its_own(run_script, tiny_engine, tiny_mo
         "--model-dir",
         tiny_model,
         "--workload",
-        workload,
+        f"{workload}@2",
         "--device",
         "cpu",
     ]
-    done = run_script(*command, "--concurrency", 2, "--prefix-cache", "--output", output)
+    done = run_script(*command, "--concurrency", 7, "--prefix-cache", "--output", output)
     assert done.returncode == 0, done.stderr
     result = load_result(output)
     assert [(x["name"], x["kind"], x["memory"]) for x in result["contestants"]] == [
         ("one", "native", "shared"), ("two", "native", "shared")]  # fmt: skip
-    assert [x["contestant"] for x in result["levels"]] == ["one", "two"]
+    assert [(x["contestant"], x["concurrency"]) for x in result["levels"]] == [("one", 2), ("two", 2)]
     assert result["levels"][0]["samples"]["output_tokens"] == result["levels"][1]["samples"]["output_tokens"]
     assert result["levels"][0]["checks"]["prefix_cache_hit_tokens"] == 5 * 2 * 32
     assert {x["metric"] for x in result["ratios"]} == {"output_tokens_per_s", "ttft", "tpot", "latency"}
@@ -189,6 +198,11 @@ def test_a_stack_that_cannot_be_loaded_says_why(tiny_engine, tmp_path):
             "requests of 1250 tokens, native holds 256",
         ),
         (["--target", "a=http://x", "--target", "b=http://y", "--workload", "nonsense"], "there are chat"),
+        (
+            ["--stack", "native:{engine}", "--stack", "b=native:{engine}", "--swap", "--most-seconds", "9"],
+            "no load ends",
+        ),
+        (["--target", "a=http://x", "--target", "b=http://y", "--workload", "short@1,0"], "NAME or NAME@N,N... with"),
     ],
 )
 def test_bad_flags_are_one_line(run_script, tiny_engine, tiny_model, flags, message):

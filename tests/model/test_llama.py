@@ -10,7 +10,7 @@ from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine_dir import load_engine_json
 from llama_engine.model.llama import TorchModel
 from llama_engine.model.rope import rope_frequencies
-from llama_engine.model.schemes import INT4
+from llama_engine.model.schemes import FP16, INT4
 from llama_engine.model.weights import load_weights, random_weights
 from tests import overflow
 
@@ -117,6 +117,18 @@ def test_fused_int4_matches_reference_and_gives_the_same_bits_in_any_batch(hidde
     expected = run(reference, config, spans)
     results = [run(model, config, spans) for model in models]
     assert (results[0] - expected).abs().max() <= 2e-3 * expected.abs().max()
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+    alone = [run(models[0], config, [(0, start, count)]) for start, count in ((0, 7), (7, 1), (8, 292))]
+    assert torch.equal(torch.cat(alone), results[0][:300])
+
+
+def test_fused_halves_match_the_reference_and_give_the_same_bits_in_any_batch(tmp_path):
+    config = ModelConfig(512, 192, 384, 2, 6, 2, 32, 1024)
+    reference, models = models_of(config, random_weights(config, "cpu", scheme=FP16), tmp_path, (1, 2, 3))
+    spans = [(0, 0, 300), (1, 0, 33)]
+    expected = run(reference, config, spans)
+    results = [run(model, config, spans) for model in models]
+    torch.testing.assert_close(results[0], expected, atol=float(1e-3 * expected.abs().max()), rtol=1e-3)
     assert all(torch.equal(result, results[0]) for result in results[1:])
     alone = [run(models[0], config, [(0, start, count)]) for start, count in ((0, 7), (7, 1), (8, 292))]
     assert torch.equal(torch.cat(alone), results[0][:300])

@@ -39,6 +39,7 @@ def test_a_scheme_that_failed_the_gate_makes_no_claim(ladder):
     assert (found["ladder-int4"].level, found["ladder-int4"].users) == ("ladder-int4.levels.1", 8)
     text, sources = render(Story.load(ladder))
     table = text[text.index("## The precision ladder") :]
+    assert "| TTFT of a long prompt, ms |" in table  # the header stands although none was measured
     row = next(line for line in table.splitlines() if line.startswith("| INT4"))
     assert [cell.strip() for cell in row.split("|")[2:6]] == ["0.010", "32.0", "32", "8"]
     assert "1.20000 | 0.20000 | 70.00% | not measured | FAILED" in row
@@ -53,6 +54,82 @@ def test_accuracy_without_real_weights_is_no_pass(ladder, edit_json):
     edit_json(ladder / "ladder-fp16-accuracy.json", {"summary": {"logit_error_rms": 0.001}})
     assert not rungs(Story.load(ladder))[1].passed
     assert "not on real weights" in render(Story.load(ladder))[0]
+
+
+def lines_of(text):
+    """The sentences on which scheme to choose."""
+    return [line for line in text.splitlines() if line.startswith("* **") and ": choose" in line.replace(":** ", ": ")]
+
+
+def put(path, **more):
+    """Keys into the sections of a result file."""
+    data = json.loads(path.read_text())
+    for section, values in more.items():
+        data[section] |= values
+    path.write_text(json.dumps(data))
+
+
+def test_schemes_are_chosen_by_figures_of_those_that_passed(ladder):
+    for name, prefill, nbytes in (
+        *(("baseline", 400.0, 2e7), ("optimized-native", 300.0, 1e7)),
+        *(("ladder-fp16", 310.0, 1.99e7), ("ladder-int4", 100.0, 5e6)),
+    ):
+        put(
+            ladder / f"{name}.json",
+            summary={"prefill_ttft_ms": {"p50": prefill, "input_tokens": 1024}},
+            cost={"weight_nbytes": nbytes, "kv_nbytes_per_token": 1000},
+        )
+    data = json.loads((ladder / "optimized-native.json").read_text())
+    many = {"summary": data["summary"] | {"output_tokens_per_s": {"p50": 77.0}}, "workload": data["workload"]}
+    level = many | {"concurrency": 16}
+    (ladder / "optimized-native.json").write_text(json.dumps(data | {"levels": [level]}))
+    text, sources = render(Story.load(ladder))
+    assert lines_of(text) == [  # INT4 is best at all of it, and failed the gate
+        "* **One request at a time:** choose INT8, 16.0 tokens/s.",
+        "* **Many at once:** choose INT8, 77 tokens/s at 16.",
+        "* **Long prompts:** choose INT8, which answers 1,024 tokens after 300.0 ms.",
+        "* **Little memory:** choose INT8, whose weights and 100,000 tokens of KV cache take 0.11 GB.",
+    ]
+    cited = json.loads(sources)["The precision ladder"]
+    assert {"optimized-native.json:cost.weight_nbytes", "optimized-native.json:cost.kv_nbytes_per_token"} <= set(cited)
+    put(ladder / "ladder-fp16.json", summary={"prefill_ttft_ms": {"p50": 305.0, "input_tokens": 1024}})
+    prompts = lines_of(render(Story.load(ladder))[0])[2]
+    assert prompts.endswith("after 300.0 ms (native, 16-bit 305.0: no difference to choose by).")
+
+
+def test_no_sentence_without_its_figure(ladder):
+    lines = lines_of(render(Story.load(ladder))[0])  # no long prompts, and no loads of several at once but for fp16
+    assert [line.partition(":")[0] for line in lines] == ["* **One request at a time", "* **Little memory"]
+
+
+def test_a_scheme_whose_accuracy_alone_was_measured(ladder):
+    (ladder / "ladder-int4.json").unlink()
+    rung = rungs(Story.load(ladder))[-1]
+    assert (rung.name, rung.measured, rung.passed) == ("INT4", False, False)
+    put(ladder / "ladder-int4-accuracy.json", gate={"status": "PASSED", "reasons": [], "quick": True})
+    assert rungs(Story.load(ladder))[-1].passed
+    text, _ = render(Story.load(ladder))
+    row = next(line for line in text.splitlines() if line.startswith("| INT4 |"))
+    assert [cell.strip() for cell in row.split("|")[2:7]] == ["not measured"] * 3 + ["", "not measured"]
+    assert "PASSED, quick |" in row
+    assert "its accuracy alone was measured" in text
+    assert not any("INT4" in line for line in lines_of(text))
+    assert "ladder.png" in {path.name for path in draw_all(Story.load(ladder), ladder)}
+
+
+def test_the_accuracy_of_another_scheme_is_no_pass(ladder):
+    for name, cache in (("ladder-fp16", "fp8"), ("ladder-fp16-accuracy", "fp16")):
+        data = json.loads((ladder / f"{name}.json").read_text())
+        data["engine"] = {
+            "weights_sha256": "d" * 64,
+            "kernels": "k",
+            "quantization": "16-bit",
+            "config": {"kv_cache": cache},
+        }
+        (ladder / f"{name}.json").write_text(json.dumps(data))
+    assert not rungs(Story.load(ladder))[1].passed
+    put(ladder / "ladder-fp16-accuracy.json", engine={"config": {"kv_cache": "fp8"}})
+    assert rungs(Story.load(ladder))[1].passed
 
 
 def test_no_ladder_of_one_scheme(folder):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -196,6 +197,26 @@ def test_figures_entered_by_hand_stand_beside_this_engine_and_not_in_the_readme(
     text, _ = render.render(Story.load(folder), headline=True)
     assert "| 16.0* |" in text
     assert "\n\\* INVALID in this engine's run: too hot.\n" in text
+
+
+def test_what_was_measured_takes_the_place_of_figures_entered_by_hand(folder):
+    write_result(folder / "tournaments/by-hand.json", contest(by_hand=True))
+    write_result(folder / "tournaments/main.json", contest(by_hand=False))
+    text, sources = render.render(Story.load(folder), headline=True)
+    assert "Another run." not in text
+    assert "by-hand.json" not in sources
+    assert text.count("| short, 8 at once, tokens/s | 1,234 |") == 1
+
+
+def test_the_readme_shows_tournaments_of_every_machine(folder, tmp_path):
+    other = tmp_path / "big"
+    shutil.copytree(folder, other)
+    write_result(other / "tournaments/main.json", contest(by_hand=False))
+    readme = render.readme_block([Story.load(folder), Story.load(other)])
+    assert (
+        "Other engines on big, output tokens/s of each workload at its highest load:\n\n|  | other | ours |" in readme
+    )
+    assert readme.count("Other engines on") == 1
 
 
 def test_what_company_changes_stands_beside_tokens_per_second(folder):

@@ -4,9 +4,11 @@ KUBERAY_CRD=ray.io_rayclusters.yaml (of ray-operator/config/crd/bases in KubeRay
 manifest against that release's schema, with unknown keys refused.
 """
 
+import json
 import os
 import re
 import shlex
+import shutil
 
 import jsonschema
 import pytest
@@ -85,3 +87,12 @@ def test_bad_flags_are_one_line(tiny_engine, run_script, flags, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_engine_of_several_gpus_is_refused(tiny_engine, edit_json, run_script, tmp_path):
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
+    limits = json.loads((engine / "engine.json").read_text())["engine"]
+    edit_json(engine / "engine.json", {"engine": limits | {"tp_size": 2}})
+    done = run_script("scripts/serve_cluster.py", "--engine-dir", engine)
+    assert done.returncode == 2
+    assert "is split over 2 GPUs, a replica has one" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 from llama_engine.errors import ErrorCode, RunError, with_code
 from llama_engine.serving import replica as replica_module
 from llama_engine.serving import router as router_module
-from llama_engine.serving.client import RequestFailed
+from llama_engine.serving.client import NewTokens, RequestFailed
 from llama_engine.serving.router import MAX_TRIES, Router
 
 BLOCK = 4
@@ -51,7 +51,7 @@ class Fake:
                     )
                 if made < new_tokens:
                     ids = [*ids, token_after(ids)]
-                    yield ids[-1:]
+                    yield NewTokens(ids[-1:])
         finally:
             self.now -= 1
 
@@ -412,12 +412,25 @@ def test_whatever_dies_under_load_every_answer_is_right(seed):
             prompts = [[rng.randrange(100) for _ in range(rng.randint(1, 12))] for _ in range(120)]
             asked = [asyncio.create_task(ask(router, prompt, 20)) for prompt in prompts]
             while not all(task.done() for task in asked):
-                victim = rng.choice(fakes)
-                victim.down = sum(fake.down for fake in fakes) < 2 and rng.random() < 0.5
+                victim = rng.choice(fakes[:2])  # one that never dies: where all do, errors are right
+                victim.down = rng.random() < 0.5
                 await asyncio.sleep(0.003 * rng.random())
                 victim.down = False
             assert await asyncio.gather(*asked) == [right(prompt, 20) for prompt in prompts]
             assert router.counts["answers_resumed_total"] > 0
+
+    run(go())
+
+
+def test_where_an_answer_goes_on_is_told_once():
+    async def go():
+        async with routed(2) as (router, fakes):
+            for fake in fakes:
+                fake.fails.append((3, ErrorCode.UNAVAILABLE))
+            parts = [part async for part in router.generate([1], 8, streaming=True)]
+            assert [token for part in parts for token in part] == right([1], 8)
+            assert [part.resumed_after for part in parts] == [None] * 3 + [3, None, None, 6, None]
+            assert [part.resumed_after async for part in router.generate([2], 4, streaming=True)] == [None] * 4
 
     run(go())
 

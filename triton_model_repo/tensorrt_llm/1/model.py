@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
+from llama_engine.device import use_own_gpu
 from llama_engine.engine.engine import FinishReason, Output
 from llama_engine.engine.loop import EngineLoop
 from llama_engine.errors import ErrorCode, InputError, RunError, with_code
@@ -47,8 +48,9 @@ GAUGES = {
     "waiting": "queue depth",
     "kv_blocks_used": "KV cache blocks in use",
     "kv_blocks_total": "KV cache blocks that can be used",
-    "step_nbytes": "weight bytes one decode step reads",
-    "kv_nbytes_per_token": "KV cache bytes a token holds",
+    "step_nbytes": "weight bytes one decode step reads on a GPU",
+    "kv_nbytes_per_token": "KV cache bytes a token holds on a GPU",
+    "tp_size": "GPUs that one step runs on",
     "tokens_per_s": "tokens made in the last second",
 }
 COUNTERS = {
@@ -94,13 +96,19 @@ class TritonPythonModel:
         self.stream_interval = int(options["stream_interval"])
         self.exclude_input = options["exclude_input_in_output"] == "true"
         reuse = options["enable_kv_cache_reuse"] == "true"
+        self.instances = config["instance_group"][0]["count"]
+        self.labels = {"model": args["model_name"]}
+        if self.instances > 1:  # of which each is a process
+            self.labels["instance"] = args["model_instance_name"]
+            use_own_gpu(int(args["model_instance_name"].rpartition("_")[2]))
         engine = load_engine(
             options["engine_dir"], device=options["device"], kernels=options["kernels"], enable_prefix_cache=reuse
         )
         pb_utils.Logger.log_info(f"engine {options['engine_dir']}: kernels {engine.executor.kernels}")
         self.grammars, self.engine_dir, self.vocab_size = {}, options["engine_dir"], engine.model_config.vocab_size
-        self.kernels, self.name = engine.executor.kernels, args["model_name"]
+        self.labels["kernels"] = engine.executor.kernels
         self.sizes = {key: getattr(engine.executor, key) for key in ("step_nbytes", "kv_nbytes_per_token")}
+        self.sizes["tp_size"] = engine.config.tp_size
         self.loop = EngineLoop(engine, max_queue=int(options["max_queue_size"]))
         self.live: dict[int, Live] = {}
         self.outbox: queue.SimpleQueue[Live | None] = queue.SimpleQueue()
@@ -130,6 +138,8 @@ class TritonPythonModel:
         arrays = {tensor.name(): _array(tensor) for tensor in request.inputs()}
         name = request.request_id()
         if scalar(arrays, "stop", False):
+            if self.instances > 1:  # Triton chose this one, which need not be the one that answers the request
+                raise InputError(f"stop reaches one of {self.instances} instances: leave the stream to cancel")
             for live in [live for live in self.live.values() if name and live.name == name]:
                 self.loop.cancel(live.id)
             sender.send(_response([]), flags=FINAL)
@@ -213,14 +223,13 @@ class TritonPythonModel:
 
     def _watch(self) -> None:
         """Cancel what its client gave up, and publish the metrics. Polling costs ~0.1 ms each, so it is paced."""
-        labels = {"model": self.name, "kernels": self.kernels}
         kinds = {pb_utils.MetricFamily.GAUGE: GAUGES, pb_utils.MetricFamily.COUNTER: COUNTERS}
         families = [  # a family that is not kept takes its metrics with it
             (name, pb_utils.MetricFamily(name=f"llama_engine_{name}", description=text, kind=kind))
             for kind, names in kinds.items()
             for name, text in names.items()
         ]
-        metrics = {name: family.Metric(labels=labels) for name, family in families}
+        metrics = {name: family.Metric(labels=self.labels) for name, family in families}
         published, next_metrics = dict.fromkeys(metrics, 0.0), 0.0
         while not self.closing.is_set():
             if time.monotonic() >= next_metrics:
