@@ -56,8 +56,8 @@ def answer(url, body):
 @pytest.mark.parametrize(("body", "every"), [(GUIDELLM, True), (AIPERF, False)], ids=["guidellm", "aiperf"])
 def test_a_benchmark_tool_gets_the_tokens_it_asks_for_and_their_count(gateway, body, every):
     text, usage, usages = answer(gateway, body)
-    assert text.startswith("The capital of France is Paris.")
-    assert usage["completion_tokens"] == 16  # though the answer has 7
+    assert text  # sampled: neither names a temperature
+    assert usage["completion_tokens"] == 16  # though most answers are shorter
     assert usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
     assert (usages > 1) == every
 

@@ -195,6 +195,10 @@ def test_text_in_text_out(smollm2_engine, tmp_path):
     with TritonServer(engine, ServeConfig(text=True, drain_s=2), env=ONE_THREAD) as server:
         _, whole = post(server, "/v2/models/ensemble/generate", question)
         assert json.loads(whole)["text_output"] == PARIS[:-1]
+        _, whole = post(server, "/v2/models/ensemble/generate", question | {"exclude_input_in_output": True})
+        assert json.loads(whole)["text_output"] == PARIS[:-1]
+        _, whole = post(server, "/v2/models/ensemble/generate", question | {"min_length": 12})
+        assert json.loads(whole)["sequence_length"] > 12
         _, whole = post(server, "/v2/models/ensemble/generate", question | {"end_id": 2})
         assert json.loads(whole)["sequence_length"] > len(PARIS.split())
         _, stream = post(server, "/v2/models/ensemble/generate_stream", question | {"stream": True})
