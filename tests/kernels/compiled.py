@@ -20,7 +20,7 @@ def shared_bytes(capability: int, k: int, tile: gemm.Tile) -> int:
         "INT8": True,
         "GROUP": 0,
         "SCALED": True,
-        "STEP": None,
+        
         "EPILOGUE": gemm_kernel.STORE,
         "REUSED": False,
         "PDL": False,
