@@ -20,7 +20,6 @@ def shared_bytes(capability: int, k: int, tile: gemm.Tile) -> int:
         "INT8": True,
         "GROUP": 0,
         "SCALED": True,
-        
         "EPILOGUE": gemm_kernel.STORE,
         "REUSED": False,
         "PDL": False,
