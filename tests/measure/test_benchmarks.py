@@ -59,8 +59,8 @@ def test_sampling_is_measured_beside_greedy(run_main, tiny_engine):
     assert [done.stdout.count(f"{count} at once") for count in (1, 2)] == [1, 1]
     assert "top-p" in done.stdout
     for more, message in (
-        (("--batch", 500), "--batch 500: this engine was built for 1 to "),
-        (("--rounds", 0), "--rounds"),
+        (("--batch", 5), "--batch 5: this engine was built for 1 to 4"),
+        (("--batch", 1, "--rounds", 0), "--rounds"),
     ):
         done = run_main("sampling", *flags, *more)
         assert (done.returncode, message in done.stderr) == (2, True)
