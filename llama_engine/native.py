@@ -105,8 +105,10 @@ def _split_executor(
     return HostExecutor(split, share, config, weights[0])
 
 
-def prepare_machine(engine_dir: Path) -> list[str]:
+def prepare_machine(engine_dir: Path, like: Path | None = None) -> list[str]:
     """Compile and tune the engine's kernels for this machine, as far as it can; one line a thing done or left out.
+
+    ``like``: an engine of the same geometry, whose tiles are taken and not timed again.
 
     An engine moved to another machine compiles at its first load, or runs untuned.
     """
@@ -120,7 +122,7 @@ def prepare_machine(engine_dir: Path) -> list[str]:
     if torch.cuda.is_available():
         from llama_engine.gpu.tuner import tune_engine
 
-        lines.append(tune_engine(engine_dir))
+        lines.append(tune_engine(engine_dir, like))
     return lines
 
 

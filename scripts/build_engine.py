@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from llama_engine import trtllm
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.reader import Checkpoint
 from llama_engine.config import EngineConfig
-from llama_engine.engine_dir import WEIGHTS
+from llama_engine.engine_dir import WEIGHTS, load_engine_json
 from llama_engine.errors import InputError, run_cli
 from llama_engine.flags import Parser
 from llama_engine.native import prepare_machine
@@ -48,6 +49,8 @@ def main() -> None:
     own.add_argument("--lm_head", **precisions, help="precision of lm_head (default: checkpoint)")
     beside = "prompt tokens beside running answers, for each prompt that waits (default: 96; more: less even answers)"
     own.add_argument("--max_prefill_tokens", type=int, help=beside)
+    like = "an engine of the same geometry: take its GPU tiles and time only those it lacks"
+    own.add_argument("--tiles", type=Path, metavar="ENGINE_DIR", help=like)
     trt = parser.add_argument_group("tensorrt_llm only")
     for name, choices in TRT_FLAGS.items():
         trt.add_argument(f"--{name}", choices=choices, help=f"(default: {choices[0]})")
@@ -59,6 +62,10 @@ def main() -> None:
     source = Checkpoint(args.checkpoint_dir)
     if not native:
         trtllm.check_recipe(source)
+    if args.tiles:
+        other = load_engine_json(args.tiles, backend="native")
+        if replace(other.model, name=source.config.name) != source.config or other.engine.tp_size != source.tp_size:
+            raise InputError(f"--tiles: {args.tiles} is of another model, its tiles are for matrices of other shapes")
     positions = source.config.max_position_embeddings
     max_num_tokens = max(2048, args.max_batch_size) if native else 8192
     engine = EngineConfig(
@@ -78,6 +85,8 @@ def main() -> None:
         raise InputError("--lm_head int8 is a native option: TensorRT-LLM's W8A16 never quantizes lm_head")
     if not native and args.max_prefill_tokens is not None:
         raise InputError("--max_prefill_tokens is a native option: TensorRT-LLM's executor schedules by itself")
+    if not native and args.tiles:
+        raise InputError("--tiles is a native option: trtllm-build chooses its own kernels")
     if args.dry_run:
         print(shlex.join(trtllm.build_command(args.checkpoint_dir, args.output_dir, engine, flags)))
         return
@@ -87,7 +96,7 @@ def main() -> None:
             words = " ".join(f"--{name} {value}" for name, value in given.items())
             print(f"native backend; these apply to tensorrt_llm only: {words}")
         build_native(args.checkpoint_dir, args.output_dir, engine, force=args.force)
-        print(*prepare_machine(args.output_dir), sep="\n")
+        print(*prepare_machine(args.output_dir, args.tiles), sep="\n")
     else:
         trtllm.build(args.checkpoint_dir, args.output_dir, engine, flags, force=args.force)
     size = sum(path.stat().st_size for path in args.output_dir.iterdir())

@@ -7,7 +7,7 @@ real=$("$PY" scripts/prepare_model.py | tail -n 1) # accuracy means nothing on s
 common=(--device "$device" --force)
 optimized() { "$PY" benchmarks/benchmark_optimized.py --model-dir "$model" --engine-dir "$1" "${common[@]}" "${measure[@]}" "${@:2}"; }
 build() { # scheme, model, where to: convert and build
-  local flags=() head=$lm_head
+  local flags=() head=$lm_head tiles=()
   case $1 in
     fp16) flags=(--no-use_weight_only) ;;
     fp8) flags=(--use_fp8_rowwise --fp8_recipe all) ;;
@@ -16,9 +16,12 @@ build() { # scheme, model, where to: convert and build
     fp8-kv) flags=(--kv_cache_dtype fp8) ;;
   esac
   [[ $1 != @(fp16|fp8|int4) ]] || head=checkpoint
+  if [[ $1 = @(int8-head|fp8-kv) ]]; then # whose layers are the INT8 engine's, tuned already
+    if [ "$2" = "$model" ]; then tiles=(--tiles "$engine"); else tiles=(--tiles "engines/$(basename "$2")-int8"); fi
+  fi
   ./scripts/convert_checkpoint.sh --model_dir "$2" --output_dir "checkpoints/$3" --force "${flags[@]}"
   ./scripts/build_engine.sh --checkpoint_dir "checkpoints/$3" --output_dir "engines/$3" --backend native \
-    --max_batch_size "$batch" --lm_head "$head" --force
+    --max_batch_size "$batch" --lm_head "$head" --force "${tiles[@]}"
 }
 [ "$lm_head" = int8 ] || schemes=(int8-head "${schemes[@]}")
 for scheme in fp16 int8 fp8-kv "${schemes[@]}"; do

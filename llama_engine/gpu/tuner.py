@@ -6,10 +6,11 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from llama_engine.files import write_text
 from llama_engine.gpu.chain import GpuModel
 from llama_engine.kernels import library
 from llama_engine.kernels.gemm import LM_HEAD_ROWS, Tile, fit
-from llama_engine.kernels.tiles import FORMAT_VERSION, ROW_BUCKETS, TUNING_FILE, Tiles, default_tile, gpu_name
+from llama_engine.kernels.tiles import (
+    FORMAT_VERSION,
+    ROW_BUCKETS,
+    TUNING_FILE,
+    Tiles,
+    default_tile,
+    gpu_name,
+    load_tuning,
+)
 from llama_engine.model.schemes import INT4, INT8
 from llama_engine.model.weights import Linear, load_weights
 
@@ -80,13 +89,16 @@ def tune(
     model: GpuModel,
     progress: Callable[[str], None] = lambda _: None,
     choices: Callable[[str, int, Linear], Iterable[Tile]] = candidates,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Choose the tiles of every matrix, in each of its schemes, and row bucket; the dict of tuning.json.
 
     One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
-    fastest between its neighbours. Slot state and KV cache hold nothing of use afterwards.
+    fastest between its neighbours. Those in ``known``, another tuning's tiles of matrices of these shapes, are taken
+    as they are. Slot state and KV cache hold nothing of use afterwards.
     """
     work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
+    best: dict[str, Any] = {}
     prefill = {bucket: bucket > model.engine_config.max_batch_size for bucket in ROW_BUCKETS}
     for rows, name in itertools.product(ROW_BUCKETS, ("gate_up", "down", "qkv", "o", "lm_head")):
         if rows > model.x.shape[0] or (name == "lm_head" and (not 8 < rows <= LM_HEAD_ROWS or prefill[rows])):
@@ -94,7 +106,11 @@ def tune(
         linears = model.linears.named(name)
         for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
             linear = linears[index]
-            if not model.linears.streams(name, linear, rows):
+            key = f"{name}/{linear.scheme.name}/{rows}"
+            if key in known:
+                best[key] = known[key]
+                model.linears.tiles.set(name, linear.scheme, rows, Tile(**known[key]))
+            elif not model.linears.streams(name, linear, rows):
                 tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, rows, linear))
                 work.setdefault(rows, {})[name, index] = list(tiles)
     progress(f"compiling {sum(len(tiles) for names in work.values() for tiles in names.values())} kernels")
@@ -104,7 +120,6 @@ def tune(
             for (name, index), tiles in names.items():
                 for tile in tiles:
                     model.run_linear(name, index, bucket, tile)
-    best: dict[str, Any] = {}
     for bucket, names in work.items():
         run = model.sample_step(bucket, prefill[bucket])
         for (name, index), tiles in names.items():
@@ -124,8 +139,20 @@ def tune(
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 
 
-def tune_engine(engine_dir: Path) -> str:
-    """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it."""
+def known_tiles(engine_dir: Path, gpu: str) -> dict[str, dict[str, Any]]:
+    """The tiles of an engine directory, none if they are of another GPU. Raises :class:`InputError` if damaged."""
+    tuning = load_tuning(engine_dir)
+    if tuning is None or (tuning.get("format_version"), tuning.get("gpu")) != (FORMAT_VERSION, gpu):
+        return {}
+    Tiles(tuning, gpu)  # which raises
+    return tuning["tiles"]
+
+
+def tune_engine(engine_dir: Path, like: Path | None = None) -> str:
+    """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it.
+
+    ``like``: an engine of the same geometry whose tiles are taken, so that only what it lacks is timed.
+    """
     started = time.perf_counter()
     info = load_engine_json(engine_dir)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -134,7 +161,8 @@ def tune_engine(engine_dir: Path) -> str:
         weights = load_weights(engine_dir, info.model, device, 0, ranks)
         engine = replace(info.engine, num_kv_blocks=2)
         model = GpuModel(info.model.share(ranks), engine, weights, Tiles(None, ""))
-        tuning = tune(model)
+        known = known_tiles(like, gpu_name(device)) if like else {}
+        tuning = tune(model, known=known)
     except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
         return f"GPU kernels: not tuned ({' '.join(str(error).split())})"
     write_text(engine_dir / TUNING_FILE, json.dumps(tuning, indent=1))

@@ -306,3 +306,15 @@ def test_a_normal_model_loses_far_less_than_the_budget_and_keeps_its_kernels(tin
         assert min(info.activation_losses) > 0
         assert max(info.activation_losses) < ACTIVATION_BUDGET / 4
         assert not info.needs_float_activations
+
+
+def test_tiles_of_another_geometry_are_refused_before_anything_is_built(
+    tiny_checkpoint, smollm2_engine, tmp_path, run_script
+):
+    tiles = ("--tiles", smollm2_engine)
+    done = run_script(
+        "scripts/build_engine.py", "--checkpoint_dir", tiny_checkpoint, "--output_dir", tmp_path / "e", *tiles
+    )
+    assert done.returncode == 2
+    assert "is of another model" in done.stderr
+    assert not (tmp_path / "e").exists()

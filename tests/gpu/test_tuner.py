@@ -82,3 +82,24 @@ def test_each_tile_is_timed_in_a_step_that_runs_it_beside_the_chosen_ones(model,
         assert all(step[other] == 16 for step in trials for other in NAMES[:i])
         assert all(step[other] == untuned for step in trials for other in NAMES[i + 1 :])
     assert read_back(model, result, tmp_path) == result["tiles"]["qkv/int8/8"]
+
+
+def test_tiles_of_another_engine_are_taken_and_only_what_it_lacks_is_timed(model, tmp_path, monkeypatch):
+    from llama_engine.gpu import tuner
+    from llama_engine.kernels import tiles
+
+    timed = []
+    monkeypatch.setattr(tuner, "time_graph", lambda run: timed.append(1) or 1.0)
+    monkeypatch.setattr(tuner, "ROW_BUCKETS", (8,))
+    first = tuner.tune(model, choices=lambda *_: choices("", 8, None)[1:2])
+    del first["tiles"]["down/int8/8"]
+    (tmp_path / tiles.TUNING_FILE).write_text(json.dumps(first))
+    known = tuner.known_tiles(tmp_path, tiles.gpu_name(model.device))
+    assert known == first["tiles"]
+    assert not tuner.known_tiles(tmp_path, "another GPU")
+    timed.clear()
+    again = tuner.tune(model, choices=choices, known=known)["tiles"]
+    assert len(timed) == 3
+    assert {key: tile["n"] for key, tile in again.items()} == {
+        f"{name}/int8/8": 64 if name == "down" else 128 for name in NAMES
+    }
