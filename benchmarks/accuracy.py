@@ -25,7 +25,7 @@ from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure import accuracy, protocol, result, validity
 from llama_engine.measure.environment import fingerprint
 from llama_engine.measure.generation import make_prompts, progress_bar, tokenize
-from llama_engine.measure.stacks import EngineStack, TransformersStack
+from llama_engine.measure.stacks import TransformersStack
 from llama_engine.measure.workload import check_model
 from llama_engine.model.llama import TorchModel
 from llama_engine.native import load_engine
@@ -61,8 +61,7 @@ def main() -> None:
     )
     windows = scoring.windows()
     check_model(info, model)
-    stack = protocol.open_engine(args.engine_dir, info, device=device, threads=args.threads)
-    measured = run(scoring, windows, args.engine_dir, stack, device)
+    measured = run(scoring, windows, args.engine_dir, device, args.threads)
     result.write_result(args.output, measured, force=args.force)
     for key, value in measured["summary"].items():
         print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
@@ -107,8 +106,10 @@ class Scoring:
         return windows[: enough // 8 or 1 if self.quick else enough]
 
 
-def run(scoring: Scoring, windows: list[list[int]], engine_dir: Path, stack: EngineStack, device: str) -> result.Result:
-    synthetic = scoring.synthetic
+def run(
+    scoring: Scoring, windows: list[list[int]], engine_dir: Path, device: str, threads: int | None
+) -> result.Result:
+    synthetic = scoring.synthetic  # the reference first: an engine's KV cache takes a share of what is free
     reference: accuracy.Logits
     if synthetic:
         reference, name = float_reference(engine_dir, device), "float32 on the dequantized weights"
@@ -119,6 +120,8 @@ def run(scoring: Scoring, windows: list[list[int]], engine_dir: Path, stack: Eng
         @torch.inference_mode()
         def reference(ids: list[int]) -> torch.Tensor:
             return baseline.model(torch.tensor([ids], device=device)).logits[0]
+
+    stack = protocol.open_engine(engine_dir, load_engine_json(engine_dir), device=device, threads=threads)
 
     def engine(ids: list[int]) -> torch.Tensor:
         return accuracy.engine_logits(stack.engine, ids)
@@ -152,7 +155,7 @@ def run(scoring: Scoring, windows: list[list[int]], engine_dir: Path, stack: Eng
 
 def float_reference(engine_dir: Path, device: str) -> accuracy.Logits:
     """The PyTorch reference on the same engine's dequantized weights, float32 activations."""
-    engine = load_engine(engine_dir, device=device, kernels="torch")
+    engine = load_engine(engine_dir, device=device, kernels="torch", max_batch_size=1)
     model: TorchModel = engine.executor._model  # type: ignore[attr-defined]
     model.dtype = torch.float32  # on a GPU the fallback would run in float16, which is no reference
     return lambda ids: accuracy.engine_logits(engine, ids)

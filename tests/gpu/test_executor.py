@@ -394,9 +394,10 @@ def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernel
     assert engine.scheduler.blocks.used == 0
     assert len(finished) > 50
     if kernels == "streaming":  # the persistent kernel rounds differently, so its answers depend on the batch's size
-        for (prompt, new, params, stops), tokens in list(finished.values())[::10]:
+        for (prompt, new, params, stops, fewest), tokens in list(finished.values())[::10]:
             engine.scheduler.reset_prefix_cache()
-            assert generate(engine, prompt, new, params=params, stop_token_ids=stops) == tokens
+            options = {"params": params, "stop_token_ids": stops, "min_tokens": fewest}
+            assert generate(engine, prompt, new, **options) == tokens
 
 
 @pytest.mark.slow
