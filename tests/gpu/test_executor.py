@@ -15,6 +15,7 @@ from llama_engine.model.sampler import sample
 from llama_engine.model.weights import Linear, random_weights
 from llama_engine.sampling import SamplingParams, count_tokens, recent_tokens
 from tests import overflow
+from tests.repeats import quick
 
 pytest.importorskip("triton")
 
@@ -38,7 +39,9 @@ def _blocks(slot, engine=ENGINE):
     return [1 + slot * n + i for i in range(n)]
 
 
-@pytest.mark.parametrize(("int8_head", "kv_cache"), [(False, "fp16"), (True, "fp16"), (False, "fp8")])
+@pytest.mark.parametrize(
+    ("int8_head", "kv_cache"), quick([(False, "fp16"), (True, "fp16"), (False, "fp8")], (True, "fp16"), (False, "fp8"))
+)
 def test_ragged_steps_match_the_reference(int8_head, kv_cache):
     fused, host = _pair(int8_head=int8_head, engine=dataclasses.replace(ENGINE, kv_cache=kv_cache))
     assert fused.kv_nbytes_per_token == host.kv_nbytes_per_token == fused.model.kv[0][0, 0, :, 0].nbytes * 2 * 2
@@ -190,7 +193,7 @@ def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
     assert any(run([SamplingParams(), SamplingParams(temperature=5.0, seed=s)])[1] != first[1] for s in (1, 2, 3))
 
 
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", quick([True, False], True))
 def test_every_slot_draws_what_its_parameters_define(graphs):
     fused, _ = _pair(graphs=graphs)
     words = ((1,), (2,), (6, 6, 7, 7), *((i, 7) for i in range(TINY.vocab_size) if i % 2))

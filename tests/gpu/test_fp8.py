@@ -12,6 +12,7 @@ from llama_engine.model.llama import TorchModel
 from llama_engine.model.schemes import BF16, FP8, FP16, INT4, INT8
 from llama_engine.model.weights import LINEARS, random_weights
 from llama_engine.sampling import SamplingParams
+from tests.repeats import quick
 
 pytest.importorskip("triton")
 
@@ -66,13 +67,13 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "fp8", "int4", "mixed"))
 def test_ragged_steps_match_the_reference(device, kind):
     fused, host = executors(kind, TINY, ENGINE, device)
     compare(fused, host, STEPS)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int4", "fp16", "mixed"])
+@pytest.mark.parametrize("kind", quick(["fp8", "int4", "fp16", "mixed"], "fp8", "int4"))
 def test_decode_steps_match_the_reference(device, kind):
     fused, host = executors(kind, TINY, ENGINE, device)
     compare(fused, host, STEPS[:1])
@@ -82,8 +83,8 @@ def test_decode_steps_match_the_reference(device, kind):
     compare(fused, host, [Step((Chunk(1, 1), Chunk(0, 5)), "last")])
 
 
-@pytest.mark.parametrize("piece", [3, 4096])
-@pytest.mark.parametrize("kind", ["fp8", "fp16", "nvidia", "mixed"])
+@pytest.mark.parametrize("piece", quick([3, 4096], 3))
+@pytest.mark.parametrize("kind", quick(["fp8", "fp16", "nvidia", "mixed"], "fp8", "mixed"))
 def test_the_librarys_products_take_their_place(device, kind, piece, monkeypatch):
     """cuBLAS stood in for by PyTorch where there is none; whole, and in pieces that use the same buffer again."""
     from llama_engine.gpu import linears

@@ -1,5 +1,6 @@
 """The kernels' draws against :func:`llama_engine.model.sampler.sample`: the same token, always."""
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from llama_engine.native import load_engine
 from llama_engine.sampling import NOT_FINITE, SamplingParams
 from tests.kernels.samplers import assert_equal, on_cpu, on_gpu, reference
+from tests.repeats import quick
 
 INF = math.inf
 VOCAB = 700
@@ -87,8 +89,12 @@ def test_the_threads_of_an_engine_share_the_rows(cpu_sampler, tiny_engine):
     assert on_cpu(executor._model.sampler, *one_row)[0] == reference(*one_row)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "narrow"),
+    quick(
+        itertools.product(KINDS, (False, True)), *[(kind, False) for kind in KINDS], ("normal", True), ("tied", True)
+    ),
+)
 def test_the_gpu_kernel_is_the_reference(device, kind, narrow, monkeypatch):
     from llama_engine.kernels import sampler
 

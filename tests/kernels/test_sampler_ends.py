@@ -11,6 +11,7 @@ import torch
 
 from llama_engine.sampling import SamplingParams, random_bits
 from tests.kernels.samplers import on_cpu, on_gpu, reference
+from tests.repeats import quick
 from tests.test_sampling import kept_by_definition
 
 VOCAB = 300
@@ -91,7 +92,7 @@ def test_the_reference_and_the_cpu_kernel_end_where_float64_does(cpu_sampler):
     assert on_cpu(cpu_sampler, *arguments)[0] == expected
 
 
-@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("programs", quick([1, 2], 1))
 def test_the_gpu_kernel_ends_where_float64_does(request, device, monkeypatch, programs):
     from llama_engine.kernels import sampler
 
