@@ -80,6 +80,8 @@ def _table(story: Story, folder: str, file: str, result: Result, cite: Cite, lar
         for (name, cell), (_, level) in levels.items()
         if cell in cells and not by_hand and level["validity"]["status"] == "INVALID"
     ]
+    if largest and invalid:
+        invalid = ["for reasons that stand on the machine's page"]
     invalid += [f"{x['name']} left at {x['failed']}" for x in result["contestants"] if "failed" in x]
     return Table([*names, *(["**this engine**, INT8 weight-only"] if by_hand else [])], rows, _note(result), invalid)
 

@@ -219,6 +219,16 @@ def test_the_readme_shows_tournaments_of_every_machine(folder, tmp_path):
     assert readme.count("Other engines on") == 1
 
 
+def test_the_readme_sends_to_the_page_for_what_made_a_load_invalid(folder):
+    result = contest(by_hand=False)
+    result["levels"][0]["validity"] = {"status": "INVALID", "reasons": ["a reason"], "cautions": []}
+    write_result(folder / "tournaments/main.json", result)
+    readme, text = render.readme_block([Story.load(folder)]), page(folder)
+    assert "INVALID, for reasons that stand on the machine's page." in readme
+    assert "a reason" in text
+    assert "a reason" not in readme
+
+
 def test_what_company_changes_stands_beside_tokens_per_second(folder):
     text = page(folder)
     assert "\n| 8 at once | auto | 1.6% [0.3%, 8.3%] | 64 | 99 |\n" in text
