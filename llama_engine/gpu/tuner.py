@@ -6,11 +6,10 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,13 +88,12 @@ def tune(
     model: GpuModel,
     progress: Callable[[str], None] = lambda _: None,
     choices: Callable[[str, int, Linear], Iterable[Tile]] = candidates,
-    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Choose the tiles of every matrix, in each of its schemes, and row bucket; the dict of tuning.json.
 
     One matrix at a time, the others as chosen so far, by the time of a whole step: what is fastest alone is not
-    fastest between its neighbours. Those in ``known``, another tuning's tiles of matrices of these shapes, are taken
-    as they are. Slot state and KV cache hold nothing of use afterwards.
+    fastest between its neighbours. Tiles that ``model`` came with are kept and not timed. Slot state and KV cache hold
+    nothing of use afterwards.
     """
     work: dict[int, dict[tuple[str, int], list[Tile]]] = {}  # of a bucket: by matrix and a layer that has it
     best: dict[str, Any] = {}
@@ -106,10 +104,8 @@ def tune(
         linears = model.linears.named(name)
         for index in {linear.scheme: i for i, linear in reversed([*enumerate(linears)])}.values():
             linear = linears[index]
-            key = f"{name}/{linear.scheme.name}/{rows}"
-            if key in known:
-                best[key] = known[key]
-                model.linears.tiles.set(name, linear.scheme, rows, Tile(**known[key]))
+            if tile := model.linears.tiles.chosen(name, linear.scheme, rows):
+                best[f"{name}/{linear.scheme.name}/{rows}"] = asdict(tile)
             elif not model.linears.streams(name, linear, rows):
                 tiles = dict.fromkeys(fit(tile, linear, rows) for tile in choices(name, rows, linear))
                 work.setdefault(rows, {})[name, index] = list(tiles)
@@ -139,15 +135,6 @@ def tune(
     return {"format_version": FORMAT_VERSION, "gpu": gpu_name(model.device), "tiles": best}
 
 
-def known_tiles(engine_dir: Path, gpu: str) -> dict[str, dict[str, Any]]:
-    """The tiles of an engine directory, none if they are of another GPU. Raises :class:`InputError` if damaged."""
-    tuning = load_tuning(engine_dir)
-    if tuning is None or (tuning.get("format_version"), tuning.get("gpu")) != (FORMAT_VERSION, gpu):
-        return {}
-    Tiles(tuning, gpu)  # which raises
-    return tuning["tiles"]
-
-
 def tune_engine(engine_dir: Path, like: Path | None = None) -> str:
     """Tune a built engine for the GPU at hand and store the result in it; one line that says what came of it.
 
@@ -160,9 +147,9 @@ def tune_engine(engine_dir: Path, like: Path | None = None) -> str:
         ranks = info.engine.tp_size  # whose shares are alike: the first stands for all, and exchanges with nobody
         weights = load_weights(engine_dir, info.model, device, 0, ranks)
         engine = replace(info.engine, num_kv_blocks=2)
-        model = GpuModel(info.model.share(ranks), engine, weights, Tiles(None, ""))
-        known = known_tiles(like, gpu_name(device)) if like else {}
-        tuning = tune(model, known=known)
+        tiles = Tiles(load_tuning(like) if like else None, gpu_name(device))
+        model = GpuModel(info.model.share(ranks), engine, weights, tiles)
+        tuning = tune(model)
     except (InputError, RunError, torch.cuda.OutOfMemoryError) as error:
         return f"GPU kernels: not tuned ({' '.join(str(error).split())})"
     write_text(engine_dir / TUNING_FILE, json.dumps(tuning, indent=1))

@@ -83,6 +83,10 @@ class Tiles:
         self._chosen[name, scheme.name, bucket] = tile
         self._fitted.clear()
 
+    def chosen(self, name: str, scheme: Scheme, bucket: int) -> Tile | None:
+        """What was tuned or set for the bucket, None where the default stands."""
+        return self._chosen.get((name, scheme.name, bucket))
+
     def get(self, name: str, linear: Linear, num_rows: int) -> Tile:
         """The tile for ``num_rows`` rows of ``linear``, the engine's matrix called ``name``."""
         if name == "lm_head":
@@ -90,7 +94,7 @@ class Tiles:
         scheme = linear.scheme
         tile = self._fitted.get((name, scheme.name, num_rows))
         if tile is None:
-            tile = self._chosen.get((name, scheme.name, row_bucket(num_rows)))
+            tile = self.chosen(name, scheme, row_bucket(num_rows))
             tile = tile or default_tile(name, num_rows, scheme, library.runs(linear))
             tile = self._fitted[name, scheme.name, num_rows] = fit(tile, linear, num_rows)
         return tile

@@ -5,6 +5,7 @@ import pytest
 import triton
 
 from llama_engine.config import EngineConfig, ModelConfig
+from llama_engine.model.schemes import INT8
 from llama_engine.model.weights import random_weights
 
 CONFIG = ModelConfig(64, 32, 64, 1, 2, 1, 16, 128)
@@ -94,11 +95,14 @@ def test_tiles_of_another_engine_are_taken_and_only_what_it_lacks_is_timed(model
     first = tuner.tune(model, choices=lambda *_: choices("", 8, None)[1:2])
     del first["tiles"]["down/int8/8"]
     (tmp_path / tiles.TUNING_FILE).write_text(json.dumps(first))
-    known = tuner.known_tiles(tmp_path, tiles.gpu_name(model.device))
-    assert known == first["tiles"]
-    assert not tuner.known_tiles(tmp_path, "another GPU")
+    stored = tiles.load_tuning(tmp_path)
+    assert stored["tiles"] == first["tiles"]
+    with pytest.warns(match="another GPU"):
+        elsewhere = tiles.Tiles(stored, "another GPU")
+    assert not elsewhere.chosen("qkv", INT8, 8)
+    model.linears.tiles = tiles.Tiles(stored, tiles.gpu_name(model.device))
     timed.clear()
-    again = tuner.tune(model, choices=choices, known=known)["tiles"]
+    again = tuner.tune(model, choices=choices)["tiles"]
     assert len(timed) == 3
     assert {key: tile["n"] for key, tile in again.items()} == {
         f"{name}/int8/8": 64 if name == "down" else 128 for name in NAMES
