@@ -20,7 +20,7 @@ import torch
 
 from llama_engine.checkpoint.hf import model_identity
 from llama_engine.config import check_length
-from llama_engine.engine_dir import load_engine_json
+from llama_engine.engine_dir import EngineInfo, load_engine_json
 from llama_engine.errors import InputError, RunError, run_cli
 from llama_engine.measure import accuracy, protocol, result, validity
 from llama_engine.measure.environment import fingerprint
@@ -61,7 +61,7 @@ def main() -> None:
     )
     windows = scoring.windows()
     check_model(info, model)
-    measured = run(scoring, windows, args.engine_dir, device, args.threads)
+    measured = run(scoring, windows, args.engine_dir, info, device, args.threads)
     result.write_result(args.output, measured, force=args.force)
     for key, value in measured["summary"].items():
         print(f"{key:<24} {value if not isinstance(value, dict) else value['mean']}")
@@ -107,9 +107,9 @@ class Scoring:
 
 
 def run(
-    scoring: Scoring, windows: list[list[int]], engine_dir: Path, device: str, threads: int | None
+    scoring: Scoring, windows: list[list[int]], engine_dir: Path, info: EngineInfo, device: str, threads: int | None
 ) -> result.Result:
-    synthetic = scoring.synthetic  # the reference first: an engine's KV cache takes a share of what is free
+    synthetic = scoring.synthetic
     reference: accuracy.Logits
     if synthetic:
         reference, name = float_reference(engine_dir, device), "float32 on the dequantized weights"
@@ -121,7 +121,8 @@ def run(
         def reference(ids: list[int]) -> torch.Tensor:
             return baseline.model(torch.tensor([ids], device=device)).logits[0]
 
-    stack = protocol.open_engine(engine_dir, load_engine_json(engine_dir), device=device, threads=threads)
+    # after the reference: an engine's KV cache takes a share of the memory that is free
+    stack = protocol.open_engine(engine_dir, info, device=device, threads=threads)
 
     def engine(ids: list[int]) -> torch.Tensor:
         return accuracy.engine_logits(stack.engine, ids)

@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 
+from llama_engine import native
+from llama_engine.measure import protocol
 from llama_engine.measure.result import load_folder
+from llama_engine.native import load_engine
 from llama_engine.serving.server import free_port
 
 SMOLLM2 = "models/smollm2-135m-instruct"  # the fixture smollm2_model, which makes it
@@ -76,6 +79,24 @@ def test_single_benchmarks_and_accuracy(run_main, tiny_model, tiny_engine, tmp_p
     figures = json.loads((tmp_path / "accuracy-native.json").read_text())["summary"]
     assert 0 <= figures["logit_error_rms"] < 0.01
     assert "perplexity_ratio" not in figures
+
+
+def test_the_gates_reference_takes_its_memory_before_the_engine_does(
+    run_main, tiny_model, tiny_engine, tmp_path, monkeypatch
+):
+    """An engine's KV cache takes most of what is free, and the reference needs room for one sequence alone."""
+    opened = []
+
+    def observed(engine_dir, **options):
+        opened.append((options.get("kernels"), options.get("max_batch_size")))
+        return load_engine(engine_dir, **options)
+
+    monkeypatch.setattr(native, "load_engine", observed)
+    monkeypatch.setattr(protocol, "load_engine", observed)
+    where = ("--model-dir", tiny_model, "--engine-dir", tiny_engine, "--output", tmp_path / "accuracy-native.json")
+    done = run_main("accuracy", *where, "--device", "cpu", "--window", 64)
+    assert done.returncode == 0, done.stderr
+    assert opened == [("torch", 1), ("auto", None)]
 
 
 @pytest.mark.parametrize(
