@@ -35,10 +35,20 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
-def drift(samples: Sequence[float]) -> float:
-    """How far the mean moved in time: (largest - smallest) mean of four successive quarters / mean of all."""
-    quarters = [part.mean() for part in np.array_split(np.asarray(samples, dtype=np.float64), 4) if part.size]
-    return float((max(quarters) - min(quarters)) / np.mean(samples))
+def drift(turns: Sequence[Sequence[float]]) -> float:
+    """How far the mean moved in time: (largest - smallest) mean of four successive quarters / mean of all.
+
+    ``turns`` are the samples of each repetition of the same work. With four or more, no quarter begins within one:
+    a prompt takes a GPU's clocks lower than the decode after it, which is not drift. Raises ValueError on no samples.
+    """
+    parts = [np.asarray(turn, dtype=np.float64) for turn in turns if len(turn)]
+    whole = np.concatenate(parts)
+    if len(parts) < 4:
+        parts = np.array_split(whole, 4)
+    else:
+        parts = [np.concatenate(parts[group[0] : group[-1] + 1]) for group in np.array_split(range(len(parts)), 4)]
+    quarters = [part.mean() for part in parts if part.size]
+    return float((max(quarters) - min(quarters)) / whole.mean())
 
 
 def interval(samples: Sequence[float], of: Literal["median", "mean"] = "median") -> tuple[float, float]:

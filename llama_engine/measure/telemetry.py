@@ -104,7 +104,11 @@ class Telemetry:
             return {"mean": sum(found) / len(found), "max": max(found), "min": min(found)} if found else None
 
         if clock := reduce("sm_clock"):
-            clock["drift"] = drift(values("sm_clock"))
+            turns: defaultdict[float, list[float]] = defaultdict(list)
+            for sample in samples:
+                if sample.get("sm_clock") is not None:
+                    turns[sample["entered"]].append(sample["sm_clock"])
+            clock["drift"] = drift(list(turns.values()))
         reasons, processes = values("throttle"), max(values("processes"), default=0)
         return {
             "samples": len(samples),
@@ -134,7 +138,8 @@ class Telemetry:
             self._wake.wait()
             began = time.perf_counter()
             if active := self._active:
-                self._samples[active[0]].append(self._read(settled=began - active[1] > SETTLE_S))
+                name, entered = active
+                self._samples[name].append(self._read(settled=began - entered > SETTLE_S) | {"entered": entered})
             spent = time.perf_counter() - began
             self._busy_s += spent
             self._stop.wait(max(0.0, 1 / SAMPLE_HZ - spent))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llama_engine.measure.result import Result
+from llama_engine.report.ladder import rungs
 from llama_engine.report.story import Story
 
 Cite = Callable[[str, list[str]], str]  # a figure's text and its "file:path"s -> the text, remembered
@@ -14,12 +15,14 @@ Cell = tuple[str, int]  # workload, requests at once
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` begin with their names; ``note`` says when and how, ``invalid`` why a figure has a star."""
+    """``rows`` begin with their names; ``note`` says when and how, ``invalid`` why a figure has a star; ``failed`` are
+    the contestants that failed the accuracy gate: they and what is measured against them have no ratio."""
 
     columns: list[str]
     rows: list[list[str]]
     note: str
     invalid: list[str]
+    failed: list[str]
 
 
 def tables(story: Story, folder: str, cite: Cite, *, largest: bool = False) -> Iterator[Table]:
@@ -47,6 +50,9 @@ def _table(story: Story, folder: str, file: str, result: Result, cite: Cite, lar
         if x["metric"] == "output_tokens_per_s"
     }
     names = [x["name"] for x in result["contestants"]]
+    failed = _failed(story, result)
+    if names[0] in failed:
+        ratios = {}
 
     def rate(name: str, cell: Cell) -> str:
         if (name, cell) not in levels:
@@ -55,7 +61,7 @@ def _table(story: Story, folder: str, file: str, result: Result, cite: Cite, lar
         if not (found := level["summary"].get("output_tokens_per_s")):
             return "*"
         text = cite(_number(found["p50"], cell), [f"{folder}{file}:levels.{i}.summary.output_tokens_per_s.p50"])
-        if (at := ratios.get((name, cell))) is not None:
+        if name not in failed and (at := ratios.get((name, cell))) is not None:
             ratio = result["ratios"][at]
             low, high = ratio["ci95"]
             said = f"**{ratio['ratio']:.2f}x** [{low:.2f}, {high:.2f}]"
@@ -83,7 +89,21 @@ def _table(story: Story, folder: str, file: str, result: Result, cite: Cite, lar
     if largest and invalid:
         invalid = ["for reasons that stand on the machine's page"]
     invalid += [f"{x['name']} left at {x['failed']}" for x in result["contestants"] if "failed" in x]
-    return Table([*names, *(["**this engine**, INT8 weight-only"] if by_hand else [])], rows, _note(result), invalid)
+    columns = [f"{name} †" if name in failed else name for name in names]
+    columns += ["**this engine**, INT8 weight-only"] if by_hand else []
+    return Table(columns, rows, _note(result), invalid, failed)
+
+
+def _failed(story: Story, result: Result) -> list[str]:
+    """The contestants whose scheme failed this folder's accuracy gate."""
+    gates = [("engine", "accuracy"), *((rung.file, rung.accuracy) for rung in rungs(story))]
+    lost = {_scheme(story.get(x, "engine") or {}) for x, gate in gates if story.get(gate, "gate.status") == "FAILED"}
+    return [x["name"] for x in result["contestants"] if (about := x.get("about")) and _scheme(about) in lost]
+
+
+def _scheme(engine: dict) -> tuple:
+    config = engine.get("config", {})
+    return engine.get("weights_sha256"), config.get("lm_head"), config.get("kv_cache")
 
 
 def _own(story: Story, folder: str, cell: Cell, metric: str, cite: Cite) -> str:

@@ -87,6 +87,21 @@ def test_telemetry_reads_nvml(monkeypatch):
     assert result["gpu_temperature_c"] is None  # the fake refuses that call
 
 
+def test_drift_is_between_times_that_a_section_was_entered(monkeypatch):
+    nvml = FakeNvml()
+    clock = 1980
+    monkeypatch.setattr(nvml, "nvmlDeviceGetClockInfo", lambda *_: clock, raising=False)
+    monkeypatch.setattr(telemetry, "pynvml", nvml)
+    monkeypatch.setattr(telemetry.Nvml, "__init__", lambda self: setattr(self, "_gpu", nvml))
+    with telemetry.Telemetry("cuda") as sampler:
+        for turn in range(5):
+            clock = 1980 if turn < 4 else 1000
+            with sampler.section("a"):
+                time.sleep(0.25)
+    found = sampler.summary("a")["gpu_sm_clock_mhz"]
+    assert found["drift"] * found["mean"] == pytest.approx(980)  # no quarter has samples of both
+
+
 def test_telemetry_is_blank_without_a_gpu(monkeypatch):
     result = record(monkeypatch, None)
     assert result["gpu_power_w"] is None

@@ -50,11 +50,17 @@ def test_verdict(low, high, expected):
 
 
 def test_drift_is_between_quarters_of_the_run_and_not_between_samples():
-    assert stats.drift([100] * 8) == 0
-    assert stats.drift([100, 90] * 8) == 0  # quarters of four: as many of each
-    assert stats.drift([110, 110, 100, 100, 100, 100, 90, 90]) == pytest.approx(0.2)
-    assert stats.drift([100, 100, 80, 80, 110, 110, 110, 110]) == pytest.approx(0.3)  # a dip that has passed
-    assert stats.drift([90, 110]) == pytest.approx(0.2)
+    assert stats.drift([[100] * 8]) == 0
+    assert stats.drift([[100, 90] * 8]) == 0  # quarters of four: as many of each
+    assert stats.drift([[110, 110, 100, 100], [100, 100, 90, 90]]) == pytest.approx(0.2)
+    assert stats.drift([[100, 100, 80, 80, 110, 110, 110, 110]]) == pytest.approx(0.3)  # a dip that has passed
+    assert stats.drift([[90, 110]]) == pytest.approx(0.2)
+
+
+def test_drift_compares_whole_repetitions():
+    turn = [80, 100, 120]  # of any work with more than one phase
+    assert stats.drift([turn] * 5) == 0
+    assert stats.drift([turn, [], turn, turn, [75, 95, 115], turn]) == pytest.approx(0.05, rel=0.02)
 
 
 def test_the_interval_of_a_share():

@@ -229,6 +229,23 @@ def test_the_readme_sends_to_the_page_for_what_made_a_load_invalid(folder):
     assert "a reason" not in readme
 
 
+@pytest.mark.parametrize("name", ["ours", "other"])
+def test_a_contestant_that_failed_the_gate_has_no_ratio(folder, edit_json, name):
+    engine = json.loads((folder / "optimized-native.json").read_text())["engine"]
+    result = contest(by_hand=False)
+    next(x for x in result["contestants"] if x["name"] == name)["about"] = engine
+    write_result(folder / "tournaments/main.json", result)
+    assert "11.0, **2.00x** [1.90, 2.10]" in page(folder)
+    gate = json.loads((folder / "accuracy-native.json").read_text())["gate"]
+    edit_json(folder / "accuracy-native.json", {"gate": gate | {"status": "FAILED", "reasons": ["far off"]}})
+    text = page(folder)
+    assert f"{name} †" in text
+    assert "| short, 1 at once, tokens/s | 5.5 | 11.0 |" in text
+    assert "† fails the accuracy gate" in text
+    edit_json(folder / "optimized-native.json", {"engine": engine | {"weights_sha256": "of another"}})
+    assert "†" not in page(folder)
+
+
 def test_what_company_changes_stands_beside_tokens_per_second(folder):
     text = page(folder)
     assert "\n| 8 at once | auto | 1.6% [0.3%, 8.3%] | 64 | 99 |\n" in text
