@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
@@ -23,14 +24,17 @@ from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is imported
-
 from llama_engine import trtllm
 from llama_engine.checkpoint.build import build_native
 from llama_engine.checkpoint.convert import ConvertOptions, convert
 from llama_engine.checkpoint.prepare import prepare_default, prepare_synthetic
 from llama_engine.config import DEFAULT_MODEL, EngineConfig
 from llama_engine.cpu.fused import compile_library
+from tests.interpreter import quicken
 from tests.results import write_folder
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    quicken()
 
 ROOT = Path(__file__).parent.parent
 STANDIN = ROOT / "tests/standin"  # of NVIDIA's package and its program
