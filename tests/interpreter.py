@@ -1,6 +1,6 @@
-"""Triton's interpreter without the work that it does again and again: its answers stay the same, in less than half the time.
+"""Triton's interpreter without the work that it repeats: the same answers in less than half the time.
 
-Where there is no GPU, most of the suite's time is the interpreter's own bookkeeping.
+Without a GPU, most of the suite's time went into the interpreter's own bookkeeping.
 """
 
 import functools

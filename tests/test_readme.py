@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from llama_engine.checkpoint.prepare import prepare_synthetic
 from llama_engine.serving.server import free_port
 from tests.conftest import ROOT
 
@@ -50,8 +51,9 @@ def once_each(scripts):
     return [script for script, _ in itertools.groupby(scripts)]
 
 
-def runnable(line, work):
-    """The command with its outputs moved to ``work`` and short settings added, as an argument list."""
+def runnable(line, work, model=None):
+    """The command with its outputs moved to ``work`` and short settings added, as an argument list; of ``model``
+    instead of the default one."""
     for folder in ("results/local", "engines/", "checkpoints/"):
         line = line.replace(folder, f"{work}/{folder}")
     words = shlex.split(line.replace("$PY", sys.executable))
@@ -60,7 +62,9 @@ def runnable(line, work):
         if "--engine-dir" not in words and "baseline" not in script:
             words += ["--engine-dir", f"{work}/engines/smollm2-135m-instruct"]
         words += shlex.split(SHORT.get(os.path.basename(script), "").replace("short.txt", f"{work}/short.txt"))
-    return words
+        if model and "benchmark_triton" not in script:
+            words += ["--model-dir", str(model)]
+    return [str(model) if model and word == "models/smollm2-135m-instruct" else word for word in words]
 
 
 def test_the_steps_are_those_of_run_all():
@@ -81,11 +85,15 @@ def help_of(run_script):
     return read
 
 
-def test_step_by_step_commands_run_in_order(tmp_path, smollm2_model):
+@pytest.mark.parametrize("tiny", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tiny", "smollm2"])
+def test_step_by_step_commands_run_in_order(tmp_path, smollm2_model, tiny):
     # Two windows, whose perplexity is far from the gate's limit: a 16-bit forward takes some CPUs ten seconds each.
     (tmp_path / "short.txt").write_text((ROOT / "benchmarks/data/alice.txt").read_text(encoding="utf-8")[3218:4204])
-    for line in STEPS + ALONE:
-        done = subprocess.run(runnable(line, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    model = prepare_synthetic("tiny", tmp_path / "models", words=True) if tiny else None
+    lines = [line for line in STEPS + ALONE if not tiny or "--no-streaming" not in line]
+    for line in lines:
+        command = runnable(line, tmp_path, model)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
         # A busy machine may make a load INVALID, which the script says and reports as 1.
         judged = "benchmark_triton" in line and done.returncode == 1 and "INVALID" in done.stdout
         assert done.returncode == 0 or judged, f"{line}\n{done.stdout}\n{done.stderr}"

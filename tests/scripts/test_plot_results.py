@@ -9,7 +9,9 @@ from tests.results import ENVIRONMENT
 def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coarse_pictures):
     root = folder.parents[1]
     (root / "README.md").write_text("before\n<!-- results:begin -->\n<!-- results:end -->\nafter\n")
-    shutil.copytree(folder, folder.with_name("other"))
+    other = folder.with_name("other")
+    other.mkdir()
+    shutil.copy(folder / "optimized-native.json", other)  # few pictures
     done = run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
     assert done.returncode == 0, done.stderr
     check = ("scripts/plot_results.py", "--root", root, "--check")
@@ -21,24 +23,19 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coars
     assert "## Other machines" in headline
     assert "(other/PERFORMANCE_REPORT.md)" in headline
     assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == []  # all of it is above
-    assert (folder.with_name("other") / "roofline.png").is_file()
+    assert (other / "performance_comparison.png").is_file()
     readme = (root / "README.md").read_text()
     assert "(results/PERFORMANCE_REPORT.md)" in readme
     assert "(results/other/PERFORMANCE_REPORT.md)" in readme
     assert readme.startswith("before\n")
     assert "2.00x" in readme
     (root / "README.md").write_text(readme.replace("2.00x", "9.00x"))
-    assert stale(run_script(*check)) == ["README.md"]
-    (root / "README.md").write_text(readme)
-    for name in ("PERFORMANCE_REPORT.sources.json", "waterfall.png", "report.html"):
-        kept = (root / "results" / name).read_bytes()
+    gone = {"PERFORMANCE_REPORT.sources.json", "waterfall.png", "report.html"}
+    for name in gone:
         (root / "results" / name).unlink()
-        assert stale(run_script(*check)) == [name]
-        (root / "results" / name).write_bytes(kept)
-    assert run_script("scripts/plot_results.py", "--results-dir", folder).returncode == 0
-    assert "executive_summary.png" in stale(run_script(*check))  # a copy of what is above
-    run_script("scripts/plot_results.py", "--root", root, "--headline", "box")
-    assert run_script(*check).returncode == 0
+    copy = root / "results" / "executive_summary.png"
+    shutil.copy(copy, folder)  # of what is above
+    assert sorted(stale(run_script(*check))) == sorted({"README.md", *gone, copy.name})
     measured = (folder / "triton-native.json").read_bytes()
     edit_json(folder / "triton-native.json", {"validity": {"status": "INVALID", "reasons": ["by an older rule"]}})
     assert "triton-native.json (its verdict)" in stale(run_script(*check))
