@@ -9,7 +9,6 @@ and 16-bit matrices sum in an order that depends on the number of rows).
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -18,14 +17,15 @@ import numpy as np
 import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.engine.step import Chunk, Step
+from llama_engine.engine.step import Step
 from llama_engine.errors import InputError, RunError
 from llama_engine.gpu import buckets
+from llama_engine.gpu.batch import Batch
 from llama_engine.gpu.chain import GpuModel
-from llama_engine.gpu.handle import CudaHandle, Pass
+from llama_engine.gpu.draw import Draw
+from llama_engine.gpu.handle import CudaHandle, Pass, run_together
 from llama_engine.gpu.ragged import RaggedInputs
 from llama_engine.kernels import persistent, tiles
-from llama_engine.kernels.sampler import Sampler
 from llama_engine.kernels.tiles import Tiles, gpu_name
 from llama_engine.model.sampler import logprobs
 from llama_engine.model.weights import EngineWeights
@@ -63,14 +63,8 @@ class CudaExecutor:
         self.num_kv_blocks = model.kv[0].shape[1]
         self.step_nbytes = weights.step_nbytes
         self.kv_nbytes_per_token = config.kv_nbytes(engine.kv_element_nbytes)
-        self._params = [SamplingParams()] * engine.max_batch_size
-        self._buckets = [b for b in buckets.DECODE_BUCKETS if b < engine.max_batch_size] + [engine.max_batch_size]
-        self._slots = torch.full((self._buckets[-1],), model.dummy_slot, dtype=torch.int32, device=self.device)
-        self._sampled = torch.zeros(max(self._buckets[-1], 64), dtype=torch.int32, device=self.device)
-        self._bound: list[int] = []
-        self._new_tables: dict[int, np.ndarray] = {}
-        self._sampler = Sampler(engine.max_batch_size, self._buckets[-1], config.vocab_size, self.device)
-        self._sampler_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._batch = Batch(model, engine)
+        self._drawing = Draw(model, engine, self._batch)
         self.persistent: persistent.PersistentDecode | None = None
         if (
             kernels == "auto"
@@ -101,17 +95,14 @@ class CudaExecutor:
     def bind(
         self, slot: int, params: SamplingParams, prompt: Sequence[int] | None = (), output: Sequence[int] = ()
     ) -> None:
-        if params.mode or self._params[slot].mode:
-            with torch.cuda.stream(self._stream):
-                for target, values in self._sampler.updates(slot, params, prompt, output):
-                    self._upload(target, values)
-        self._params[slot] = params
+        with torch.cuda.stream(self._stream):
+            self._drawing.bind(slot, params, prompt, output)
 
     def rebind(self, slot: int, params: SamplingParams) -> None:
         self.bind(slot, params, None)
 
     def set_block_table(self, slot: int, blocks: Sequence[int]) -> None:
-        self._new_tables[slot] = np.asarray(blocks, dtype=np.int32)
+        self._batch.new_tables[slot] = np.asarray(blocks, dtype=np.int32)
 
     def submit(self, step: Step) -> CudaHandle:
         return run_together([self], step)[0]
@@ -121,7 +112,7 @@ class CudaExecutor:
         other ranks from all else (:func:`run_together`)."""
         decodes = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is None]
         prefills = [i for i, chunk in enumerate(step.chunks) if chunk.tokens is not None]
-        self._upload_tables()
+        self._batch.upload_tables()
         passes = []
         if mixed := self._mixed_shape(step, decodes, prefills):
             passes.append((yield from self._mixed(step, decodes, prefills, *mixed)))
@@ -139,7 +130,7 @@ class CudaExecutor:
 
     def _decode(self, step: Step, indices: list[int]) -> Generator[None, None, Pass]:
         chunks = [step.chunks[i] for i in indices]
-        bucket = self._set_slots(chunks)
+        bucket = self._batch.name(chunks)
         yield
         if bucket in self._decode_graphs:
             self._decode_graphs[bucket].replay()
@@ -147,22 +138,10 @@ class CudaExecutor:
             self._decode_kernels(bucket)
         yield
         logits = self._rows(indices) if step.logits != "none" else {}
-        return self._pass(indices, logits, self._draw(step, indices))
-
-    def _set_slots(self, chunks: list[Chunk]) -> int:
-        """Name the slots of the first rows on the device; returns the bucket that holds them."""
-        slots = [chunk.slot for chunk in chunks]
-        bucket = buckets.bucket_of(len(slots), self._buckets)
-        if bucket is None:
-            raise InputError(f"{len(slots)} sequences in a step, the engine holds {self.engine_config.max_batch_size}")
-        padded = slots + [self.model.dummy_slot] * (bucket - len(slots))
-        if padded != self._bound:
-            self._upload(self._slots, np.asarray(padded, dtype=np.int32))
-            self._bound = padded
-        return bucket
+        return self._pass(indices, logits, self._drawing.draw(step, indices))
 
     def _decode_kernels(self, bucket: int) -> None:
-        slots, sampled = self._slots[:bucket], self._sampled[:bucket]
+        slots, sampled = self._batch.slots[:bucket], self._batch.sampled[:bucket]
         if self.persistent and bucket in self.persistent.row_counts:
             m = self.model
             self.persistent.launch(slots, m.last_token, m.position, m.block_tables, sampled, m.logits[:bucket])
@@ -201,10 +180,10 @@ class CudaExecutor:
             rows = dict(zip(indices, every.split([chunk.length for chunk in chunks])))
             logits = rows if step.logits == "all" else logits
             for i, tokens in step.scored.items():
-                params, targets = self._params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
+                params, targets = self._drawing.params[step.chunks[i].slot], torch.tensor(tokens, device=self.device)
                 parts = logprobs(rows[i][: len(tokens)], targets, params.logprobs)
-                scored[i] = params, [self._to_host(part) for part in parts]
-        return self._pass(sampling, logits, self._draw(step, sampling), scored)
+                scored[i] = params, [self._batch.to_host(part) for part in parts]
+        return self._pass(sampling, logits, self._drawing.draw(step, sampling), scored)
 
     def _eager(self, inputs: tuple[torch.Tensor, ...], every_row: bool, decodes: int = 0) -> Iterator[None]:
         """A prefill without a graph, of a rank a few layers at a time, so that none gets far ahead of its peers."""
@@ -213,7 +192,7 @@ class CudaExecutor:
         parts = [slice(*ends) for ends in zip([None, *cuts], [*cuts, None])]
 
         def run(part: slice) -> None:
-            self.model.prefill(*inputs, self._sampled, every_row=every_row, part=part, decodes=decodes)
+            self.model.prefill(*inputs, self._batch.sampled, every_row=every_row, part=part, decodes=decodes)
 
         # A kernel's first launch may wait for the device, and the device for a peer, whose turn is after this rank's.
         # So kernels that no graph has run are first run alone; what that leaves in the cache is written again. A kernel
@@ -264,14 +243,14 @@ class CudaExecutor:
             yield from self._eager(inputs, True, before)
         sampling = [*decodes, *(i for i in prefills if step.chunks[i].samples)]
         logits = self._rows(sampling) if step.logits == "last" else {}
-        return self._pass(sampling, logits, self._draw(step, sampling))
+        return self._pass(sampling, logits, self._drawing.draw(step, sampling))
 
     def _mixed_kernels(self, decodes: int, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.model.prefill(*inputs, self._sampled, every_row=True, decodes=decodes)
+        self.model.prefill(*inputs, self._batch.sampled, every_row=True, decodes=decodes)
 
     def _ragged(self, *batch: Any) -> tuple[torch.Tensor, ...]:
         host, views = self._inputs.pack(*batch)
-        self._upload(self._inputs.buffer, host)
+        self._batch.upload(self._inputs.buffer, host)
         return views
 
     # -- graphs -----------------------------------------------------------------------------------------------------
@@ -291,16 +270,16 @@ class CudaExecutor:
 
     def _capture_all(self) -> None:
         first = min(buckets.FIRST_LAYERS, self.model.config.num_layers - 1)
-        for bucket in self._buckets:
+        for bucket in self._batch.buckets:
             self._decode_graphs[bucket] = self._capture(lambda b=bucket: self._decode_kernels(b))
-            self._sampler_graphs[bucket] = self._capture(lambda b=bucket: self._sampler_kernel(b))
+            self._drawing.graphs[bucket] = self._capture(lambda b=bucket: self._drawing.kernel(b))
         for tokens in buckets.PREFILL_BUCKETS:
             for chunks in buckets.PREFILL_CHUNKS:
                 if tokens > self.model.x.shape[0] or chunks > min(tokens, self.engine_config.max_batch_size):
                     continue
                 views = self._inputs.blank(tokens, chunks)
                 self._prefill_graphs[tokens, chunks] = [
-                    self._capture(lambda v=views, p=part: self.model.prefill(*v, self._sampled, part=p))
+                    self._capture(lambda v=views, p=part: self.model.prefill(*v, self._batch.sampled, part=p))
                     for part in (slice(0, first), slice(first, None))
                 ]
 
@@ -317,83 +296,9 @@ class CudaExecutor:
             run()
         return graph
 
-    def _upload(self, target: torch.Tensor, values: np.ndarray) -> None:
-        """Copy ``values`` to the front of ``target`` in stream order, through pinned memory of their own."""
-        host = torch.from_numpy(values)
-        target[: host.numel()].copy_(host.pin_memory() if self._cuda else host, non_blocking=True)
-
-    def _upload_tables(self) -> None:
-        """Bring all new block tables over at once: sequences that began together cross into new blocks together."""
-        if not self._new_tables:
-            return
-        slots, tables = np.array(list(self._new_tables)), list(self._new_tables.values())
-        rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
-        for row, table in zip(rows, tables):
-            row[: len(table)] = table
-        index, source = (torch.from_numpy(values) for values in (slots, rows))
-        if self._cuda:
-            index, source = (host.pin_memory().to(self.device, non_blocking=True) for host in (index, source))
-        self.model.block_tables[:, : rows.shape[1]].index_copy_(0, index, source)
-        self._new_tables.clear()
-
     def _rows(self, chunks: list[int]) -> dict[int, torch.Tensor]:
         """Copies of the logits ``[1, vocab]`` of the chunks that were sampled from."""
         return {chunk: row.clone()[None] for chunk, row in zip(chunks, self.model.logits)}
 
     def _pass(self, sampling: list[int], logits: dict[int, torch.Tensor], *logprobs: Any) -> Pass:
-        return Pass(sampling, self._to_host(self._sampled[: len(sampling)]), logits, *logprobs)
-
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
-        return host.copy_(tensor, non_blocking=True)
-
-    def _sampler_kernel(self, bucket: int) -> None:
-        m = self.model
-        self._sampler.launch(m.logits, self._sampled, self._slots, m.last_token, m.position, bucket)
-
-    def _forbid(self, row: int, tokens: torch.Tensor) -> None:
-        """Leave a row the largest of its other logits, and its id as the greedy one that the sampler starts from."""
-        logits = self.model.logits[row]
-        logits.masked_fill_(
-            (tokens.pin_memory() if self._cuda else tokens).to(self.device, non_blocking=True), -math.inf
-        )
-        ids = torch.arange(logits.numel(), device=self.device)
-        self._sampled[row] = torch.where(logits == logits.amax(), ids, logits.numel()).amin()
-
-    def _draw(self, step: Step, indices: list[int]) -> tuple[dict[int, SamplingParams], list[torch.Tensor]]:
-        """Replace the greedy token of each row whose sequence asks for another; the rows' logits are the scratch.
-        Returns :attr:`Pass.logprobs`."""
-        chunks = [step.chunks[i] for i in indices]
-        params = [self._params[chunk.slot] for chunk in chunks]
-        scored = [row for row, p in enumerate(params) if p.logprobs is not None]
-        raw = torch.stack([self.model.logits[row] for row in scored]) if scored else None
-        for row, i in enumerate(indices if step.forbidden else ()):
-            if i in step.forbidden:
-                self._forbid(row, torch.from_numpy(step.forbidden[i]))
-        if any(p.mode for p in params):
-            bucket = self._set_slots(chunks)
-            if bucket in self._sampler_graphs:
-                self._sampler_graphs[bucket].replay()
-            else:
-                self._sampler_kernel(bucket)
-        if raw is None:
-            return {}, []
-        tokens = torch.stack([self._sampled[row] for row in scored])
-        parts = logprobs(raw, tokens, max(params[row].logprobs for row in scored))
-        return {indices[row]: params[row] for row in scored}, [self._to_host(part) for part in parts]
-
-
-def run_together(executors: Sequence[CudaExecutor], step: Step) -> list[CudaHandle]:
-    """Submit ``step`` to each, stage by stage: kernels of one rank wait for those of the others, so between their
-    launches the host must do nothing that could wait for a device (allocate, load a kernel, copy from pageable memory).
-    """
-    running = [executor.stages(step) for executor in executors]
-    handles: list[CudaHandle] = []
-    while not handles:
-        for executor, stages in zip(executors, running):
-            with torch.cuda.stream(executor._stream):
-                try:
-                    next(stages)
-                except StopIteration as end:
-                    handles.append(end.value)
-    return handles
+        return Pass(sampling, self._batch.to_host(self._batch.sampled[: len(sampling)]), logits, *logprobs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from llama_engine.engine.step import Step
 from llama_engine.errors import RunError
 from llama_engine.kernels.exchange import Exchange
 from llama_engine.model.sampler import list_logprobs
@@ -62,3 +65,19 @@ class CudaHandle:
         if not pieces:
             raise ValueError("the step was submitted with logits='none'")
         return torch.cat([pieces[i] for i in sorted(pieces)])
+
+
+def run_together(executors: Sequence[Any], step: Step) -> list[CudaHandle]:
+    """Submit ``step`` to each executor, stage by stage: kernels of one rank wait for those of the others, so between
+    their launches the host must do nothing that could wait for a device (allocate, load a kernel, copy from pageable
+    memory)."""
+    running = [executor.stages(step) for executor in executors]
+    handles: list[CudaHandle] = []
+    while not handles:
+        for executor, stages in zip(executors, running):
+            with torch.cuda.stream(executor._stream):
+                try:
+                    next(stages)
+                except StopIteration as end:
+                    handles.append(end.value)
+    return handles

@@ -13,8 +13,8 @@ import torch
 
 from llama_engine.config import EngineConfig, ModelConfig
 from llama_engine.engine.step import Step
-from llama_engine.gpu.executor import CudaExecutor, run_together
-from llama_engine.gpu.handle import CudaHandle
+from llama_engine.gpu.executor import CudaExecutor
+from llama_engine.gpu.handle import CudaHandle, run_together
 from llama_engine.model.weights import EngineWeights
 from llama_engine.sampling import SamplingParams
 

@@ -44,8 +44,10 @@ def publish(results: Path, readme: Path, headline: str) -> list[Path]:
     for path, text in wanted.items():
         write_text(path, text)
     for folder, story in folders(results, stories).items():
-        draw_all(story, folder)
+        drawn = draw_all(story, folder)
         write_text(folder / PAGE, render_page(story))
+        for path in {folder / name for name in PICTURES}.difference(drawn):
+            path.unlink(missing_ok=True)  # of another machine, which led the results before
     for path in copies(results, headline):
         path.unlink()
     return list(wanted)

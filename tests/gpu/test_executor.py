@@ -1,6 +1,7 @@
 """The CUDA executor against the PyTorch reference: on a GPU, and in Triton's interpreter where there is none."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,33 @@ def test_ragged_steps_match_the_reference(int8_head, kv_cache):
         assert got.logits().shape == want.logits().shape
         assert (got.logits() - want.logits()).abs().max() < 0.02 * want.logits().abs().max()
         assert got.tokens() == want.tokens()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU captures graphs of its own")
+def test_steps_run_in_the_graph_of_their_bucket():
+    fused, host = _pair()
+    replayed = []
+
+    def capture(run):
+        return SimpleNamespace(replay=lambda: (replayed.append(1), run()))
+
+    fused._capture = capture
+    fused._capture_all()
+    for executor in (fused, host):
+        for slot in range(2):
+            executor.bind(slot, SamplingParams(temperature=1.5, seed=slot) if slot else SamplingParams())
+            executor.set_block_table(slot, _blocks(slot))
+    steps = [  # a prefill's two graphs; a pass of both; a decode's, each with the sampler's but the first
+        (Step((Chunk(0, 0, [5, 9, 33]),), "last"), 2),
+        (Step((Chunk(0, 3), Chunk(1, 0, [70, 3])), "last"), 2),
+        (Step((Chunk(1, 2), Chunk(0, 4)), "last"), 2),
+    ]
+    for step, graphs in steps:
+        replayed.clear()
+        got, want = fused.submit(step), host.submit(step)
+        assert (got.logits() - want.logits()).abs().max() < 0.02 * want.logits().abs().max()
+        assert got.tokens() == want.tokens()
+        assert len(replayed) == graphs
 
 
 def test_a_request_alone_equals_the_same_request_in_a_batch():

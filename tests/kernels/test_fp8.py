@@ -187,19 +187,25 @@ def test_real_shapes_in_triton_and_in_the_library(n, k, m, scheme):
     if scheme is FP8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
     linear, a, a_scale, want = _problem(device, scheme, m, n, k)
-    workspace = Workspace(device)
+    # Hopper's tensor cores add e4m3 products with fewer bits than float32 has, cuBLAS's as ours: on an H200 the largest
+    # error was 1.5e-3 of the largest value at 576 columns, 3.6e-3 at 4,096 and 8.4e-3 at 14,336 (docs/LOG.md).
+    most = 1e-4 * k**0.5 if scheme is FP8 else 2e-3
+    workspace, errors = Workspace(device), []
+
+    def judge(out):
+        error = (out - want).abs()
+        assert error.max() < most * want.abs().max()
+        errors.append(error.square().mean().sqrt())
+
     for name in ("qkv", "down"):  # without and with split K
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=device)
         gemm(a, a_scale, linear, out, m, STORE, fit(default_tile(name, m, scheme), linear, m), workspace)
-        assert (out - want).abs().max() < 2e-3 * want.abs().max()
+        judge(out)
     if library.runs(linear):
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=device)
         scale = None if a_scale is None else a_scale[:m]
         scratch = torch.empty(n * k, dtype=torch.float16, device=device)
         library.matmul(a[:m], scale, linear, out, scratch)
-        assert (out - want).abs().max() < 2e-3 * want.abs().max()
-        captured, graph = torch.empty_like(out), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            library.matmul(a[:m], scale, linear, captured, scratch)
-        graph.replay()
-        assert torch.equal(captured, out)
+        judge(out)
+        if scheme is FP8:
+            assert max(errors[:2]) < 1.1 * errors[2]

@@ -35,7 +35,8 @@ def test_check_sees_every_kind_of_staleness(folder, run_script, edit_json, coars
         (root / "results" / name).unlink()
     copy = root / "results" / "executive_summary.png"
     shutil.copy(copy, folder)  # of what is above
-    assert sorted(stale(run_script(*check))) == sorted({"README.md", *gone, copy.name})
+    shutil.copy(other / "performance_comparison.png", copy.with_name("ladder.png"))  # of one that led before
+    assert sorted(stale(run_script(*check))) == sorted({"README.md", *gone, copy.name, "ladder.png"})
     measured = (folder / "triton-native.json").read_bytes()
     edit_json(folder / "triton-native.json", {"validity": {"status": "INVALID", "reasons": ["by an older rule"]}})
     assert "triton-native.json (its verdict)" in stale(run_script(*check))
