@@ -110,12 +110,12 @@ def test_answers_keep_to_their_grammar_and_others_stay_as_they_are(
 
 @pytest.mark.parametrize("params", [SamplingParams(masked=True), SamplingParams(1.0, seed=3, masked=True)])
 def test_a_gpu_s_executor_samples_nothing_forbidden(params):
-    from tests.gpu.test_executor import TINY, _blocks, _pair
+    from tests.gpu.pairs import TINY, blocks_of, make_pair
 
-    for executor in _pair():
+    for executor in make_pair():
         for slot, p in enumerate((params, SamplingParams())):
             executor.bind(slot, p)
-            executor.set_block_table(slot, _blocks(slot))
+            executor.set_block_table(slot, blocks_of(slot))
         prompts = Chunk(0, 0, [3, 4]), Chunk(1, 0, [3, 4])
         free = executor.submit(Step(prompts)).tokens()
         forbidden = np.ones(TINY.vocab_size, np.bool_)

@@ -5,7 +5,7 @@ import pytest
 from llama_engine.errors import InputError
 from llama_engine.native import load_engine
 from llama_engine.sampling import SamplingParams
-from tests.engine.test_engine import DelayedExecutor, check_invariants
+from tests.engine.tools import DelayedExecutor, check_invariants
 
 PROMPT = [(7 * i) % 512 for i in range(30)]
 NEW = 40

@@ -7,49 +7,28 @@ import numpy as np
 import pytest
 import torch
 
-from llama_engine.checkpoint.packing import quantize
 from llama_engine.config import EngineConfig, ModelConfig
-from llama_engine.cpu.executor import HostExecutor
 from llama_engine.engine.step import Chunk, Step
-from llama_engine.model.llama import TorchModel
 from llama_engine.model.sampler import sample
-from llama_engine.model.weights import Linear, random_weights
+from llama_engine.model.weights import random_weights
 from llama_engine.sampling import SamplingParams, count_tokens, recent_tokens
-from tests import overflow
+from tests.gpu.pairs import DEVICE, ENGINE, TINY, blocks_of, make_executor, make_pair
 from tests.repeats import quick
 
 pytest.importorskip("triton")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TINY = ModelConfig(96, 64, 96, 2, 4, 2, 32, 128)
-ENGINE = EngineConfig(max_batch_size=4, max_seq_len=64, max_num_tokens=64, tokens_per_block=16, num_kv_blocks=17)
-
-
-def _pair(config=TINY, engine=ENGINE, int8_head=False, **options):
-    from llama_engine.gpu.executor import CudaExecutor
-
-    weights = random_weights(config, DEVICE)
-    if int8_head:
-        weights.lm_head = Linear(*quantize(weights.lm_head.weight))
-    host = HostExecutor(TorchModel(config, engine, weights), config, engine, weights)
-    return CudaExecutor(config, engine, weights, **options), host
-
-
-def _blocks(slot, engine=ENGINE):
-    n = engine.max_blocks_per_sequence
-    return [1 + slot * n + i for i in range(n)]
-
 
 @pytest.mark.parametrize(
-    ("int8_head", "kv_cache"), quick([(False, "fp16"), (True, "fp16"), (False, "fp8")], (True, "fp16"), (False, "fp8"))
+    ("int8_head", "kv_cache"),
+    quick([(False, "fp16"), (True, "fp16"), (False, "fp8"), (True, "fp8")], (True, "fp8")),
 )
 def test_ragged_steps_match_the_reference(int8_head, kv_cache):
-    fused, host = _pair(int8_head=int8_head, engine=dataclasses.replace(ENGINE, kv_cache=kv_cache))
+    fused, host = make_pair(int8_head=int8_head, engine=dataclasses.replace(ENGINE, kv_cache=kv_cache))
     assert fused.kv_nbytes_per_token == host.kv_nbytes_per_token == fused.model.kv[0][0, 0, :, 0].nbytes * 2 * 2
     for executor in (fused, host):
         for slot in range(4):
             executor.bind(slot, SamplingParams())
-            executor.set_block_table(slot, _blocks(slot))
+            executor.set_block_table(slot, blocks_of(slot))
     prompts = [[5, 9, 33, 2, 70], [1], list(range(20, 40))]
     steps = [
         Step((Chunk(0, 0, prompts[0]), Chunk(2, 0, prompts[2][:7], samples=False)), "all"),
@@ -66,7 +45,7 @@ def test_ragged_steps_match_the_reference(int8_head, kv_cache):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU captures graphs of its own")
 def test_steps_run_in_the_graph_of_their_bucket():
-    fused, host = _pair()
+    fused, host = make_pair()
     replayed = []
 
     def capture(run):
@@ -77,7 +56,7 @@ def test_steps_run_in_the_graph_of_their_bucket():
     for executor in (fused, host):
         for slot in range(2):
             executor.bind(slot, SamplingParams(temperature=1.5, seed=slot) if slot else SamplingParams())
-            executor.set_block_table(slot, _blocks(slot))
+            executor.set_block_table(slot, blocks_of(slot))
     steps = [  # a prefill's two graphs; a pass of both; a decode's, each with the sampler's but the first
         (Step((Chunk(0, 0, [5, 9, 33]),), "last"), 2),
         (Step((Chunk(0, 3), Chunk(1, 0, [70, 3])), "last"), 2),
@@ -92,12 +71,12 @@ def test_steps_run_in_the_graph_of_their_bucket():
 
 
 def test_a_request_alone_equals_the_same_request_in_a_batch():
-    fused, _ = _pair(kernels="tiled")
+    fused, _ = make_pair(kernels="tiled")
     results = []
     for others in (0, 3):
         for slot in range(4):
             fused.bind(slot, SamplingParams())
-            fused.set_block_table(slot, _blocks(slot))
+            fused.set_block_table(slot, blocks_of(slot))
         slots = [1, 0, 3, 2][: 1 + others]
         chunks = tuple(Chunk(s, 0, [7 * s + 1 + i for i in range(5 + 9 * (s != 1))]) for s in slots)
         outputs, logits = [fused.submit(Step(chunks)).tokens()[0]], []
@@ -119,7 +98,7 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes(monkeypatch, graph
     weights = random_weights(config, DEVICE)
     results = []
     for mixed in (True, False):
-        fused = _executor(config, weights)
+        fused = make_executor(config, weights)
         if not mixed:
             monkeypatch.setattr(fused, "_mixed_shape", lambda *_: None)
         elif graphs_end_at == 2:
@@ -127,7 +106,7 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes(monkeypatch, graph
             monkeypatch.setattr("llama_engine.gpu.buckets.PREFILL_BUCKETS", (2,))
         for slot in range(4):
             fused.bind(slot, SamplingParams(temperature=float(slot == 3), seed=7))
-            fused.set_block_table(slot, _blocks(slot))
+            fused.set_block_table(slot, blocks_of(slot))
         tokens = [fused.submit(Step((Chunk(0, 0, [5, 9, 33]), Chunk(3, 0, [8])))).tokens()]
         steps = [
             Step((Chunk(3, 1), Chunk(0, 3), Chunk(1, 0, [1, 2]), Chunk(2, 0, list(range(20)), samples=False)), "last"),
@@ -147,14 +126,8 @@ def test_decodes_and_new_prompts_in_one_pass_equal_two_passes(monkeypatch, graph
     assert (results[0][1] - results[1][1]).abs().max() <= bound
 
 
-def _executor(config, weights):
-    from llama_engine.gpu.executor import CudaExecutor
-
-    return CudaExecutor(config, ENGINE, weights, kernels="streaming")
-
-
 def test_block_tables_of_many_lengths_arrive_together():
-    fused, _ = _pair()
+    fused, _ = make_pair()
     tables = {0: [3, 1, 2], 2: [9], 1: [4, 5, 6, 7]}
     for slot, blocks in tables.items():
         fused.set_block_table(slot, [8, 8, 8])
@@ -166,7 +139,7 @@ def test_block_tables_of_many_lengths_arrive_together():
 
 
 def test_what_one_pass_cannot_hold_takes_two():
-    fused, _ = _pair(engine=EngineConfig(16, 64, 1024, 16, num_kv_blocks=65, max_prefill_tokens=30))
+    fused, _ = make_pair(engine=EngineConfig(16, 64, 1024, 16, num_kv_blocks=65, max_prefill_tokens=30))
     decode, prompt = Chunk(0, 4), Chunk(1, 0, [1] * 30)
 
     def shape(*chunks, logits="none"):
@@ -191,7 +164,7 @@ def test_what_one_pass_cannot_hold_takes_two():
 def test_more_rows_than_one_tile_of_lm_head():
     rows = 70
     engine = EngineConfig(rows, max_seq_len=16, max_num_tokens=rows, tokens_per_block=16, num_kv_blocks=rows + 1)
-    fused, host = _pair(engine=engine)
+    fused, host = make_pair(engine=engine)
     for executor in (fused, host):
         for slot in range(rows):
             executor.bind(slot, SamplingParams())
@@ -203,13 +176,14 @@ def test_more_rows_than_one_tile_of_lm_head():
     assert got.tokens() == got.logits().argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
-    fused, _ = _pair()
+    fused, _ = make_pair()
 
     def run(params):
         for slot, p in enumerate(params):
             fused.bind(slot, p)
-            fused.set_block_table(slot, _blocks(slot))
+            fused.set_block_table(slot, blocks_of(slot))
         tokens = [fused.submit(Step((Chunk(0, 0, [3, 4]), Chunk(1, 0, [3, 4])))).tokens()]
         tokens += [fused.submit(Step((Chunk(0, i), Chunk(1, i)))).tokens() for i in (2, 3)]
         return [list(column) for column in zip(*tokens)]
@@ -223,7 +197,7 @@ def test_sampled_requests_repeat_for_a_seed_and_do_not_touch_greedy_ones():
 
 @pytest.mark.parametrize("graphs", quick([True, False], True))
 def test_every_slot_draws_what_its_parameters_define(graphs):
-    fused, _ = _pair(graphs=graphs)
+    fused, _ = make_pair(graphs=graphs)
     words = ((1,), (2,), (6, 6, 7, 7), *((i, 7) for i in range(TINY.vocab_size) if i % 2))
     params = [
         SamplingParams(0.7, top_p=0.9, seed=5, repetition_penalty=1.5, frequency_penalty=1.0, logprobs=3),
@@ -236,7 +210,7 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
     for slot, p in enumerate(params):
         fused.bind(slot, SamplingParams(bad_words=((0,), (1, 2)), temperature=2.0))  # of a request that is gone
         fused.bind(slot, p, prompts[slot], outputs[slot])
-        fused.set_block_table(slot, _blocks(slot))
+        fused.set_block_table(slot, blocks_of(slot))
     lengths = [len(prompts[slot] + outputs[slot]) for slot in range(4)]
     steps = [Step(tuple(Chunk(s, 0, prompts[s] + outputs[s]) for s in (0, 1, 3)), "last")]
     steps += [Step((*(Chunk(s, lengths[s]) for s in (3, 0, 1)), Chunk(2, 0, prompts[2] + outputs[2])), "last")]
@@ -272,12 +246,12 @@ def test_every_slot_draws_what_its_parameters_define(graphs):
             assert [value for _, value in scores[row].top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("graphs", quick([True, False], True))
 def test_a_prompt_is_scored_beside_a_decode(graphs):
-    fused, _ = _pair(graphs=graphs)
+    fused, _ = make_pair(graphs=graphs)
     for slot, params in enumerate((SamplingParams(), SamplingParams(logprobs=2, prompt_logprobs=True))):
         fused.bind(slot, params)
-        fused.set_block_table(slot, _blocks(slot))
+        fused.set_block_table(slot, blocks_of(slot))
     fused.submit(Step((Chunk(0, 0, [5, 9, 33]),))).tokens()
     prompt = [70, 3, 8, 8]
     chunks = (Chunk(0, 3), Chunk(1, 0, prompt))
@@ -295,146 +269,4 @@ def test_no_memory_for_a_cache_is_one_clear_line():
 
     engine = EngineConfig(4, 64, 64, 16, num_kv_blocks=1)
     with pytest.raises(RunError, match="no GPU memory is left for the KV cache"):
-        _pair(engine=engine)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kernels", ["streaming", "tiled"])
-@pytest.mark.parametrize("geometry", ["smollm2", "8b"])
-def test_graphs_equal_eager_and_batches_equal_single_requests(geometry, kernels):
-    from llama_engine.gpu.executor import CudaExecutor
-
-    config = {
-        "smollm2": ModelConfig(49152, 576, 1536, 4, 9, 3, 64, 2048),
-        "8b": ModelConfig(128256, 4096, 14336, 3, 32, 8, 128, 2048, rope_theta=500000.0),
-    }[geometry]
-    engine = EngineConfig(max_batch_size=16, max_seq_len=512, max_num_tokens=1024, num_kv_blocks=16 * 8 + 1)
-    weights = random_weights(config, DEVICE)
-    generator = torch.Generator().manual_seed(1)
-    lengths = [32, 1, 300, 17, 64, 5, 90, 128, 33, 2]
-    prompts = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-
-    def run(executor, together):
-        for slot in range(len(prompts)):
-            executor.bind(slot, SamplingParams())
-            executor.set_block_table(slot, _blocks(slot, engine))
-        groups = [list(range(len(prompts)))] if together else [[i] for i in range(len(prompts))]
-        outputs = {}
-        for group in groups:
-            steps = [Step(tuple(Chunk(i, 0, prompts[i]) for i in group))]
-            steps += [Step(tuple(Chunk(i, lengths[i] + j) for i in group)) for j in range(24)]
-            rows = [handle.tokens() for handle in [executor.submit(step) for step in steps]]
-            for column, i in enumerate(group):
-                outputs[i] = [row[column] for row in rows]
-        return outputs
-
-    graphs = CudaExecutor(config, engine, weights, kernels=kernels)
-    eager = CudaExecutor(config, engine, weights, kernels=kernels, graphs=False)
-    together = run(graphs, True)
-    assert together == run(eager, True)
-    assert together == run(graphs, False)
-    host = HostExecutor(TorchModel(config, engine, weights), config, engine, weights)
-    host.set_block_table(2, _blocks(2, engine))
-    step = Step((Chunk(2, 0, prompts[2]),), "all")
-    want, got = host.submit(step).logits(), graphs.submit(step).logits()
-    assert (got - want).abs().max() <= want.abs().max() / 128 * 1.5
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("kernels", ["auto", "streaming", "tiled"])
-def test_a_deep_model_serves_the_reference_and_repeats_itself(kernels, graphs):
-    from llama_engine.engine.engine import Engine
-    from llama_engine.gpu.executor import CudaExecutor
-    from llama_engine.measure.accuracy import engine_logits, served_error
-
-    config = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 2048, rope_theta=500000.0)
-    settings = EngineConfig(max_batch_size=8, max_seq_len=512, max_num_tokens=512, num_kv_blocks=8 * 8 + 1)
-    weights = random_weights(config, DEVICE)
-    for layer in weights.layers:  # as trained models have it, lest what a layer adds outgrow all before
-        layer.o.scale.mul_(0.125)
-        layer.down.scale.mul_(0.125)
-    engine = Engine(config, settings, CudaExecutor(config, settings, weights, kernels=kernels, graphs=graphs))
-    model = TorchModel(config, settings, weights)
-    model.dtype = torch.float32
-    reference = Engine(config, settings, HostExecutor(model, config, settings, weights))
-    prompt = torch.randint(config.vocab_size, (32,), generator=torch.Generator().manual_seed(1)).tolist()
-    errors = {served_error(lambda ids: engine_logits(reference, ids), engine, prompt, 16) for _ in range(10)}
-    assert len(errors) == 1
-    assert max(errors) < 0.01
-
-
-@pytest.mark.slow
-def test_the_engine_runs_one_step_ahead_and_preempts_on_it():
-    from llama_engine.engine.engine import Engine
-
-    config = EngineConfig(max_batch_size=3, max_seq_len=64, max_num_tokens=16, tokens_per_block=16, num_kv_blocks=5)
-
-    def run(executor):
-        engine = Engine(TINY, config, executor)
-        prompts = [[1, 2, 3], list(range(30, 50)), [9] * 7]
-        ids = [engine.add_request(prompt, 16) for prompt in prompts]  # each crosses into a block that is not there
-        found = {i: [] for i in ids}
-        while engine.has_unfinished:
-            for output in engine.step():
-                found[output.request_id] += output.token_ids
-        return [found[i] for i in ids], engine.scheduler.preemptions
-
-    fused, host = _pair(engine=config)
-    (got, preemptions), (want, _) = run(fused), run(host)
-    assert got == want
-    assert [len(tokens) for tokens in got] == [16, 16, 16]
-    assert preemptions > 0
-
-
-@pytest.mark.slow
-def test_a_prompt_whose_start_is_cached_is_answered_as_without():
-    from llama_engine.engine.engine import Engine
-    from tests.engine.test_engine import generate
-
-    def engine(executor, cached):
-        return Engine(TINY, dataclasses.replace(ENGINE, enable_prefix_cache=cached), executor)
-
-    (fused, host), (other, _), prompt = _pair(kernels="tiled"), _pair(kernels="tiled"), list(range(20, 58))
-    warm, cold, reference = engine(fused, True), engine(other, False), engine(host, False)
-    for length, new in ((33, 8), (38, 8), (38, 1), (32, 8)):
-        tokens = generate(warm, prompt[:length], new)
-        assert tokens == generate(cold, prompt[:length], new) == generate(reference, prompt[:length], new)
-    assert warm.scheduler.prefix_cache_hit_tokens == 32 + 32 + 16
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kernels", ["auto", "streaming"])
-def test_random_load_of_many_steps_keeps_every_invariant_and_every_answer(kernels):
-    from llama_engine.engine.engine import Engine
-    from llama_engine.gpu.executor import CudaExecutor
-    from tests.engine.test_engine import generate, random_load
-
-    config = ModelConfig(512, 1024, 2048, 2, 8, 2, 128, 512)
-    # A preempted answer is not compared: its recomputed keys come from prefill, which rounds differently.
-    blocks = 24 if kernels == "auto" else 8 * 16 + 1
-    options = {"tokens_per_block": 16, "num_kv_blocks": blocks, "enable_prefix_cache": True}
-    settings = EngineConfig(8, max_seq_len=256, max_num_tokens=64, **options)
-    engine = Engine(config, settings, CudaExecutor(config, settings, random_weights(config, DEVICE), kernels=kernels))
-    finished = random_load(engine, 10_000 if kernels == "auto" else 1000, seed=9)
-    assert (engine.scheduler.preemptions > 0) == (kernels == "auto")
-    assert engine.scheduler.prefix_cache_hit_tokens > 1000
-    assert engine.scheduler.blocks.used == 0
-    assert len(finished) > 50
-    if kernels == "streaming":  # the persistent kernel rounds differently, so its answers depend on the batch's size
-        for (prompt, new, params, stops, fewest), tokens in list(finished.values())[::10]:
-            engine.scheduler.reset_prefix_cache()
-            options = {"params": params, "stop_token_ids": stops, "min_tokens": fewest}
-            assert generate(engine, prompt, new, **options) == tokens
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("int8_head", [False, True])
-def test_values_beyond_fp16_end_their_own_request_with_an_error(int8_head):
-    from llama_engine.gpu.executor import CudaExecutor
-
-    weights = overflow.overflowing(DEVICE, int8_head)
-    overflow.check_overflow_ends_its_own_request(CudaExecutor(overflow.CONFIG, overflow.ENGINE, weights))
+        make_pair(engine=engine)

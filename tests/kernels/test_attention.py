@@ -8,6 +8,10 @@ from llama_engine.model.schemes import KV_DTYPES
 from tests.repeats import quick
 
 CACHES = pytest.mark.parametrize(("cache", "tokens_per_block"), [("fp16", 16), ("fp8", 64)])
+SHAPES = quick(
+    [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}, {"keys": 16, "part": 32, "programs": 64}],
+    *({}, {"keys": 16, "part": 32, "programs": 64}),
+)
 NEAR = {"fp16": 4e-3, "fp8": 0.13}  # an e4m3 value may be rounded to either side
 
 
@@ -69,9 +73,7 @@ def test_decode_over_the_block_table(device, heads, kv_heads, head_size, tokens_
 
 @CACHES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), quick([(8, 2, 128), (9, 3, 64), (4, 2, 48)], (9, 3, 64)))
-@pytest.mark.parametrize(
-    "shape", [{}, {"keys": 32, "rows": 32}, {"keys": 16, "tma": True}, {"keys": 16, "part": 32, "programs": 64}]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_prefill_in_chunks_matches_the_whole(device, heads, kv_heads, head_size, tokens_per_block, cache, shape):
     from llama_engine.kernels.attention import PrefillShape
 

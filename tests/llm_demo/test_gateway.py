@@ -276,6 +276,7 @@ def test_a_taken_port_is_one_line(smollm2_engine, run_script):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_demo_script_starts_answers_and_stops_everything(smollm2_model):
     port = free_port()
     env = os.environ | {"LLAMA_ENGINE_PYTHON": sys.executable} | THREADS

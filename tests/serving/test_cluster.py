@@ -15,7 +15,7 @@ from llama_engine.serving import cluster as cluster_module
 from llama_engine.serving.cluster import Cluster
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.router import Router
-from tests.engine.test_engine import generate
+from tests.engine.tools import generate
 from tests.serving.tools import some_prompts
 
 pytestmark = [  # Ray itself is imported later: it reads its settings then

@@ -14,7 +14,7 @@ from llama_engine.serving.client import GrpcClient
 from llama_engine.serving.repository import ServeConfig
 from llama_engine.serving.router import Router
 from llama_engine.serving.server import TritonServer
-from tests.engine.test_engine import generate
+from tests.engine.tools import generate
 from tests.serving.tools import some_prompts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_engine.native import load_engine
 from llama_engine.serving.client import RequestFailed, connect
-from tests.engine.test_engine import generate
+from tests.engine.tools import generate
 
 
 def assert_idle(server, seconds=10):
