@@ -53,9 +53,7 @@ class Batch:
         rows = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
         for row, table in zip(rows, tables):
             row[: len(table)] = table
-        index, source = (torch.from_numpy(values) for values in (slots, rows))
-        if self._cuda:
-            index, source = (host.pin_memory().to(self.device, non_blocking=True) for host in (index, source))
+        index, source = (self.to_device(torch.from_numpy(values)) for values in (slots, rows))
         self._model.block_tables[:, : rows.shape[1]].index_copy_(0, index, source)
         self.new_tables.clear()
 
